@@ -1,0 +1,59 @@
+# One command each: `make demo` trains and evaluates the small lens, `make test` runs the tests. Both install into .venv first.
+
+PYTHON := $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+# Large logits are otherwise mapped and unmapped by glibc at every step, which costs several times the arithmetic.
+export MALLOC_MMAP_THRESHOLD_ = 4294967296
+export MALLOC_TRIM_THRESHOLD_ = 8589934592
+
+# Everything is said, threads too: accelerate warns of each default, and its default for a CPU is one thread.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
+
+.PHONY: help venv demo test test-slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo       train and evaluate the lens of the embedded story model (outputs/tiny_stories)'
+	@echo 'make test       run the tests;  make test-slow: the slow ones too'
+	@echo 'make lint       check style and types;  make format: mend what can be mended'
+	@echo 'make bench      run the benchmarks (tests/benchmarks/results)'
+	@echo 'make clean      remove .venv, caches and build leftovers; outputs stay'
+
+venv: $(INSTALLED)
+
+$(INSTALLED): setup.cfg constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lora,plots,lint]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(LAUNCH) examples/train_lens.py --config examples/recipes/tiny_stories.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One after the other: two at once would measure each other.
+bench: $(INSTALLED)
+	@for script in $$(grep -l '__main__' tests/benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

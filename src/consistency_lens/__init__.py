@@ -1,0 +1,26 @@
+"""consistency-lens: read one activation of a language model in plain words, and check the words.
+
+Importing the package registers its models with `AutoConfig` and `AutoModel`, so that
+`transformers.AutoModel.from_pretrained(<a published lens>)` works.
+"""
+
+__version__ = "0.1.0"
+
+from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
+from .explanation import Explanation, TokenExplanation
+from .modeling_consistency_lens import ConsistencyLensModel, LensDecoder, LensEncoder
+from .residual_stream import ResidualStream
+from .subject import Subject
+
+__all__ = [
+    "ConsistencyLensConfig",
+    "ConsistencyLensModel",
+    "Explanation",
+    "LensDecoder",
+    "LensDecoderConfig",
+    "LensEncoder",
+    "LensEncoderConfig",
+    "ResidualStream",
+    "Subject",
+    "TokenExplanation",
+]

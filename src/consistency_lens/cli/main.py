@@ -1,0 +1,25 @@
+"""The command `consistency-lens`: one small module for each sub-command, imported when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {"train": "train a lens from a recipe (--config examples/recipes/tiny_stories.yaml)"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatches to a sub-command. Exit codes: 0 done, 1 failed while running, 2 the user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: consistency-lens COMMAND [--config FILE] [flags]\n\ncommands:")
+        for name, text in COMMANDS.items():
+            print(f"  {name:<10} {text}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Arguments from flags and a YAML file: dataclasses, flags on top of the file, unknown keys are errors."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+
+def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
+    """Reads `--config file.yaml` and flags into dataclasses; a flag wins over the file.
+
+    Raises:
+        ValueError: for an unknown key in the file (with the nearest known one), or a file that is not there.
+    """
+    from transformers import HfArgumentParser
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclasses, prog=prog)
+    parser.add_argument("--config", help="YAML file with any of these arguments; flags win over it")
+    if "--config" in argv:
+        position = argv.index("--config")
+        if position + 1 == len(argv):
+            raise ValueError("--config: got no file; pass the path of a YAML recipe")
+        parser.set_defaults(**read_config(Path(argv[position + 1]), dataclasses))
+        del argv[position : position + 2]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:
+    """The keys of a YAML recipe, each checked against the dataclasses' fields."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"--config: no file at {str(path)!r}; pass the path of a YAML recipe")
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(config, dict):
+        raise ValueError(f"--config: {str(path)!r} must hold 'key: value' lines, got {type(config).__name__}")
+    known = {field.name for dataclass in dataclasses for field in fields(dataclass) if field.init}
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; remove it"
+            raise ValueError(f"--config: {str(path)!r} has the unknown key {key!r}{hint}")
+    return {key: as_flag(value) for key, value in config.items()}
+
+
+def as_flag(value: Any) -> Any:
+    """Numbers as text, so that the flag's own type reads them: YAML takes 1e-3 for a string and 1 for an integer."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -1,0 +1,30 @@
+"""`consistency-lens train`, and the whole of `examples/train_lens.py`: train and evaluate a lens from a recipe."""
+
+import logging
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a recipe; prints the held-out figures, sample rows and where the lens lies. Returns the exit code."""
+    import transformers
+    from rich.console import Console
+
+    from ..evaluation.report import metrics_table, samples_table
+    from ..training.arguments import ConsistencyLensTrainingArguments
+    from ..training.recipe import RecipeArguments, run
+    from .parser import parse_arguments
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    transformers.utils.logging.set_verbosity_warning()
+    console = Console()
+    try:
+        recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), argv)
+        result = run(recipe, training)
+    except ValueError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    if training.process_index == 0:
+        console.print(samples_table(result.samples))
+        console.print(metrics_table(result.metrics))
+        console.print(f"The lens lies in {result.output_dir} (figures: metrics.json, all samples: samples.jsonl)")
+    return 0

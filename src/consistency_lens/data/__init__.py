@@ -1,0 +1,1 @@
+"""Data: corpora of tokens, activation caches made from them, and batches for training."""

@@ -1,0 +1,292 @@
+"""The evaluation of a lens on held-out rows: metrics, controls and intervals, as they go into `metrics.json`."""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.collator import ActivationCollator
+from ..losses import kl_divergence
+from ..modeling_consistency_lens import ConsistencyLensModel
+from ..subject import Subject, SubjectContext
+from .controls import CONTROLS, Controls, check_names, read_ids
+from .metrics import (
+    bootstrap_sums,
+    distinct_n,
+    percentile_interval,
+    share_recovered,
+    squared_error,
+    text_nll,
+    unit_norm_errors,
+)
+
+Batch = dict[str, Tensor]
+Sums = Mapping[str, Tensor]
+
+# Each metric as a function of sums over rows: its value and its interval come from one formula.
+STATISTICS: dict[str, Callable[[Sums], Tensor]] = {
+    "fve": lambda s: share_recovered(s["error.lens"], s["variance"]),
+    "fve_nrm": lambda s: share_recovered(s["unit_norm_error"], s["unit_norm_variance"]),
+    "cosine": lambda s: s["cosine"] / s["rows"],
+    "kl": lambda s: s["kl.lens"] / s["rows"],
+    "kl_recovered": lambda s: share_recovered(s["kl.lens"], s["kl.mean"]),
+    "top1_agreement": lambda s: s["agreement"] / s["rows"],
+    "text_perplexity": lambda s: (s["text_nll"] / s["text_tokens"]).exp(),
+    "true_text_perplexity": lambda s: (s["tail_nll"] / s["tail_tokens"]).exp(),
+    "perplexity_ratio": lambda s: (s["text_nll"] / s["text_tokens"] - s["tail_nll"] / s["tail_tokens"]).exp(),
+}
+
+
+class Rows(Protocol):
+    """Rows of an activation cache, such as `data.activation_cache.ActivationRows`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass
+class EvaluationArguments:
+    """How a lens is evaluated.
+
+    Raises:
+        ValueError: for a number below 1 or an unknown control.
+    """
+
+    rows: int = field(default=1024, metadata={"help": "At most this many rows, drawn at random."})
+    batch_size: int = field(default=64, metadata={"help": "Rows in a batch; it does not change the result."})
+    seed: int = field(default=0, metadata={"help": "Of the choice of rows, the random controls and the bootstrap."})
+    num_bootstrap: int = field(default=1000, metadata={"help": "Resamples of the 95% intervals."})
+    controls: list[str] = field(
+        default_factory=lambda: list(CONTROLS), metadata={"help": f"Any of {', '.join(CONTROLS)}."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "batch_size", "num_bootstrap"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_names(self.controls)
+
+
+class Evaluator:
+    """Measures a lens on rows that it was not trained on: `Evaluator(lens, rows, collator)()` gives the metrics.
+
+    Texts are greedy. Every row costs one pass of the subject over its context, and one token for each reconstruction.
+
+    Args:
+        lens: with its tokenizer, subject and statistics. It is in evaluation mode while it is measured.
+        rows: held-out rows of a cache that was made for this lens.
+        collator: for the lens's T.
+        arguments: the defaults if None.
+
+    Raises:
+        ValueError: if there are no rows, or the collator's T is not the lens's.
+    """
+
+    primary_metric = "fve"
+    greater_is_better = True
+
+    def __init__(
+        self,
+        lens: ConsistencyLensModel,
+        rows: Rows,
+        collator: ActivationCollator,
+        arguments: EvaluationArguments | None = None,
+    ) -> None:
+        if len(rows) == 0:
+            raise ValueError("evaluation: got no rows; hold out more documents")
+        if collator.num_text_tokens != lens.config.num_text_tokens:
+            raise ValueError(
+                f"evaluation: the collator has num_text_tokens={collator.num_text_tokens}, the lens "
+                f"{lens.config.num_text_tokens}; make a collator for the lens"
+            )
+        self.lens = lens
+        self.rows = rows
+        self.collator = collator
+        self.arguments = arguments if arguments is not None else EvaluationArguments()
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, Any]:
+        """The metrics, with the keys of `metrics.json`; KL in nats, perplexities a token, `seconds` of wall time.
+
+        Raises:
+            ValueError: if an activation or a result is not finite, naming what.
+        """
+        start = time.perf_counter()
+        with evaluation_mode(self.lens):
+            batches = self.batches()
+            documents = torch.cat([batch["document"] for batch in batches])
+            text_ids, columns = self.measure(batches, documents)
+        metrics = self.summarise(columns, documents, text_ids)
+        seconds = time.perf_counter() - start
+        return metrics | {"seconds": seconds, "samples_per_second": len(documents) / seconds}
+
+    def batches(self) -> list[Batch]:
+        """The chosen rows, collated. Rows of like length share a batch, which saves the passes over padding."""
+        count, limit = len(self.rows), self.arguments.rows
+        if count > limit:
+            chosen = np.sort(np.random.default_rng(self.arguments.seed).choice(count, size=limit, replace=False))
+        else:
+            chosen = np.arange(count)
+        rows = sorted((self.rows[int(index)] for index in chosen), key=lambda row: int(row["position"]))
+        size = self.arguments.batch_size
+        batches = [self.collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+        for batch in batches:
+            check_finite("the activations of the cache", batch["activations"])
+        return batches
+
+    def measure(self, batches: list[Batch], documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The decoder's texts (N, T), and for every row the addends (N,) of the sums that the metrics are made of."""
+        lens, arguments = self.lens, self.arguments
+        # KL recovered is measured from the mean, asked for or not.
+        names = list(dict.fromkeys(["mean", *arguments.controls]))
+        controls = Controls(lens, names, documents, arguments.seed)
+        texts: list[Tensor] = []
+        columns: dict[str, list[Tensor]] = defaultdict(list)
+        with tqdm(total=2 * len(documents), unit="row", desc="evaluation", disable=arguments.disable_tqdm) as bar:
+            # All texts come first: the shuffled control reads those of other batches.
+            for batch in batches:
+                texts.append(lens.decode_ids(batch["activations"].to(lens.device)))
+                bar.update(len(batch["activations"]))
+            text_ids = torch.cat(texts)
+            for rows, batch in numbered(batches):
+                batch = {name: tensor.to(lens.device) for name, tensor in batch.items()}
+                reconstructions = {"lens": read_ids(lens, text_ids[rows])}
+                reconstructions |= controls.reconstruct(batch, rows, text_ids)
+                for name, values in self.row_values(batch, text_ids[rows], reconstructions).items():
+                    columns[name].append(values.double().cpu())
+                bar.update(len(batch["activations"]))
+        joined = {name: torch.cat(values) for name, values in columns.items()}
+        # The mean direction is that of all rows, so these two cannot be summed batch by batch.
+        unit_norm = unit_norm_errors(joined.pop("target"), joined.pop("prediction"))
+        return text_ids.cpu(), joined | dict(zip(("unit_norm_error", "unit_norm_variance"), unit_norm, strict=True))
+
+    def row_values(self, batch: Batch, text_ids: Tensor, reconstructions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Addends (B,) of one batch, and its A and Â (B, d) as `target` and `prediction`."""
+        subject, target, prediction = self.lens.subject, batch["activations"], reconstructions["lens"]
+        context, logits = judge(subject, batch, torch.stack(list(reconstructions.values()), dim=1))
+        original = context.logits[:, 0]
+        values = {
+            "target": target,
+            "prediction": prediction,
+            "rows": torch.ones_like(batch["positions"]),
+            "variance": squared_error(target, self.lens.mean),
+            "cosine": torch.cosine_similarity(target.double(), prediction.double(), dim=-1),
+            "agreement": original.argmax(-1) == logits[:, 0].argmax(-1),
+            "text_nll": text_nll(subject, text_ids).sum(-1),
+            "text_tokens": torch.full_like(batch["positions"], text_ids.shape[1]),
+            "tail_nll": text_nll(subject, batch["tail_ids"], batch["tail_mask"]).sum(-1),
+            "tail_tokens": batch["tail_mask"].sum(-1),
+        }
+        for index, (name, reconstruction) in enumerate(reconstructions.items()):
+            values[f"error.{name}"] = squared_error(target, reconstruction)
+            values[f"kl.{name}"] = kl_divergence(original, logits[:, index])
+        for name, tensor in values.items():
+            check_finite(name, tensor)
+        return values
+
+    def summarise(self, columns: dict[str, Tensor], documents: Tensor, text_ids: Tensor) -> dict[str, Any]:
+        """Metrics, controls and intervals from the rows' addends."""
+        arguments = self.arguments
+        sums = {name: column.sum() for name, column in columns.items()}
+        resampled = bootstrap_sums(columns, documents, arguments.num_bootstrap, arguments.seed)
+        return {
+            **{name: float(statistic(sums)) for name, statistic in STATISTICS.items()},
+            "distinct_2": distinct_n(text_ids, 2),
+            "rows": len(documents),
+            "documents": len(documents.unique()),
+            "controls": {
+                name: {
+                    "fve": float(share_recovered(sums[f"error.{name}"], sums["variance"])),
+                    "kl_recovered": float(share_recovered(sums[f"kl.{name}"], sums["kl.mean"])),
+                }
+                for name in arguments.controls
+            },
+            "ci95": {name: list(percentile_interval(of_sums(resampled))) for name, of_sums in STATISTICS.items()},
+        }
+
+
+def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[SubjectContext, Tensor]:
+    """The subject with A and with each of n reconstructions in its place.
+
+    One pass over the contexts, and one token for each reconstruction: they are all queries at the same position.
+
+    Args:
+        subject: the model being read.
+        batch: from `data.collator.ActivationCollator`, on the subject's device.
+        reconstructions: (B, n, d).
+
+    Returns:
+        The context, read at P alone (K = 1), and the logits (B, n, V) after each replacement.
+    """
+    positions, count = batch["positions"][:, None], reconstructions.shape[1]
+    subject.check_one_token(batch["input_ids"].shape[1] + count)
+    context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
+    repeated = context._replace(positions=positions.expand(-1, count))
+    return context, subject.replaced_logits(repeated, reconstructions)
+
+
+def numbered(batches: list[Batch]) -> Iterator[tuple[slice, Batch]]:
+    """The batches, each with where its rows stand among all rows."""
+    start = 0
+    for batch in batches:
+        stop = start + len(batch["positions"])
+        yield slice(start, stop), batch
+        start = stop
+
+
+@contextmanager
+def evaluation_mode(lens: ConsistencyLensModel) -> Iterator[None]:
+    """Without dropout inside the `with` block, and as before after it."""
+    training = lens.training
+    lens.eval()
+    try:
+        yield
+    finally:
+        lens.train(training)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Checks the rows of a tensor (N, ...).
+
+    Raises:
+        ValueError: if one holds NaN or infinity.
+    """
+    bad = (~torch.isfinite(tensor)).flatten(1).any(-1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
+    if bad.any():
+        raise ValueError(
+            f"evaluation: {name} hold NaN or infinity in {int(bad.sum())} of {len(bad)} rows of a batch; "
+            "run `consistency-lens verify` on the cache, and check the lens's weights"
+        )
+
+
+def write_metrics(path: str | Path, metrics: dict[str, Any], arguments: EvaluationArguments) -> None:
+    """Writes metrics as JSON, with the resolved arguments under `arguments`; whole or not at all.
+
+    Raises:
+        ValueError: if a metric is NaN or infinite, which JSON has no word for.
+    """
+    text = json.dumps(metrics | {"arguments": asdict(arguments)}, indent=2, allow_nan=False)
+    write_whole(Path(path), text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears under its name whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

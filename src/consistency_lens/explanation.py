@@ -1,0 +1,144 @@
+"""What a lens says about a text, token by token."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .losses import kl_divergence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .modeling_consistency_lens import ConsistencyLensModel
+
+TOP_K = 3
+
+
+@dataclass(frozen=True)
+class TokenExplanation:
+    """One activation in words.
+
+    Attributes:
+        position: P, the index of the token whose activation is read.
+        token: that token.
+        text: the explanation.
+        fve: 1 - |A - Â|² / |A - mean|² of this one activation; 1 is perfect, 0 no better than the mean.
+        kl: KL(p(.|A) || p(.|Â)) in nats at this position.
+        top_before, top_after: the subject's likeliest next tokens with their probabilities, with A and with Â.
+    """
+
+    position: int
+    token: str
+    text: str
+    fve: float
+    kl: float
+    top_before: list[tuple[str, float]]
+    top_after: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Explanation(Sequence):
+    """The explanations of a text's tokens, in order; prints as a table."""
+
+    text: str
+    tokens: list[TokenExplanation]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tokens[index]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> Table:
+        table = Table(title="KL in nats; FVE 1 = perfect, 0 = the mean activation")
+        for column in ("position", "token", "explanation", "FVE", "KL", "next before", "next after"):
+            table.add_column(column, justify="right" if column in ("position", "FVE", "KL") else "left")
+        for row in self.tokens:
+            table.add_row(
+                str(row.position),
+                repr(row.token),
+                row.text.strip().replace("\n", "⏎"),
+                f"{row.fve:.2f}",
+                f"{row.kl:.2f}",
+                format_top(row.top_before),
+                format_top(row.top_after),
+                style=None,
+            )
+        return table
+
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=150).print(self.table(), markup=False)
+        return stream.getvalue()
+
+
+def format_top(top: list[tuple[str, float]]) -> str:
+    """`the 41% · a 12%`: tokens with their probabilities."""
+    return " · ".join(f"{token.strip() or repr(token)} {probability:.0%}" for token, probability in top)
+
+
+def top_tokens(logits: Tensor, tokenizer: PreTrainedTokenizerBase, k: int = TOP_K) -> list[list[tuple[str, float]]]:
+    """The k likeliest tokens and their probabilities for each row of logits (N, V)."""
+    probabilities, ids = logits.float().softmax(-1).topk(k, dim=-1)
+    return [
+        [(tokenizer.decode([token]), probability) for token, probability in zip(*row, strict=True)]
+        for row in zip(ids.tolist(), probabilities.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def explain_text(lens: ConsistencyLensModel, text: str, positions: list[int] | None = None) -> Explanation:
+    """Reads the activations of a text with `lens`; the work behind `ConsistencyLensModel.explain`.
+
+    Args:
+        lens: with its tokenizer and its subject.
+        text: any text; BOS is put before it where the tokenizer has one.
+        positions: token indices to read, BOS being index 0; every token after BOS if None.
+
+    Raises:
+        ValueError: if the text is empty, longer than the subject's context, or a position lies outside it.
+    """
+    tokenizer, subject = lens.require_tokenizer(), lens.subject
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = bos + tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) == len(bos):
+        raise ValueError("explain: got an empty text; pass at least one word")
+    limit = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or len(ids)
+    if len(ids) > limit:
+        raise ValueError(f"explain: the text has {len(ids)} tokens, the subject reads {limit}; pass a shorter text")
+    positions = list(range(len(bos), len(ids))) if positions is None else positions
+    outside = [p for p in positions if not 0 <= p < len(ids)]
+    if outside:
+        raise ValueError(f"explain: position {outside[0]} lies outside the text's 0..{len(ids) - 1}")
+
+    input_ids = torch.tensor([ids], device=lens.device)
+    context = subject.context(input_ids, torch.ones_like(input_ids), torch.tensor([positions], device=lens.device))
+    activations = context.activations[0].float()
+    decoded = lens.decode(activations)
+    reconstruction = lens.encode(decoded.token_ids)
+    logits_after = subject.replaced_logits(context, reconstruction[None])[0]
+    logits_before = context.logits[0]
+    kl = kl_divergence(logits_before, logits_after)
+    error = (activations - reconstruction).square().sum(-1)
+    fve = 1 - error / (activations - lens.mean).square().sum(-1)
+    columns = (
+        positions,
+        [tokenizer.decode([ids[p]]) for p in positions],
+        decoded.texts,
+        fve.tolist(),
+        kl.tolist(),
+        top_tokens(logits_before, tokenizer),
+        top_tokens(logits_after, tokenizer),
+    )
+    return Explanation(text, [TokenExplanation(*row) for row in zip(*columns, strict=True)])

@@ -1,0 +1,41 @@
+"""Cards of published artifacts, rendered from what was measured; nothing in them is typed by hand."""
+
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from ..evaluation.report import metrics_markdown
+from ..evaluation.samples import Sample
+from ..modeling_consistency_lens import ConsistencyLensModel
+
+
+def render(template: str, **values: Any) -> str:
+    """Renders a template of `hub/templates`; a value that is missing is an error, never an empty place."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    source = files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(**values)
+
+
+def write_lens_card(
+    folder: Path, lens: ConsistencyLensModel, metrics: dict[str, Any], samples: Sequence[Sample]
+) -> Path:
+    """Writes `README.md`, the model card of a trained lens, into its folder."""
+    provenance = lens.provenance or {}
+    text = render(
+        "lens_card.md.jinja",
+        name=folder.name,
+        config=lens.config,
+        recipe=provenance.get("recipe", {}),
+        train_rows=provenance.get("train_rows", "not measured"),
+        table=metrics_markdown(metrics),
+        samples=list(samples),
+    )
+    path = folder / "README.md"
+    partial = path.with_name(".README.md.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,261 @@
+"""The subject: the frozen model being read, and its next-token logits after one residual was replaced.
+
+The context before position P does not change when the residual at P is replaced. So one pass over the context, without
+gradient, gives the activations, the original logits and the key-value cache; the replaced pass is the K tokens at the
+positions alone, each against the cache entries before it and itself.
+"""
+
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .residual_stream import ResidualStream, gather_positions
+
+logger = logging.getLogger(__name__)
+
+# Random sequences that the self-check runs: the first of full length, the second padded.
+CHECK_ROWS, CHECK_POSITIONS, CHECK_MIN_LENGTH = 2, 3, 16
+
+
+class SubjectContext(NamedTuple):
+    """One pass of the subject over B sequences, read at K positions each."""
+
+    activations: Tensor
+    """Output of block `layer` at the positions, (B, K, d), in the model's dtype."""
+    logits: Tensor
+    """Next-token logits at the positions, (B, K, V)."""
+    cache: tuple[tuple[Tensor, Tensor], ...] | None
+    """Keys and values of every block over the whole sequence; None where the one-token pass is not in use."""
+    input_ids: Tensor
+    """(B, S) int64, right-padded."""
+    attention_mask: Tensor
+    """(B, S), 1 for real tokens."""
+    positions: Tensor
+    """(B, K) int64."""
+
+
+class Subject:
+    """The frozen model being read: its activations, its logits, and its logits after one residual was replaced.
+
+    Args:
+        model: a causal language model; it is frozen and put in evaluation mode.
+        layer: the block whose output is read and replaced, 0-based.
+        one_token: use the one-token pass where the architecture allows it. Where it does not, as a self-check finds
+            out, the plain pass over the whole sequence is used and the log says so once.
+
+    Raises:
+        ValueError: if the model has no such layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int, one_token: bool = True) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.stream = ResidualStream(model)
+        self.stream.check_layer(layer)
+        self.layer = layer
+        self._one_token = one_token
+        self._checked_length: float = 0
+
+    @torch.no_grad()
+    def activations(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Output of block `layer` at every token, (B, S, d); the blocks above and the head do not run.
+
+        Args:
+            input_ids: right-padded tokens, (B, S) int64.
+            attention_mask: 1 for real tokens, (B, S).
+        """
+        with self.stream.capture(self.layer, stop=True) as captured:
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return captured.activations
+
+    @torch.no_grad()
+    def context(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SubjectContext:
+        """Reads the subject at `positions`: activations, next-token logits and the cache for the replaced pass.
+
+        Args:
+            input_ids: right-padded tokens, (B, S) int64.
+            attention_mask: 1 for real tokens, (B, S).
+            positions: indices of real tokens, (B, K) int64.
+
+        Raises:
+            ValueError: if the shapes do not fit, a row is padded on the left or a position is not a real token.
+        """
+        _check_inputs(input_ids, attention_mask, positions)
+        one_token = self.check_one_token(input_ids.shape[1] + positions.shape[1])
+        return self._context(input_ids, attention_mask, positions, keep_cache=one_token)
+
+    def replaced_logits(self, context: SubjectContext, activations: Tensor) -> Tensor:
+        """Next-token logits at each position after its residual alone was replaced; gradient flows to `activations`.
+
+        Args:
+            context: what `context` returned.
+            activations: the new outputs of block `layer`, (B, K, d). Each of the K replacements is on its own: a
+                position does not see those at the others.
+
+        Returns:
+            Logits, (B, K, V).
+        """
+        if context.cache is None:
+            return self.replaced_logits_full(context, activations)
+        batch_size, num_positions = context.positions.shape
+        queries = torch.arange(num_positions, device=context.positions.device).expand(batch_size, -1)
+        with self.stream.replace(self.layer, queries, activations):
+            output = self.model(
+                input_ids=context.input_ids.gather(1, context.positions),
+                attention_mask=self._attention_mask(context, dtype=context.cache[0][0].dtype),
+                position_ids=context.positions,
+                past_key_values=_dynamic_cache(context.cache),
+                use_cache=True,
+            )
+        return output.logits
+
+    def replaced_logits_full(self, context: SubjectContext, activations: Tensor) -> Tensor:
+        """As `replaced_logits`, by K passes over the whole sequence: the reference, right for any architecture."""
+        logits = []
+        for position, activation in zip(context.positions.split(1, dim=1), activations.split(1, dim=1), strict=True):
+            with self.stream.replace(self.layer, position, activation), self.stream.select_positions(position):
+                output = self.model(
+                    input_ids=context.input_ids, attention_mask=context.attention_mask, use_cache=False
+                )
+            logits.append(output.logits)
+        return torch.cat(logits, dim=1)
+
+    def check_one_token(self, length: int) -> bool:
+        """Whether the one-token pass is in use for sequences of `length` tokens; tries the model where not known yet.
+
+        `context` calls it by itself. Where ranks share the subject's weights (FSDP, ZeRO-3), first call it on every
+        rank with the longest length, so that none runs a check on its own later.
+
+        Args:
+            length: tokens of the sequence plus the number of positions.
+        """
+        if self._one_token and length > self._checked_length:
+            limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+            tested_length = int(min(max(CHECK_MIN_LENGTH, 1 << (length - 1).bit_length()), limit))
+            reason = self._failure_of_one_token(tested_length)
+            # A model cannot be tried beyond its positions: the answer there is the answer for good.
+            self._checked_length = math.inf if tested_length == limit else tested_length
+            if reason is not None:
+                self._one_token = False
+                logger.warning(
+                    "%s: the one-token pass is off, whole sequences are run instead: %s",
+                    type(self.model).__name__,
+                    reason,
+                )
+        return self._one_token
+
+    def _context(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep_cache: bool
+    ) -> SubjectContext:
+        # Built without a config, the cache keeps sliding-window layers at full length, which one shared mask needs.
+        cache = DynamicCache() if keep_cache else None
+        with self.stream.capture(self.layer) as captured, self.stream.select_positions(positions):
+            output = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=keep_cache
+            )
+        return SubjectContext(
+            activations=gather_positions(captured.activations, positions),
+            logits=output.logits,
+            cache=None if cache is None else tuple((keys, values) for keys, values, *_ in cache),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            positions=positions,
+        )
+
+    def _attention_mask(self, context: SubjectContext, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """Additive masks (B, 1, K, S + K): a query sees the real tokens before its position, and itself.
+
+        `dtype` is the keys' dtype: the one that attention runs in, under autocast too. One tensor is returned, or one
+        for each kind of attention where the model mixes full and sliding-window blocks.
+        """
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        default = "full_attention" if window is None else "sliding_attention"
+        kinds = set(getattr(config, "layer_types", None) or [default])
+
+        positions = context.positions
+        distance = positions[..., None] - torch.arange(context.input_ids.shape[1], device=positions.device)
+        before = (distance > 0) & context.attention_mask[:, None].bool()
+        itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device).expand(
+            len(positions), -1, -1
+        )
+        visible = {"full_attention": before}
+        if window is not None:
+            visible["sliding_attention"] = before & (distance < window)
+        masks = {}
+        for kind in kinds:
+            hidden = ~torch.cat([visible[kind], itself], dim=-1)[:, None]
+            masks[kind] = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    @torch.no_grad()
+    def _failure_of_one_token(self, length: int) -> str | None:
+        """Runs both passes on random sequences of `length` tokens; why the one-token pass must stay off, or None."""
+        input_ids, attention_mask, positions = self._random_inputs(length)
+        reference = self._context(input_ids, attention_mask, positions, keep_cache=False)
+        # The residuals of the other row: of realistic size, and wrong enough to show.
+        replacement = reference.activations.roll(1, dims=0)
+        expected = self.replaced_logits_full(reference, replacement)
+        try:
+            context = self._context(input_ids, attention_mask, positions, keep_cache=True)
+            logits = self.replaced_logits(context, replacement)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's code does with a mask that it does not know
+            return f"it fails with {type(error).__name__}: {error}"
+        dtypes = {self.model.dtype, logits.dtype, *(keys.dtype for keys, _ in context.cache or ())}
+        # Rounding stays below the root of the dtype's precision (and of TF32's); a wrong mask does not.
+        tolerance = max(1e-3, *(math.sqrt(torch.finfo(dtype).eps) for dtype in dtypes))
+        expected = expected.float()
+        difference = (logits.float() - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()
+        # Written so that NaN fails.
+        if difference <= tolerance:
+            return None
+        return f"its logits differ by {difference:.1e} of their size at {length} tokens (tolerance {tolerance:.1e})"
+
+    def _random_inputs(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Input ids, attention mask and positions of random sequences; the global random state is left alone."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (CHECK_ROWS, length)
+        input_ids = torch.randint(self.model.config.get_text_config().vocab_size, shape, generator=generator)
+        lengths = torch.tensor([length, max(CHECK_POSITIONS, length * 3 // 4)])
+        attention_mask = (torch.arange(length) < lengths[:, None]).long()
+        fractions = torch.rand(CHECK_ROWS, CHECK_POSITIONS, generator=generator)
+        fractions[:, -1] = 1.0
+        positions = (fractions * (lengths[:, None] - 1)).long()
+        device = self.stream.input_embedding.get_parameter("weight").device
+        return input_ids.to(device), attention_mask.to(device), positions.to(device)
+
+
+def _dynamic_cache(cache: tuple[tuple[Tensor, Tensor], ...]) -> DynamicCache:
+    """A cache over the given keys and values; appending to it concatenates and so leaves them as they are."""
+    dynamic_cache = DynamicCache()
+    for keys, values in cache:
+        layer = DynamicLayer()
+        # Set directly, as `update` would copy the whole context once more.
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        dynamic_cache.layers.append(layer)
+    return dynamic_cache
+
+
+def _check_inputs(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> None:
+    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"input_ids and attention_mask must both be (B, S), got {tuple(input_ids.shape)} and "
+            f"{tuple(attention_mask.shape)}"
+        )
+    if positions.ndim != 2 or len(positions) != len(input_ids):
+        raise ValueError(f"positions must be (B, K) with B={len(input_ids)}, got {tuple(positions.shape)}")
+    length = input_ids.shape[1]
+    inside = (positions >= 0) & (positions < length)
+    real = inside & attention_mask.gather(1, positions.clamp(0, length - 1)).bool()
+    if not (real.all() & attention_mask[:, 0].all()):
+        raise ValueError(
+            "positions must be indices of real tokens in sequences padded on the right, got a position on padding or "
+            "outside the sequence, or a row padded on the left; set tokenizer.padding_side='right'"
+        )

@@ -1,0 +1,123 @@
+"""The training arguments: everything of `transformers.TrainingArguments`, and what a lens needs beside it."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..schedules import Schedule, parse_duration
+
+OBJECTIVES = ("warm_start", "gumbel")
+LM_REFERENCES = ("subject", "warm_start")
+LM_DIRECTIONS = ("forward", "reverse")
+DELTA_RESIDUALS = ("none", "detached", "full")
+SCHEDULED = ("tau", "kl_weight", "lm_weight", "mse_weight", "entropy_weight", "ce_weight", "learning_rate_schedule")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training: `objective` for `duration` ("1500s", "2e", "60%"; None: until the end)."""
+
+    objective: str
+    duration: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Stage":
+        objective, *rest = text.split()
+        if objective not in OBJECTIVES or len(rest) > 1:
+            raise ValueError(
+                f"stages: each is '<objective> [duration]' with objective one of {', '.join(OBJECTIVES)}, got {text!r}"
+            )
+        return cls(objective, rest[0] if rest else None)
+
+
+@dataclass
+class ConsistencyLensTrainingArguments(TrainingArguments):
+    """Arguments of `ConsistencyLensTrainer`. `learning_rate` is the decoder's; schedules count steps from the start of
+    the stage that uses them, in the grammar of `schedules.py` ("linear 0 -> 1 over 50%")."""
+
+    stages: list[str] = field(
+        default_factory=lambda: ["warm_start 50%", "gumbel"],
+        metadata={"help": "Objectives in order with their durations, e.g. 'warm_start 60%' gumbel."},
+    )
+    encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the encoder; the decoder's if unset. Well above it is good."}
+    )
+    projection_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of projections and prompts; their clone's if unset."}
+    )
+    learning_rate_schedule: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on every learning rate, one schedule for each stage, e.g. 'cosine 1 -> 0.1 warmup 5%'. "
+            "Unset: lr_scheduler_type over the whole run."
+        },
+    )
+    ce_weight: str = field(default="1", metadata={"help": "Warm start: weight of the decoder's cross-entropy."})
+    mse_weight: str = field(default="1", metadata={"help": "Weight of the normalised squared error."})
+    kl_weight: str = field(default="1", metadata={"help": "Weight of KL(p(.|A) || p(.|reconstruction))."})
+    lm_weight: str = field(default="0.1", metadata={"help": "Weight of the divergence from the LM reference."})
+    entropy_weight: str = field(default="0", metadata={"help": "Weight of the decoder's entropy (subtracted)."})
+    tau: str = field(default="1", metadata={"help": "Temperature of the straight-through gradient."})
+    lm_reference: str = field(default="warm_start", metadata={"help": "What text is held close to.", "choices": LM_REFERENCES})
+    lm_direction: str = field(
+        default="reverse",
+        metadata={"help": "forward: KL(reference || decoder); reverse: KL(decoder || reference).", "choices": LM_DIRECTIONS},
+    )
+    delta_residual: str = field(
+        default="none",
+        metadata={"help": "Judge reconstruction + (A' - A'_hat) by the KL; detached stops its gradient.", "choices": DELTA_RESIDUALS},
+    )
+    own_share: float = field(
+        default=0.25, metadata={"help": "Warm start: share of rows whose text the encoder gets from the decoder itself."}
+    )
+    max_nonfinite_steps: int = field(
+        default=100, metadata={"help": "Stop after this many steps in a row with gradients that are not finite."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False  # the collator reads columns that `forward` does not name
+        stages = self.parsed_stages()
+        if any(stage.duration is None for stage in stages[:-1]):
+            raise ValueError("stages: every stage but the last needs a duration, e.g. 'warm_start 60%'")
+        for name in SCHEDULED:
+            value = getattr(self, name)
+            for text in value if isinstance(value, list) else [value]:
+                if text is not None:
+                    Schedule.parse(str(text))
+        for name, allowed in (
+            ("lm_reference", LM_REFERENCES),
+            ("lm_direction", LM_DIRECTIONS),
+            ("delta_residual", DELTA_RESIDUALS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0 <= self.own_share <= 1:
+            raise ValueError(f"own_share must lie in 0..1, got {self.own_share}")
+        if self.learning_rate_schedule is not None and len(self.learning_rate_schedule) != len(stages):
+            raise ValueError(
+                f"learning_rate_schedule: got {len(self.learning_rate_schedule)} for {len(stages)} stages; give one each"
+            )
+        gumbel_first = stages[0].objective == "gumbel"
+        if gumbel_first and self.lm_reference == "warm_start" and str(self.lm_weight) != "0":
+            raise ValueError(
+                "lm_reference='warm_start' needs a warm_start stage before gumbel; add one or take lm_reference=subject"
+            )
+
+    def parsed_stages(self) -> list[Stage]:
+        if not self.stages:
+            raise ValueError("stages: got none; give at least one, e.g. 'warm_start 60%' gumbel")
+        return [Stage.parse(text) for text in self.stages]
+
+    def stage_starts(self, steps_per_epoch: int, total_steps: int) -> list[int]:
+        """First step of each stage.
+
+        Raises:
+            ValueError: if the stages before the last use up all steps.
+        """
+        starts = [0]
+        for stage in self.parsed_stages()[:-1]:
+            starts.append(starts[-1] + parse_duration(stage.duration, steps_per_epoch, total_steps))
+        if starts[-1] >= total_steps and len(starts) > 1:
+            raise ValueError(f"stages: the last would start at step {starts[-1]} of {total_steps}; shorten those before")
+        return starts

@@ -1,0 +1,54 @@
+"""Callbacks of the trainer."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class SkipNonfiniteSteps(TrainerCallback):
+    """Drops the update of a step whose gradients hold NaN or infinity, counts it, and stops a run that only does that.
+
+    Without gradients the optimizer leaves parameters and moments as they are. The count is logged as `skipped_steps`.
+
+    Args:
+        limit: stop after this many skipped steps in a row.
+    """
+
+    def __init__(self, limit: int = 100):
+        self.limit = limit
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if gradients_are_finite(model):
+            self.in_a_row = 0
+            return
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.skipped += 1
+        self.in_a_row += 1
+        logger.warning("step %d skipped: its gradients are not finite (%d so far)", state.global_step, self.skipped)
+        if self.in_a_row >= self.limit:
+            raise RuntimeError(
+                f"{self.in_a_row} steps in a row had gradients that are not finite (last: step {state.global_step}); "
+                "lower the learning rates or max_grad_norm, or train in float32"
+            )
+
+
+def gradients_are_finite(model: torch.nn.Module) -> bool:
+    """Whether every gradient, on every process, is finite (one reduction and one host sync)."""
+    gradients: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return True
+    norms = torch.stack([norm.float().to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
+    finite = torch.isfinite(norms).all().int()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+    return bool(finite)

@@ -1,0 +1,108 @@
+"""Optimizer, scheduler and random states on disk without pickle: tensors in safetensors, the rest in JSON."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+OPTIMIZER_TENSORS, OPTIMIZER_JSON = "optimizer.safetensors", "optimizer.json"
+SCHEDULER_JSON = "scheduler.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON through a temporary name, so that a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes safetensors through a temporary name."""
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def save_optimizer(optimizer: Any, folder: Path) -> None:
+    """Writes an optimizer's state: `<index>.<name>` tensors, and everything that is no tensor as JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    write_tensors(folder / OPTIMIZER_TENSORS, tensors)
+    write_json(folder / OPTIMIZER_JSON, {"param_groups": state["param_groups"], "scalars": scalars})
+
+
+def load_optimizer(optimizer: Any, folder: Path) -> None:
+    """Reads what `save_optimizer` wrote.
+
+    Raises:
+        ValueError: if the checkpoint trained another set of parameter groups.
+    """
+    saved = json.loads((folder / OPTIMIZER_JSON).read_text(encoding="utf-8"))
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    own_sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != own_sizes:
+        raise ValueError(f"checkpoint: parameter groups of sizes {sizes}, the run has {own_sizes}; resume the same recipe")
+    state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in saved["scalars"].items()}
+    for key, tensor in load_file(folder / OPTIMIZER_TENSORS).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def save_scheduler(scheduler: Any, folder: Path) -> None:
+    """Writes a learning-rate scheduler's counters (its functions are rebuilt from the arguments)."""
+    state = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
+    write_json(folder / SCHEDULER_JSON, state)
+
+
+def load_scheduler(scheduler: Any, folder: Path) -> None:
+    saved = json.loads((folder / SCHEDULER_JSON).read_text(encoding="utf-8"))
+    current = scheduler.state_dict()
+    scheduler.load_state_dict({**current, **saved})
+
+
+def random_state_file(process_index: int, extension: str) -> str:
+    return f"rng_state_{process_index}.{extension}"
+
+
+def save_random_states(folder: Path, process_index: int) -> None:
+    """Writes the states of python's, numpy's and torch's generators (all CUDA devices too) of this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numpy_name, numpy_keys, *numpy_rest = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy_keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    write_tensors(folder / random_state_file(process_index, "safetensors"), tensors)
+    content = {"python": random.getstate(), "numpy": [numpy_name, *numpy_rest]}
+    write_json(folder / random_state_file(process_index, "json"), content)
+
+
+def load_random_states(folder: Path, process_index: int) -> bool:
+    """Restores what `save_random_states` wrote; False if this process has no saved states."""
+    path = folder / random_state_file(process_index, "json")
+    if not path.is_file():
+        return False
+    content = json.loads(path.read_text(encoding="utf-8"))
+    tensors = load_file(folder / random_state_file(process_index, "safetensors"))
+    version, internal, gauss = content["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_name, *numpy_rest = content["numpy"]
+    np.random.set_state((numpy_name, tensors["numpy"].numpy().astype(np.uint32), *numpy_rest))
+    torch.set_rng_state(tensors["torch"])
+    cuda = [tensors[f"cuda.{i}"] for i in range(len(tensors) - 2)]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    return True

@@ -1,0 +1,178 @@
+"""What a step optimises: small classes, batch in, dictionary of losses out.
+
+Each objective goes through `lens.forward` exactly once a step (DDP, FSDP and DeepSpeed hook that call), returns its
+terms unweighted, and names them as the weights in `ConsistencyLensTrainingArguments` are named.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import (
+    entropy,
+    functional_target,
+    kl_divergence,
+    normalised_mse,
+    token_cross_entropy,
+)
+from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
+from ..straight_through import row_keys
+from ..subject import Subject
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Step:
+    """Where training stands when a batch is handled.
+
+    Attributes:
+        seed, number: with a row's index they fix its sampling noise, whatever process handles the row.
+        tau: temperature of the straight-through gradient.
+    """
+
+    seed: int
+    number: int
+    tau: float = 1.0
+
+    def keys(self, rows: Tensor, draw: int = 0) -> Tensor:
+        """Noise keys (B,) for the rows with the given cache indices; `draw` tells several samples of one row apart."""
+        return row_keys(self.seed, self.number, rows, draw)
+
+
+@dataclass
+class Losses:
+    """Terms of one batch.
+
+    Attributes:
+        terms: name -> scalar with gradient, not yet weighted.
+        metrics: name -> scalar, only to be logged.
+    """
+
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Batch in, losses out. `model` is the (possibly wrapped) lens, `lens` the same without wrapper."""
+
+    def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses: ...
+
+
+@dataclass
+class WarmStart:
+    """Self-supervised start: no labels, no API.
+
+    The decoder predicts the last T tokens of the context from the activation at their end (cross-entropy, `ce`); the
+    encoder regresses the activation (`mse`) from those tokens and, for `own_share` of the rows, from the decoder's own
+    samples, so that it has read the texts that it will be given later.
+    """
+
+    own_share: float = 0.0
+
+    def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
+        activations, tail_ids = batch["activations"], batch["tail_ids"]
+        encoder_ids = tail_ids
+        num_own = round(self.own_share * len(activations))
+        if num_own:
+            own = lens.decode_ids(activations[:num_own], keys=step.keys(batch["rows"][:num_own]))
+            encoder_ids = torch.cat([own, tail_ids[num_own:]])
+        output = model(activations=activations, text_ids=tail_ids, encoder_text_ids=encoder_ids)
+        mse = normalised_mse(activations, output.reconstruction, lens.rms)
+        terms = {"ce": token_cross_entropy(output.logits, tail_ids).mean(), "mse": mse.mean()}
+        metrics = {"mse_true_text": mse[num_own:].mean()}
+        if num_own:
+            metrics["mse_own_text"] = mse[:num_own].mean()
+        return Losses(terms, metrics)
+
+
+@dataclass
+class Gumbel:
+    """The objective of the plan: generate softly, reconstruct, and let the subject judge the reconstruction.
+
+    `kl`: KL(p(.|A) || p(.|Â)) in nats at position P. `lm`: divergence between the decoder's next-token distributions
+    along its own text and the reference's. `mse`: normalised. `entropy`: of the decoder, to be subtracted.
+
+    Args:
+        subject: the frozen model being read.
+        lm_reference: "subject" (which reads the text after BOS) or "warm_start" (the decoder as warm start left it, which
+            reads the activation too).
+        lm_direction: "forward" is KL(reference || decoder), as in the plan; "reverse" is KL(decoder || reference),
+            which punishes words that the reference would not say.
+        delta_residual: "none": Â is judged; "detached" or "full": Â + (A' - Â') is, without or with the gradient of the
+            second term (a second activation A' then goes through the lens in the same pass).
+        needs_kl: whether the KL has any weight; without one the subject need not run.
+    """
+
+    subject: Subject
+    lm_reference: str = "subject"
+    lm_direction: str = "forward"
+    delta_residual: str = "none"
+    needs_kl: bool = True
+    needs_lm: bool = True
+    reference: LensDecoder | None = None
+
+    def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
+        activations = batch["activations"]
+        keys = step.keys(batch["rows"])
+        if self.delta_residual == "none":
+            output = model(activations=activations, noise_keys=keys, tau=step.tau)
+            reconstruction = judged = output.reconstruction
+            logits, ids = output.logits, output.text_ids
+        else:
+            both = torch.cat([activations, batch["other_activations"]])
+            both_keys = torch.cat([keys, step.keys(batch["rows"], draw=1)])
+            output = model(activations=both, noise_keys=both_keys, tau=step.tau)
+            reconstruction, other = output.reconstruction.chunk(2)
+            judged = functional_target(
+                reconstruction, batch["other_activations"], other, detach=self.delta_residual == "detached"
+            )
+            logits, ids = output.logits[: len(activations)], output.text_ids[: len(activations)]
+
+        terms = {
+            "mse": normalised_mse(activations, reconstruction, lens.rms).mean(),
+            "entropy": entropy(logits).mean(),
+        }
+        if self.needs_kl:
+            terms["kl"] = functional_kl(self.subject, batch, judged).mean()
+        if self.needs_lm:
+            reference = self.reference_logits(activations, ids)
+            pair = (reference, logits) if self.lm_direction == "forward" else (logits, reference)
+            terms["lm"] = kl_divergence(*pair).mean()
+        return Losses(terms)
+
+    @torch.no_grad()
+    def reference_logits(self, activations: Tensor, ids: Tensor) -> Tensor:
+        """The reference's logits (B, T, V) for each token of the decoder's text."""
+        if self.lm_reference == "subject":
+            return subject_text_logits(self.subject, ids)
+        if self.reference is None:
+            raise ValueError(
+                "lm_reference='warm_start' needs a finished warm start; put a warm_start stage before this one"
+            )
+        return self.reference(activations, ids)
+
+
+def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Tensor:
+    """KL(p(.|A) || p(.|Â)) in nats for each row, (B,): what the subject would predict instead."""
+    positions = batch["positions"][:, None]
+    context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
+    replaced = subject.replaced_logits(context, reconstruction[:, None])
+    return kl_divergence(context.logits, replaced)[:, 0]
+
+
+def subject_text_logits(subject: Subject, ids: Tensor) -> Tensor:
+    """The subject's logits (B, T, V) for each token of texts (B, T), read after BOS (or EOS, if it has no BOS)."""
+    config = subject.model.config.get_text_config()
+    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    inputs = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+    return subject.model(input_ids=inputs, use_cache=False).logits
+
+
+def freeze_copy(decoder: LensDecoder) -> LensDecoder:
+    """A frozen copy of a decoder: trained tensors copied, frozen ones shared."""
+    memo: dict[int, Any] = {id(t): t for t in decoder.parameters() if not t.requires_grad}
+    return copy.deepcopy(decoder, memo).requires_grad_(False).eval()

@@ -1,0 +1,281 @@
+"""`ConsistencyLensTrainer`: a `transformers.Trainer` whose loss is a lens objective, stage after stage."""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..modeling_consistency_lens import ConsistencyLensModel
+from ..schedules import ResolvedSchedule, Schedule
+from . import checkpoint
+from .arguments import ConsistencyLensTrainingArguments
+from .callbacks import SkipNonfiniteSteps
+from .objectives import Gumbel, Losses, Objective, Step, WarmStart, freeze_copy
+
+logger = logging.getLogger(__name__)
+
+WEIGHTED_TERMS = {"ce": 1.0, "mse": 1.0, "kl": 1.0, "lm": 1.0, "entropy": -1.0}  # term -> sign in the loss
+REFERENCE_FILE = "reference.safetensors"
+
+
+class ConsistencyLensTrainer(Trainer):
+    """Trains a `ConsistencyLensModel` through the stages that its arguments name.
+
+    Everything of `Trainer` works as usual. Beside it: each loss term, the temperature, the weights, every learning
+    rate, samples and tokens per second and the peak memory are logged; a step whose gradients are not finite is
+    skipped and counted; checkpoints hold no pickle.
+
+    Args:
+        model: the lens; its `subject` must be attached or loadable.
+        args: `ConsistencyLensTrainingArguments`.
+        kwargs: as in `Trainer`: `train_dataset` of activation rows, `data_collator` an `ActivationCollator`, ...
+    """
+
+    # Each loss is the mean over its micro-batch, so accumulation has to divide it.
+    loss_is_scaled_for_ga = False
+    args: ConsistencyLensTrainingArguments
+
+    def __init__(self, model: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, **kwargs: Any):
+        super().__init__(model=model, args=args, **kwargs)
+        self.can_return_loss = True
+        self.label_names = []
+        self.lens = model
+        self.skipper = SkipNonfiniteSteps(args.max_nonfinite_steps)
+        self.add_callback(self.skipper)
+        self.lens.subject.model.to(args.device)
+        self._objectives: dict[int, Objective] = {}
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
+        self._counts: dict[str, int] = defaultdict(int)
+        self._since = (0, 0, time.perf_counter())  # samples and tokens handled, and when counting began
+
+    # --- stages and schedules
+
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps in one pass over the training rows; None for data of unknown length."""
+        try:
+            rows = len(self.train_dataset)
+        except TypeError:
+            return None
+        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return max(1, rows // batch if self.args.dataloader_drop_last else -(-rows // batch))
+
+    def stage_bounds(self, total_steps: int) -> list[tuple[int, int]]:
+        """(first step, step after the last) of each stage."""
+        starts = self.args.stage_starts(self.steps_per_epoch() or total_steps, total_steps)
+        return list(zip(starts, [*starts[1:], total_steps], strict=True))
+
+    def stage_at(self, step: int, total_steps: int) -> tuple[int, int, int]:
+        """(index, first step, length) of the stage that `step` lies in."""
+        bounds = self.stage_bounds(total_steps)
+        index = max(i for i, (start, _) in enumerate(bounds) if start <= step or i == 0)
+        return index, bounds[index][0], bounds[index][1] - bounds[index][0]
+
+    def scheduled(self, text: str, step: int, total_steps: int) -> float:
+        """A schedule's value at a global step; schedules run from the start of their stage to its end."""
+        _, start, length = self.stage_at(step, total_steps)
+        resolved: ResolvedSchedule = Schedule.parse(text).resolve(self.steps_per_epoch(), length)
+        return resolved(step - start)
+
+    def objective_at(self, index: int) -> Objective:
+        """The objective of a stage, made when first needed; a Gumbel stage takes its reference then."""
+        if index not in self._objectives:
+            self._objectives[index] = self.make_objective(self.args.parsed_stages()[index].objective)
+        return self._objectives[index]
+
+    def make_objective(self, name: str) -> Objective:
+        args = self.args
+        if name == "warm_start":
+            return WarmStart(own_share=args.own_share)
+        needs_lm = args.lm_weight != "0"
+        return Gumbel(
+            subject=self.lens.subject,
+            lm_reference=args.lm_reference,
+            lm_direction=args.lm_direction,
+            delta_residual=args.delta_residual,
+            needs_kl=args.kl_weight != "0",
+            needs_lm=needs_lm,
+            reference=freeze_copy(self.lens.decoder) if needs_lm and args.lm_reference == "warm_start" else None,
+        )
+
+    # --- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted sum of the current objective's terms."""
+        number, total = self.state.global_step, max(1, self.state.max_steps)
+        index, _, _ = self.stage_at(min(number, total - 1), total)
+        step = Step(self.args.seed, number, self.scheduled(self.args.tau, number, total))
+        losses = self.objective_at(index)(model, self.lens, inputs, step)
+        weights = {name: self.scheduled(getattr(self.args, f"{name}_weight"), number, total) for name in losses.terms}
+        loss = torch.stack([WEIGHTED_TERMS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
+        if model.training:
+            self.remember(losses, weights, inputs, step)
+        return (loss, {}) if return_outputs else loss
+
+    def remember(self, losses: Losses, weights: dict[str, float], inputs: dict[str, Tensor], step: Step) -> None:
+        """Adds a batch's values to the running means that `log` reports; no host sync."""
+        values = {**losses.terms, **losses.metrics}
+        for name, value in values.items():
+            self._sums[name] += value.detach().float()
+            self._counts[name] += 1
+        for name, value in {"tau": step.tau, **{f"{name}_weight": w for name, w in weights.items()}}.items():
+            self._sums[name] += value
+            self._counts[name] += 1
+        samples, tokens, since = self._since
+        # padding counts: it is what the machine works on, and counting real tokens would sync with the device
+        tokens += inputs["input_ids"].numel() + len(inputs["activations"]) * self.lens.config.num_text_tokens
+        self._since = (samples + len(inputs["activations"]), tokens, since)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the lens's own figures to what `Trainer` logs during training."""
+        if self._counts and "loss" in logs:
+            names = sorted(self._sums)
+            means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+            if self.args.world_size > 1:
+                means = self.accelerator.reduce(means, reduction="mean")
+            logs |= dict(zip(names, means.tolist(), strict=True))
+            samples, tokens, since = self._since
+            seconds = (time.perf_counter() - since) / self.args.world_size
+            logs |= {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
+            logs |= {"peak_memory_gb": peak_memory_bytes(self.args.device) / 1e9}
+            logs |= {f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            logs["skipped_steps"] = self.skipper.skipped
+            self._sums.clear()
+            self._counts.clear()
+            self._since = (0, 0, time.perf_counter())
+        super().log(logs, start_time)
+
+    # --- the optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group for each clone and for each clone's projections and prompts, with own learning rates."""
+        if self.optimizer is None:
+            opt_model = self.model if model is None else model
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            self.optimizer = optimizer_class(self.parameter_groups(opt_model), **kwargs)
+        return self.optimizer
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        rates = {"decoder": self.args.learning_rate, "encoder": self.args.learning_rate}
+        if self.args.encoder_learning_rate is not None:
+            rates["encoder"] = self.args.encoder_learning_rate
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                clone = "encoder" if "encoder." in name else "decoder"
+                kind = "base" if ".base." in name else "projections"
+                # as is usual, norms and biases do not decay; identity-started projections should not shrink to zero
+                decays = kind == "base" and parameter.ndim >= 2
+                groups[f"{clone}_{kind}", decays].append(parameter)
+        result = []
+        for (name, decays), parameters in groups.items():
+            clone, kind = name.split("_")
+            own_rate = self.args.projection_learning_rate if kind == "projections" else None
+            rate = rates[clone] if own_rate is None else own_rate
+            decay = self.args.weight_decay if decays else 0.0
+            result.append({"name": name, "params": parameters, "lr": rate, "weight_decay": decay})
+        return result
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """One factor for all groups: a schedule for each stage, or `lr_scheduler_type` over the whole run."""
+        schedules = self.args.learning_rate_schedule
+        if schedules is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            bounds = self.stage_bounds(num_training_steps)
+            resolved = [
+                Schedule.parse(text).resolve(self.steps_per_epoch(), end - start)
+                for text, (start, end) in zip(schedules, bounds, strict=True)
+            ]
+
+            def factor(step: int) -> float:
+                index, start, _ = self.stage_at(step, num_training_steps)
+                # a schedule's warm-up is 0 at its first step, which would waste that step
+                return resolved[index](step - start + 1)
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # --- checkpoints without pickle
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.lens.save_pretrained(folder, state_dict=state_dict)
+        checkpoint.write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
+        references = [o.reference for o in self._objectives.values() if isinstance(o, Gumbel) and o.reference is not None]
+        if references:
+            checkpoint.write_tensors(folder / REFERENCE_FILE, references[-1].trained_tensors())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise ValueError(f"checkpoint: no {weights.name} in {str(folder)!r}; pass a checkpoint-<step> folder")
+        self.load_reference(folder)
+        self.lens.load_trained_tensors(load_file(weights))
+
+    def load_reference(self, folder: Path) -> None:
+        """Rebuilds the reference of a Gumbel stage that the checkpoint was written in."""
+        path = folder / REFERENCE_FILE
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        index, _, _ = self.stage_at(state["global_step"], state["max_steps"])
+        objective = self.args.parsed_stages()[index].objective
+        wants = objective == "gumbel" and self.args.lm_reference == "warm_start" and self.args.lm_weight != "0"
+        started = self.stage_bounds(state["max_steps"])[index][0] < state["global_step"]
+        if not (wants and started):
+            return
+        if not path.is_file():
+            raise ValueError(f"checkpoint: {path.name} is missing in {str(folder)!r}; resume from an earlier checkpoint")
+        self.lens.decoder.load_trained_tensors(load_file(path))
+        self._objectives[index] = self.make_objective(objective)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            checkpoint.save_optimizer(self.optimizer, Path(output_dir))
+            checkpoint.save_scheduler(self.lr_scheduler, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, resume: str | None) -> None:
+        if resume is None:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(resume)
+        else:
+            checkpoint.load_optimizer(self.optimizer, Path(resume))
+            checkpoint.load_scheduler(self.lr_scheduler, Path(resume))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpoint.save_random_states(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, resume: str | None) -> None:
+        if resume is not None and not checkpoint.load_random_states(Path(resume), self.args.process_index):
+            logger.warning("no random states of process %d in %s; sampling restarts", self.args.process_index, resume)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,98 @@
+"""Interleaved timing of two callables, and the result file that every benchmark writes."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+NUM_THREADS = 2
+# Large logits are otherwise mapped and unmapped at every step, which drowns what is measured.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+
+
+def prepare() -> torch.device:
+    """Restarts the process under the malloc settings if needed, sets the threads, and returns the device to use."""
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    torch.set_num_threads(NUM_THREADS)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that one call takes, to the end of its work on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(
+    name: str, what: str, ours: Callable[[], Any], theirs: Callable[[], Any], device: torch.device, runs: int = 9
+) -> dict[str, Any]:
+    """Times both callables in turn, `runs` times each after two warm-up calls, and writes the medians.
+
+    Returns:
+        What was written; `ratio` is theirs / ours, so above 1 means that ours is faster.
+    """
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    sides = {"ours": ours, "theirs": theirs}
+    for run in range(-2, runs):
+        # The order changes, so that neither side always runs on the other's warm cache.
+        for side in sorted(sides, reverse=bool(run % 2)):
+            elapsed = seconds(sides[side], device)
+            if run >= 0:
+                times[side].append(elapsed)
+    medians = {side: statistics.median(values) for side, values in times.items()}
+    return write_result(name, what, "seconds", medians["ours"], medians["theirs"], runs, device)
+
+
+def write_result(
+    name: str, what: str, unit: str, ours: float, theirs: float, runs: int, device: torch.device
+) -> dict[str, Any]:
+    """Writes `results/<name>.json` (`results/gpu/<name>.json` on a GPU) for a quantity of which less is better."""
+    result = {
+        "name": name,
+        "what": what,
+        "unit": unit,
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": theirs / ours,
+        "runs": runs,
+        "machine": machine(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    path = (RESULTS / "gpu" if device.type == "cuda" else RESULTS) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(f"{name}: {theirs:.4g} -> {ours:.4g} {unit}, {result['ratio']:.2f}x ({what})\n")
+    return result
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The hardware and settings that a result depends on."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "malloc": MALLOC}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

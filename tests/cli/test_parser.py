@@ -1,0 +1,40 @@
+from dataclasses import dataclass, field
+
+import pytest
+
+from consistency_lens.cli.parser import parse_arguments
+
+
+@dataclass
+class Arguments:
+    layer: int = 0
+    rate: float = 1.0
+    name: str = ""
+    stages: list[str] = field(default_factory=lambda: ["a"])
+    flag: bool = False
+
+
+def parse(tmp_path, yaml, *flags):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml)
+    return parse_arguments((Arguments,), ["--config", str(path), *flags])[0]
+
+
+def test_a_file_sets_and_a_flag_wins(tmp_path):
+    result = parse(tmp_path, "layer: 2\nrate: 1e-3\nstages: [x 60%, y]\nflag: true\n", "--layer", "5", "--name", "n")
+    assert result == Arguments(layer=5, rate=1e-3, name="n", stages=["x 60%", "y"], flag=True)
+
+
+def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="unknown key 'layr'; did you mean 'layer'"):
+        parse(tmp_path, "layr: 2\n")
+
+
+def test_a_missing_file_is_an_error():
+    with pytest.raises(ValueError, match="no file at"):
+        parse_arguments((Arguments,), ["--config", "nowhere.yaml"])
+
+
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="key: value"):
+        parse(tmp_path, "- a\n- b\n")

@@ -1,0 +1,98 @@
+import dataclasses
+import math
+
+import pytest
+
+from consistency_lens.schedules import Schedule, parse_duration
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [("500s", 500), ("500", 500), (500, 500), ("0s", 0), ("2e", 240), ("0.5e", 60), (".25e", 30), ("10%", 100)]
+    + [("2.5%", 25), ("100%", 1000), (" 7s ", 7), ("0.004e", 0), ("0.3%", 3)],
+)
+def test_durations(duration, steps):
+    assert parse_duration(duration, steps_per_epoch=120, total_steps=1000) == steps
+
+
+@pytest.mark.parametrize("duration", ["", "s", "-5s", "1.5s", "5 steps", "e", "10 %", "1e5", "nan%", 0.5, None])
+def test_what_is_no_duration_is_shown_the_grammar(duration):
+    with pytest.raises(ValueError, match=r"not a duration: .*'500s' or 500 \(steps\), '0\.5e' \(epochs\) or '10%'"):
+        parse_duration(duration, 120, 1000)
+
+
+def test_epochs_of_unknown_length_are_an_error():
+    assert parse_duration("5%", None, 1000) == 50
+    with pytest.raises(ValueError, match="'0.5e' counts epochs, but the data has no known length; write steps"):
+        parse_duration("0.5e", None, 1000)
+
+
+SCHEDULES = [
+    # a constant is a bare number, or says so
+    (0.3, {0: 0.3, 500: 0.3, 2000: 0.3}),
+    (2, {0: 2.0, 1000: 2.0}),
+    ("-1e-3", {0: -1e-3, 1000: -1e-3}),
+    ("constant 1.0", {0: 1.0, 1000: 1.0}),
+    ("constant 2 warmup 100s", {0: 0.0, 50: 1.0, 99: 1.98, 100: 2.0, 1000: 2.0}),
+    # each kind: at its start, in the middle, at its end and beyond
+    ("linear 0 -> 1 over 50%", {0: 0.0, 1: 0.002, 250: 0.5, 500: 1.0, 501: 1.0, 5000: 1.0}),
+    ("linear 1->0.5 over 100s", {0: 1.0, 50: 0.75, 100: 0.5}),
+    ("cosine 1 -> 0.1 over 2e", {0: 1.0, 60: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 120: 0.55, 240: 0.1, 900: 0.1}),
+    ("exponential 2 -> 0.5 over 500s", {0: 2.0, 250: 1.0, 500: 0.5, 1000: 0.5}),
+    # the run's rest, where nothing else is said
+    ("linear 0 -> 1", {0: 0.0, 500: 0.5, 1000: 1.0}),
+    ("linear 1 -> 0 warmup 100s hold 10%", {50: 0.5, 100: 1.0, 200: 1.0, 600: 0.5, 1000: 0.0}),
+    # warm-up, hold, change, end: every corner, and both sides of it
+    (
+        "cosine 1 -> 0 over 200s warmup 100s hold 10%",
+        {0: 0, 1: 0.01, 99: 0.99, 100: 1, 200: 1, 201: (1 + math.cos(math.pi / 200)) / 2, 300: 0.5, 400: 0, 401: 0},
+    ),
+    ("exponential 4 -> 1 hold 0.5e warmup 1e over 100s", {60: 2.0, 120: 4.0, 180: 4.0, 230: 2.0, 280: 1.0}),
+    # a change in no time is a jump
+    ("linear 1 -> 3 over 0s hold 10s", {0: 1.0, 9: 1.0, 10: 3.0}),
+]
+
+
+@pytest.mark.parametrize(("text", "values"), SCHEDULES, ids=[str(text) for text, _ in SCHEDULES])
+def test_schedules(text, values):
+    schedule = Schedule.parse(text).resolve(steps_per_epoch=120, total_steps=1000)
+    assert {step: schedule(step) for step in values} == pytest.approx(values, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "exponential"])
+def test_the_end_value_is_reached_to_the_bit(kind):
+    assert Schedule.parse(f"{kind} 0.7 -> 0.1 over 7s").resolve(None, 10)(7) == 0.1
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "exponential"])
+def test_a_change_never_turns_back(kind):
+    schedule = Schedule.parse(f"{kind} 3 -> 0.2 over 50s hold 5s").resolve(None, 100)
+    values = [schedule(step) for step in range(100)]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "quick", "linear 1", "linear 1 -> ", "linear 1 to 2", "constant", "constant 1 -> 2", "polynomial 1 -> 0"]
+    + ["linear 0 -> 1 over", "linear 0 -> 1 for 10s", "constant 1 hold 5s", "linear 0 -> 1 over 5s over 6s"],
+)
+def test_what_is_no_schedule_is_shown_the_grammar(text):
+    with pytest.raises(ValueError, match=r"^not a schedule: .*cosine\|exponential A -> B \[over DURATION\]") as error:
+        Schedule.parse(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_duration_is_found_when_the_schedule_is_read():
+    with pytest.raises(ValueError, match="not a duration: '5x'"):
+        Schedule.parse("linear 0 -> 1 over 5x")
+
+
+@pytest.mark.parametrize("text", ["exponential 0 -> 1 over 5s", "exponential 1 -> 0", "exponential -1 -> 1"])
+def test_an_exponential_needs_positive_ends(text):
+    with pytest.raises(ValueError, match="an exponential schedule needs positive ends, got"):
+        Schedule.parse(text)
+
+
+def test_a_schedule_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Schedule.parse(1.0).start = 2.0

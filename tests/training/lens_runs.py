@@ -1,0 +1,68 @@
+"""A tiny subject, its activations and a lens, for the tests of training; made the same way in every process."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny_models import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from consistency_lens import ConsistencyLensModel, Subject
+from consistency_lens.data.activation_cache import ActivationCache, ActivationRows, build_activation_cache
+from consistency_lens.data.collator import ActivationCollator
+from consistency_lens.data.corpus import corpus_from_rows, document_hash
+from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
+from consistency_lens.training.trainer import ConsistencyLensTrainer
+
+LAYER, NUM_TEXT_TOKENS = 1, 3
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Whole words `w3 w4 ...`, with pad 0, BOS 1 and EOS 2 as in the tiny models."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
+    )
+
+
+def tiny_cache(folder: Path, num_documents: int = 24) -> tuple[Subject, PreTrainedTokenizerFast, ActivationCache]:
+    model = tiny_model("llama")
+    tokenizer = word_tokenizer(model.config.vocab_size)
+    random = np.random.default_rng(0)
+    documents = [[1, *random.integers(3, 97, random.integers(10, 16)).tolist(), 2] for _ in range(num_documents)]
+    corpus = corpus_from_rows({"input_ids": ids, "document": document_hash(ids)} for ids in documents)
+    subject = Subject(model, LAYER)
+    cache = build_activation_cache(
+        subject, corpus, folder, tokenizer=tokenizer, subject_name="tiny", dataset_name="random", dtype="float32",
+        positions_per_sequence=3, min_position=4, progress=False,
+    )  # fmt: skip
+    return subject, tokenizer, cache
+
+
+def tiny_lens(subject: Subject, tokenizer: PreTrainedTokenizerFast, cache: ActivationCache, **settings):
+    torch.manual_seed(0)
+    settings = {"training": "full", "num_text_tokens": NUM_TEXT_TOKENS} | settings
+    lens = ConsistencyLensModel.from_subject(subject.model, tokenizer, LAYER, **settings)
+    lens.set_statistics(cache.mean, cache.rms)
+    return lens
+
+
+def tiny_trainer(folder: Path, lens_settings: dict | None = None, **arguments) -> ConsistencyLensTrainer:
+    subject, tokenizer, cache = tiny_cache(folder / "cache")
+    defaults = {
+        "output_dir": str(folder / "run"), "use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3, "stages": ["warm_start 50%", "gumbel"], "logging_steps": 1, "report_to": "none",
+        "save_strategy": "no", "disable_tqdm": True, "mse_weight": "1",
+    }  # fmt: skip
+    args = ConsistencyLensTrainingArguments(**(defaults | arguments))
+    pair_seed = 0 if args.delta_residual != "none" else None
+    return ConsistencyLensTrainer(
+        model=tiny_lens(subject, tokenizer, cache, **(lens_settings or {})),
+        args=args,
+        train_dataset=ActivationRows(cache, pair_seed),
+        eval_dataset=ActivationRows(cache, pair_seed),
+        data_collator=ActivationCollator(0, NUM_TEXT_TOKENS, bos_token_id=1),
+    )

@@ -1,0 +1,42 @@
+import pytest
+
+from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
+
+
+def arguments(tmp_path, **settings):
+    return ConsistencyLensTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": []}, "stages: got none"),
+        ({"stages": ["warm up"]}, "stages: each is"),
+        ({"stages": ["warm_start", "gumbel"]}, "needs a duration"),
+        ({"stages": ["gumbel"], "lm_reference": "warm_start"}, "needs a warm_start stage"),
+        ({"tau": "linear 1 to 0"}, "not a schedule"),
+        ({"kl_weight": "soon"}, "not a schedule"),
+        ({"lm_reference": "gpt"}, "lm_reference must be one of"),
+        ({"lm_direction": "up"}, "lm_direction must be one of"),
+        ({"delta_residual": "yes"}, "delta_residual must be one of"),
+        ({"own_share": 1.5}, "own_share must lie in 0..1"),
+        ({"learning_rate_schedule": ["1"]}, "give one each"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        arguments(tmp_path, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_stage_starts(tmp_path):
+    args = arguments(tmp_path, stages=["warm_start 30%", "gumbel"])
+    assert args.stage_starts(steps_per_epoch=10, total_steps=100) == [0, 30]
+    args = arguments(tmp_path, stages=["warm_start 2e", "gumbel"])
+    assert args.stage_starts(steps_per_epoch=10, total_steps=100) == [0, 20]
+
+
+def test_stages_that_use_up_the_run_are_an_error(tmp_path):
+    args = arguments(tmp_path, stages=["warm_start 100s", "gumbel"])
+    with pytest.raises(ValueError, match="step 100 of 100"):
+        args.stage_starts(steps_per_epoch=10, total_steps=100)

@@ -1,0 +1,242 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lens_runs import tiny_trainer
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+TERMS = ("ce", "mse", "kl", "lm", "entropy", "tau", "kl_weight", "mse_weight", "samples_per_second")
+
+
+class KeepGradients(TrainerCallback):
+    """The gradients of every step, before the optimizer sees them."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def parameters(trainer):
+    return {name: tensor.detach().clone() for name, tensor in trainer.lens.trained_tensors().items()}
+
+
+def test_every_trained_tensor_moves_and_the_subject_does_not(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1, stages=["warm_start"], learning_rate=1e-2)
+    before, subject_before = parameters(trainer), {n: p.clone() for n, p in trainer.lens.subject.model.named_parameters()}
+    trainer.train()
+    still = [n for n, t in parameters(trainer).items() if "normaliser" not in n and torch.equal(t, before[n])]
+    assert still == []
+    assert all(torch.equal(p, subject_before[n]) for n, p in trainer.lens.subject.model.named_parameters())
+
+
+@pytest.mark.parametrize("stages", [["warm_start"], ["gumbel"], ["warm_start 3s", "gumbel"]])
+def test_stages_log_their_terms(tmp_path, stages):
+    trainer = tiny_trainer(tmp_path, stages=stages, lm_reference="subject")
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 6
+    names = set(entries[-1])
+    assert {"samples_per_second", "tokens_per_second", "peak_memory_gb", "learning_rate_encoder_base", "tau"} <= names
+    assert ({"kl", "lm", "mse", "entropy", "kl_weight"} if "gumbel" in stages else {"ce", "mse", "ce_weight"}) <= names
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in entries)
+
+
+def test_warm_start_learns_the_tails(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=60, stages=["warm_start"], learning_rate=3e-3)
+    trainer.train()
+    first, last = losses(trainer)[0], losses(trainer)[-1]
+    assert last < 0.7 * first
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, max_steps=1, stages=["gumbel"], lm_reference="subject", kl_weight="0.5", lm_weight="0.25",
+        mse_weight="2", entropy_weight="0.125",
+    )  # fmt: skip
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    expected = 0.5 * entry["kl"] + 0.25 * entry["lm"] + 2 * entry["mse"] - 0.125 * entry["entropy"]
+    assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("delta_residual", ["detached", "full"])
+def test_delta_residual_judges_the_shifted_reconstruction(tmp_path, delta_residual):
+    keep = KeepGradients()
+    trainer = tiny_trainer(
+        tmp_path, max_steps=1, stages=["gumbel"], lm_reference="subject", lm_weight="0", mse_weight="0", kl_weight="1",
+        delta_residual=delta_residual,
+    )  # fmt: skip
+    trainer.add_callback(keep)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] > 0
+    # Â - Â' does not feel a common shift, so with the full gradient the encoder's output bias gets (almost) nothing
+    bias = keep.steps[0]["encoder.output_map.bias"].abs().max()
+    assert (bias < 1e-6) if delta_residual == "full" else (bias > 1e-6)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    kept = []
+    for name, settings in (("a", {}), ("b", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})):
+        keep = KeepGradients()
+        trainer = tiny_trainer(tmp_path / name, max_steps=1, stages=["gumbel"], lm_reference="subject", **settings)
+        trainer.add_callback(keep)
+        trainer.train()
+        kept.append(keep.steps[0])
+    for name, gradient in kept[0].items():
+        torch.testing.assert_close(gradient, kept[1][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_schedule_starts_anew_with_each_stage(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, stages=["warm_start 3s", "gumbel"], mse_weight="linear 1 -> 0",
+        learning_rate_schedule=["linear 1 -> 0.1", "constant 0.5"],
+    )  # fmt: skip
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [round(entry["mse_weight"], 3) for entry in entries] == [1, 0.667, 0.333] * 2
+    assert entries[-1]["learning_rate_decoder_base"] == pytest.approx(0.5e-3)
+
+
+def test_groups_have_their_own_rates(tmp_path):
+    trainer = tiny_trainer(tmp_path, encoder_learning_rate=5e-3, projection_learning_rate=7e-3, weight_decay=0.1)
+    trainer.create_optimizer()
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {
+        "decoder_base": 1e-3, "encoder_base": 5e-3, "decoder_projections": 7e-3, "encoder_projections": 7e-3,
+    }  # fmt: skip
+    counted = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    assert counted == sum(p.numel() for p in trainer.lens.parameters() if p.requires_grad)
+
+
+def test_nonfinite_gradients_are_skipped_and_counted(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=3, stages=["warm_start"])
+    before = parameters(trainer)
+
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step < 2:
+                model.encoder.output_map.weight.grad[0, 0] = float("nan")
+                moved = [n for n, t in parameters(trainer).items() if not torch.equal(t, before[n])]
+                assert moved == []  # nothing has moved up to here
+
+    trainer.callback_handler.callbacks.insert(0, Poison())
+    trainer.train()
+    assert trainer.skipper.skipped == 2
+    assert trainer.state.log_history[2]["skipped_steps"] == 2
+    assert all(torch.isfinite(t).all() for t in parameters(trainer).values())
+    assert any(not torch.equal(t, before[n]) for n, t in parameters(trainer).items())  # the third step was taken
+
+
+def test_nothing_but_skipped_steps_stops_the_run(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=10, stages=["warm_start"], max_nonfinite_steps=3)
+    with torch.no_grad():
+        trainer.lens.encoder.output_map.weight[0, 0] = float("inf")
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("save_at", [2, 4])
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, save_at):
+    whole = tiny_trainer(tmp_path / "whole", stages=["warm_start 3s", "gumbel"])
+    whole.train()
+    first = tiny_trainer(tmp_path / "cut", stages=["warm_start 3s", "gumbel"], save_strategy="steps", save_steps=save_at)
+    first.train()
+    checkpoint = tmp_path / "cut" / "run" / f"checkpoint-{save_at}"
+    resumed = tiny_trainer(tmp_path / "cut", stages=["warm_start 3s", "gumbel"])
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed)[save_at:] == losses(whole)[save_at:]
+    for name, tensor in parameters(whole).items():
+        assert torch.equal(tensor, parameters(resumed)[name]), name
+
+
+def test_a_missing_reference_is_an_error(tmp_path):
+    stages = ["warm_start 2s", "gumbel"]
+    trainer = tiny_trainer(tmp_path, stages=stages, save_strategy="steps", save_steps=4)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    (checkpoint / "reference.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"reference.safetensors is missing"):
+        tiny_trainer(tmp_path, stages=stages).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_checkpoints_hold_no_pickle(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    files = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files and files <= {".safetensors", ".json", ".jinja", ".md"}
+    for path in (tmp_path / "run").rglob("*.json"):
+        json.loads(path.read_text())
+
+
+def test_evaluate_gives_a_loss(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1, stages=["warm_start"])
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_bf16_trains_in_full_precision_weights(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, bf16=True, stages=["warm_start 1s", "gumbel"])
+    trainer.train()
+    assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in parameters(trainer).values())
+
+
+def test_checkpointing_gives_the_same_loss(tmp_path):
+    plain = tiny_trainer(tmp_path / "a", max_steps=2, stages=["gumbel"], lm_reference="subject")
+    plain.train()
+    recomputed = tiny_trainer(
+        tmp_path / "b", max_steps=2, stages=["gumbel"], lm_reference="subject", gradient_checkpointing=True
+    )
+    recomputed.train()
+    assert losses(plain) == pytest.approx(losses(recomputed), rel=1e-4)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path[:0] = sys.argv[2].split(":")
+from lens_runs import tiny_trainer
+from test_trainer import KeepGradients
+from safetensors.torch import save_file
+folder, batch, stage = Path(sys.argv[1]), int(sys.argv[3]), sys.argv[4]
+keep = KeepGradients()
+trainer = tiny_trainer(
+    folder / f"rank{torch.distributed.get_rank() if torch.distributed.is_initialized() else __import__('os').environ.get('RANK', 0)}",
+    max_steps=2, per_device_train_batch_size=batch, stages=[stage], lm_reference="subject", max_grad_norm=0.0,
+    own_share=0.5, optim="sgd", learning_rate=0.01,
+)
+trainer.add_callback(keep)
+trainer.train()
+if trainer.is_world_process_zero():
+    tensors = {f"{i}.{n.removeprefix('module.')}": g for i, step in enumerate(keep.steps) for n, g in step.items()}
+    save_file(tensors, folder / f"gradients{trainer.args.world_size}.safetensors")
+"""
+
+
+@pytest.mark.parametrize("stage", ["warm_start", "gumbel"])
+def test_two_processes_give_the_gradients_of_one(tmp_path, stage):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    tests = Path(__file__).parent
+    paths = f"{tests}:{tests.parent}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for processes, batch in ((1, 8), (2, 4)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        arguments = [str(script), str(tmp_path), paths, str(batch), stage]
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / f"gradients{n}.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys() and len(one) > 20
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
