@@ -1,4 +1,4 @@
-"""Tiny lenses over the subjects of `tiny_models`, with a tokenizer of one word per token, and what tests do with them."""
+"""Tiny lenses over the subjects of `tiny_models`, a tokenizer of one word per token, and what tests do with them."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from consistency_lens.straight_through import row_keys
 
 LAYER, NUM_TEXT_TOKENS = 1, 4
 PROMPTS = {"decoder_prompt": "w3 w4 <embed> w5 w6", "encoder_prompt": "w7 <text> w8"}
-LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+INJECTED = {**PROMPTS, "injection_layers": 2}
 LORA_TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "gemma3": ["q_proj", "v_proj"]}
 
 
@@ -30,7 +30,7 @@ def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
 def tiny_lens(
     family: str = "llama", training: str = "frozen", model: dict[str, Any] | None = None, **arguments: Any
 ) -> ConsistencyLensModel:
-    """A lens in eval mode whose every trained tensor is a little away from its start, so that each one matters.
+    """A new lens in eval mode, with statistics that are not 0 and 1.
 
     Args:
         family: of the subject.

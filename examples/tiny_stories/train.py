@@ -16,7 +16,13 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-from consistency_lens.data.corpus import is_validation_document, document_hash, pack, read_documents, tokenize_documents
+from consistency_lens.data.corpus import (
+    document_hash,
+    is_validation_document,
+    pack,
+    read_documents,
+    tokenize_documents,
+)
 
 HELD_OUT_FRACTION = 0.02
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

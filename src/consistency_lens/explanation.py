@@ -92,9 +92,27 @@ def top_tokens(logits: Tensor, tokenizer: PreTrainedTokenizerBase, k: int = TOP_
     """The k likeliest tokens and their probabilities for each row of logits (N, V)."""
     probabilities, ids = logits.float().softmax(-1).topk(k, dim=-1)
     return [
-        [(tokenizer.decode([token]), probability) for token, probability in zip(*row, strict=True)]
+        [(str(tokenizer.decode([token])), probability) for token, probability in zip(*row, strict=True)]
         for row in zip(ids.tolist(), probabilities.tolist(), strict=True)
     ]
+
+
+def text_ids(lens: ConsistencyLensModel, text: str) -> tuple[list[int], int]:
+    """A text's token ids, after BOS where the tokenizer has one, and the index of its own first token.
+
+    Raises:
+        ValueError: if the text is empty or longer than the subject's context.
+    """
+    tokenizer = lens.require_tokenizer()
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = bos + tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) == len(bos):
+        raise ValueError("explain: got an empty text; pass at least one word")
+    config = lens.subject.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or len(ids)  # ALiBi models have no limit
+    if len(ids) > limit:
+        raise ValueError(f"explain: the text has {len(ids)} tokens, the subject reads {limit}; pass a shorter text")
+    return ids, len(bos)
 
 
 @torch.no_grad()
@@ -107,17 +125,14 @@ def explain_text(lens: ConsistencyLensModel, text: str, positions: list[int] | N
         positions: token indices to read, BOS being index 0; every token after BOS if None.
 
     Raises:
-        ValueError: if the text is empty, longer than the subject's context, or a position lies outside it.
+        ValueError: if the text is empty or longer than the subject's context, or if there are no positions or one lies
+            outside it.
     """
     tokenizer, subject = lens.require_tokenizer(), lens.subject
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = bos + tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) == len(bos):
-        raise ValueError("explain: got an empty text; pass at least one word")
-    limit = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or len(ids)
-    if len(ids) > limit:
-        raise ValueError(f"explain: the text has {len(ids)} tokens, the subject reads {limit}; pass a shorter text")
-    positions = list(range(len(bos), len(ids))) if positions is None else positions
+    ids, start = text_ids(lens, text)
+    positions = list(range(start, len(ids))) if positions is None else positions
+    if not positions:
+        raise ValueError("explain: got no positions; leave them out to read every token")
     outside = [p for p in positions if not 0 <= p < len(ids)]
     if outside:
         raise ValueError(f"explain: position {outside[0]} lies outside the text's 0..{len(ids) - 1}")

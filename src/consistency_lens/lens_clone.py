@@ -9,14 +9,22 @@ import json
 import os
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
+from .atomic_write import write_json, write_tensors
 from .optional_packages import require
 
 WEIGHTS_FILE = "model.safetensors"
@@ -119,6 +127,7 @@ class Normaliser(nn.Module):
 class TrainedTensorsModel(PreTrainedModel):
     """A `PreTrainedModel` whose artifact holds only what was trained."""
 
+    config_class: type[PreTrainedConfig]
     base_model_prefix = "base"
     supports_gradient_checkpointing = True
     # The inner model is built (and checked) before it is wrapped, so the wrapper accepts whatever the subject has.
@@ -135,7 +144,7 @@ class TrainedTensorsModel(PreTrainedModel):
         """Name -> tensor of everything an artifact must hold; a tensor with two names is listed once."""
         raise NotImplementedError
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -167,13 +176,11 @@ class TrainedTensorsModel(PreTrainedModel):
         self.config.architectures = [type(self).__name__]
         self.config.dtype = None  # each tensor keeps its own precision; there is no one dtype to announce
         self.config.save_pretrained(folder)
-        temporary = folder / f".{WEIGHTS_FILE}.partial"
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
-        os.replace(temporary, folder / WEIGHTS_FILE)
+        write_tensors(folder / WEIGHTS_FILE, tensors)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         if self.provenance is not None:
-            (folder / PROVENANCE_FILE).write_text(json.dumps(self.provenance, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / PROVENANCE_FILE, self.provenance)
         if push_to_hub:
             from huggingface_hub import HfApi
 
@@ -212,8 +219,7 @@ class TrainedTensorsModel(PreTrainedModel):
         """
         path = str(pretrained_model_name_or_path)
         config = config if config is not None else cls.config_class.from_pretrained(path, **hub_kwargs)
-        weights = cached_file(path, WEIGHTS_FILE, **hub_kwargs)
-        tensors = load_file(weights)
+        tensors = load_file(cast(str, cached_file(path, WEIGHTS_FILE, **hub_kwargs)))
         base_kwargs = {
             "dtype": dtype,
             "device_map": device_map,
@@ -326,6 +332,8 @@ def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> None:
 class LensClone(TrainedTensorsModel):
     """A clone of the subject with a prompt, projections and statistics around it; parent of decoder and encoder."""
 
+    base: PreTrainedModel
+    embedding_scale: float
     prefix_embeddings: nn.Parameter | None
     suffix_embeddings: nn.Parameter | None
 
@@ -338,6 +346,11 @@ class LensClone(TrainedTensorsModel):
             self.base.requires_grad_(True)
         else:
             self.base.requires_grad_(False)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The base's own table; its rows, times `embedding_scale`, are what the layer gives."""
+        return cast(nn.Embedding, self.base.get_input_embeddings())
 
     def is_trained_name(self, name: str) -> bool:
         """Whether a tensor of this clone belongs into its artifact."""
@@ -353,19 +366,21 @@ class LensClone(TrainedTensorsModel):
                 tensors[name] = tensor
         return tensors
 
-    def add_prompt_parameters(self, embedding: nn.Module) -> None:
+    def add_prompt_parameters(self) -> None:
         """Makes the prompt's embeddings parameters (P, d), started from those of its tokens."""
         for side, token_ids in (("prefix", self.config.prefix_ids), ("suffix", self.config.suffix_ids)):
             trainable = self.config.trainable_prompt and len(token_ids) > 0  # an empty parameter could never move
-            rows = nn.Parameter(lookup(embedding, token_ids).detach().float().clone()) if trainable else None
+            rows = (
+                nn.Parameter(lookup(self.token_embedding, token_ids).detach().float().clone()) if trainable else None
+            )
             self.register_parameter(f"{side}_embeddings", rows)
 
-    def prompt(self, embedding: nn.Module) -> tuple[Tensor, Tensor]:
+    def prompt(self) -> tuple[Tensor, Tensor]:
         """Embeddings of the prompt before and after its slot, (P, d) and (Q, d)."""
         prefix, suffix = self.prefix_embeddings, self.suffix_embeddings
         return (
-            lookup(embedding, self.config.prefix_ids) if prefix is None else prefix,
-            lookup(embedding, self.config.suffix_ids) if suffix is None else suffix,
+            lookup(self.token_embedding, self.config.prefix_ids) if prefix is None else prefix,
+            lookup(self.token_embedding, self.config.suffix_ids) if suffix is None else suffix,
         )
 
 

@@ -131,7 +131,7 @@ class _RowLoss(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.formula, ctx.chunk_size = formula, chunk_size
         losses = torch.empty(len(inputs[0]), dtype=_wide_dtype(*inputs), device=inputs[0].device)
-        for rows in row_chunks(*inputs[0].shape, chunk_size):
+        for rows in row_chunks(inputs[0], chunk_size):
             losses[rows] = formula.value(*(_wide(tensor[rows]) for tensor in inputs))
         return losses
 
@@ -140,7 +140,7 @@ class _RowLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         results = [torch.empty_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True)]
-        for rows in row_chunks(*inputs[0].shape, ctx.chunk_size):
+        for rows in row_chunks(inputs[0], ctx.chunk_size):
             chunk = (_wide(tensor[rows]) for tensor in inputs)
             for result, part in zip(results, ctx.formula.gradients(grad[rows, None], needed, *chunk), strict=True):
                 if result is not None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, P
 from transformers.utils import ModelOutput
 
 from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
-from .explanation import Explanation, explain_text
+from .explanation import Explanation, explain_text, text_ids
 from .lens_clone import (
     LensClone,
     Normaliser,
@@ -32,6 +32,7 @@ from .subject import Subject
 
 EMBED_SLOT = "<embed>"
 TEXT_SLOT = "<text>"
+NOTHING_TO_READ = "encode: got an empty text, and the encoder has neither BOS nor prompt; pass at least one word"
 
 
 class SoftText(NamedTuple):
@@ -78,17 +79,17 @@ class LensDecoder(LensClone):
         self.normaliser = Normaliser(width, device)
         self.projection = nn.Linear(width, width, device=device)
         self.injections = nn.ModuleList(nn.Linear(width, width, device=device) for _ in range(config.injection_layers))
-        self.add_prompt_parameters(stream.input_embedding)
+        self.add_prompt_parameters()
         self.post_init()
 
     def start_projections(self) -> None:
         """Scaled identity: a mean activation enters the slot with the norm of a mean token embedding."""
-        table = self.base.get_input_embeddings().weight
+        table = self.token_embedding.weight
         width = table.shape[1]
         scale = table.float().norm(dim=1).mean() * self.embedding_scale / width**0.5
         with torch.no_grad():
             for projection in [self.projection, *self.injections]:
-                projection.weight.copy_(torch.eye(width) * scale.to(projection.weight.device))
+                projection.weight.copy_(torch.eye(width, device=scale.device) * scale)
                 projection.bias.zero_()
 
     def slot_embedding(self, activations: Tensor) -> Tensor:
@@ -108,8 +109,8 @@ class LensDecoder(LensClone):
     def forward(self, activations: Tensor, text_ids: Tensor) -> Tensor:
         """Teacher forcing: logits (B, T, V) of the tokens `text_ids` (B, T), given A (B, d) and the tokens before."""
         batch = len(activations)
-        embedding = self.base.get_input_embeddings()
-        prefix, suffix = self.prompt(embedding)
+        embedding = self.token_embedding
+        prefix, suffix = self.prompt()
         pieces = [
             prefix.expand(batch, -1, -1),
             self.slot_embedding(activations),
@@ -147,9 +148,9 @@ class LensDecoder(LensClone):
             raise ValueError(f"num_text_tokens must be at least 1, got {num_text_tokens}; 8 is a good start")
         if self.checkpoints_gradients():  # without gradients too: the block drops it in train mode
             use_cache = False
-        embedding = self.base.get_input_embeddings()
+        embedding = self.token_embedding
         dtype = embedding.weight.dtype
-        prefix, suffix = (piece.to(dtype) for piece in self.prompt(embedding))
+        prefix, suffix = (piece.to(dtype) for piece in self.prompt())
         batch = len(activations)
         slot = self.slot_embedding(activations).to(dtype)
         head = torch.cat([slot, suffix.expand(batch, -1, -1)], dim=1)
@@ -187,7 +188,8 @@ class LensDecoder(LensClone):
             return DynamicCache()
         once = DynamicCache()
         self.base.get_decoder()(inputs_embeds=prefix[None], past_key_values=once, use_cache=True)
-        return DynamicCache([tuple(t.expand(batch, -1, -1, -1) for t in (la.keys, la.values)) for la in once.layers])
+        expanded = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v, *_ in once]
+        return DynamicCache(expanded)
 
     @classmethod
     def from_subject(cls, subject: PreTrainedModel, config: LensDecoderConfig) -> Self:
@@ -221,7 +223,7 @@ class LensEncoder(LensClone):
         with torch.no_grad():
             self.output_map.weight.copy_(torch.eye(width))
             self.output_map.bias.zero_()
-        self.add_prompt_parameters(self.base.get_input_embeddings())
+        self.add_prompt_parameters()
         self.post_init()
 
     def forward(self, text_embeddings: Tensor, text_mask: Tensor | None = None) -> Tensor:
@@ -229,30 +231,40 @@ class LensEncoder(LensClone):
 
         Args:
             text_embeddings: (B, T, d).
-            text_mask: (B, T), False where a text is shorter than T; such texts stand at the right end.
+            text_mask: (B, T) bool, False where a text is shorter than T; such texts stand at the right end.
 
         Raises:
             ValueError: if there is nothing to read: an empty text without BOS and prompt.
         """
         batch = len(text_embeddings)
-        embedding = self.base.get_input_embeddings()
-        prefix, suffix = self.prompt(embedding)
+        embedding = self.token_embedding
+        prefix, suffix = self.prompt()
         pieces = [prefix.expand(batch, -1, -1), text_embeddings, suffix.expand(batch, -1, -1)]
         inputs = torch.cat([piece.to(embedding.weight.dtype) for piece in pieces], dim=1)
         if inputs.shape[1] == 0:
-            raise ValueError("encode: got an empty text, and the encoder has neither BOS nor prompt; pass a word")
-        masks: dict[str, Tensor] = {}
-        if text_mask is not None and not bool(text_mask.all()):
+            raise ValueError(NOTHING_TO_READ)
+        if text_mask is None or bool(text_mask.all()):
+            hidden = self.base(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1]
+        else:
             left, right = text_mask.new_ones(batch, len(prefix)), text_mask.new_ones(batch, len(suffix))
-            mask = torch.cat([left, text_mask, right], dim=1).long()
-            masks = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        hidden = self.base(inputs_embeds=inputs, use_cache=False, **masks).last_hidden_state[:, -1]
+            hidden = self.last_hidden(inputs, torch.cat([left, text_mask, right], dim=1).long())
         normalised = self.normaliser.normalise(hidden).to(self.output_map.weight.dtype)
         return self.normaliser.denormalise(self.output_map(normalised))
 
+    def last_hidden(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        """The base's output (B, d) at each row's last real token, which is the prompt's where the text is empty."""
+        if not bool(mask.any(dim=1).all()):
+            raise ValueError(NOTHING_TO_READ)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = self.base(
+            inputs_embeds=inputs, use_cache=False, attention_mask=mask, position_ids=position_ids
+        ).last_hidden_state
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
     def embed_ids(self, text_ids: Tensor) -> Tensor:
         """Embeddings of token ids, (B, T) -> (B, T, d), in the encoder's own table."""
-        return self.base.get_input_embeddings()(text_ids)
+        return self.token_embedding(text_ids)
 
     def embed_text(self, text: SoftText, keys: Tensor | None, tau: float) -> Tensor:
         """Embeddings (B, T, d) of a soft text, whose gradient reaches the decoder's logits."""
@@ -363,7 +375,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
     def subject(self) -> Subject:
         """The frozen model being read, loaded at its pinned revision when first asked for."""
         if not self._subject:
-            self.attach_subject(load_subject(self.config, None, {}).to(self.device))
+            model = load_subject(self.config, None, {})
+            self.attach_subject(model.to(self.device))  # type: ignore[arg-type]
         return self._subject[0]
 
     @property
@@ -408,6 +421,12 @@ class ConsistencyLensModel(TrainedTensorsModel):
         reconstruction = self.encoder(self.encoder.embed_text(text, noise_keys, tau))
         return LensOutput(reconstruction, text.token_ids, text.logits)
 
+    def activations(self, text: str) -> Tensor:
+        """The activations (S, d) of a text's S tokens at the layer that the lens reads, BOS left out."""
+        ids, start = text_ids(self, text)
+        input_ids = torch.tensor([ids], device=self.device)
+        return self.subject.activations(input_ids, torch.ones_like(input_ids))[0, start:].float()
+
     @torch.no_grad()
     def decode_ids(
         self,
@@ -429,14 +448,26 @@ class ConsistencyLensModel(TrainedTensorsModel):
         keys: Tensor | None = None,
         temperature: float = 1.0,
     ) -> DecodedText:
-        """Reads activations (B, d) or (d,) as texts: greedy, or sampled with noise `keys` (B,) int64."""
+        """Reads activations (B, d) or (d,) as texts: greedy, or sampled with noise `keys` (B,) int64.
+
+        Raises:
+            ValueError: if the activations have another shape, or T is less than one.
+        """
         activations = torch.atleast_2d(activations).to(self.device)
+        if activations.ndim != 2 or len(activations) == 0 or activations.shape[1] != len(self.mean):
+            raise ValueError(f"decode: activations must be (B, {len(self.mean)}), got {tuple(activations.shape)}")
         ids = self.decode_ids(activations, num_text_tokens, keys, temperature)
         return DecodedText(ids, self.require_tokenizer().batch_decode(ids))
 
     @torch.no_grad()
     def encode(self, texts: str | list[str] | Tensor) -> Tensor:
-        """Reconstructions (B, d) from texts, or from token ids (B, T)."""
+        """Reconstructions (B, d) from texts, or from token ids (B, T).
+
+        Raises:
+            ValueError: if there is no text, or an empty one that neither BOS nor prompt precedes.
+        """
+        if len(texts) == 0 and not isinstance(texts, str):
+            raise ValueError("encode: got no texts; pass at least one")
         if isinstance(texts, Tensor):
             return self.encoder(self.encoder.embed_ids(texts.to(self.device)))
         texts = [texts] if isinstance(texts, str) else texts
@@ -491,7 +522,7 @@ def embed_sampled(
     clone: LensDecoder | LensEncoder, logits: Tensor, ids: Tensor, keys: Tensor | None, tau: float
 ) -> Tensor:
     """Embeddings (N, d) of sampled tokens in a clone's table, straight-through where gradients are wanted."""
-    embedding = clone.base.get_input_embeddings()
+    embedding = clone.token_embedding
     if not torch.is_grad_enabled():
         return embedding(ids)
     return straight_through_embedding(logits, ids, keys, embedding.weight, tau) * clone.embedding_scale
@@ -512,12 +543,13 @@ def overwritten_input(block: nn.Module, slot: int, vector: Tensor) -> Iterator[N
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    switch: Any = block
     checkpointing = getattr(block, "gradient_checkpointing", False)
-    block.gradient_checkpointing = False
+    switch.gradient_checkpointing = False
     try:
         yield
     finally:
-        block.gradient_checkpointing = checkpointing
+        switch.gradient_checkpointing = checkpointing
         handle.remove()
 
 

@@ -3,7 +3,7 @@
 The forward pass takes the Gumbel-max sample of a row of logits and gathers one row of the embedding table; the
 backward pass is that of `(hard - soft.detach() + soft) @ table` with `soft = softmax((logits + g) / tau)` (Jang et al.
 2017, arXiv:1611.01144, section 2.2), with `soft` recomputed a few rows at a time, so that no one-hot or probability
-tensor of shape (N, V) is ever stored. That asks for noise that can be made twice: `g` is a pure function of a row's key
+tensor of shape (N, V) is ever stored. That asks for noise that can be made twice: `g` is a function of a row's key
 and the vocabulary index, never of a generator's state, so a row draws the same tokens in any batch, on any process.
 
 Shapes: B batch, N rows, V vocabulary, d width.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of a (rows, V) chunk: 4 MiB of float32, so that it stays in cache and each operation is still worth its call.
+# Elements of a (rows, V) chunk: 4 MiB of float32, so that it stays in cache and every operation is worth its call.
 CHUNK_ELEMENTS = 2**20
 
 _GOLDEN_RATIO = -0x61C8864680B583EB  # 2^64 divided by the golden ratio, as a signed word
@@ -26,14 +26,15 @@ _ODD_31 = 0x46CA68B1
 _TO_UNIT = 2.0**-31 * (1 - 2.0**-24)
 
 
-def row_chunks(num_rows: int, row_elements: int, chunk_size: int | None = None) -> Iterator[slice]:
-    """Slices that cut `num_rows` rows into chunks of `chunk_size` rows, or by default of about four megabytes.
+def row_chunks(matrix: Tensor, chunk_size: int | None = None) -> Iterator[slice]:
+    """Slices that cut the rows of a matrix into chunks of `chunk_size` rows, by default of `CHUNK_ELEMENTS` elements.
 
     Raises:
         ValueError: if `chunk_size` is below one.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}; leave it out for the default")
+    num_rows, row_elements = matrix.shape
     size = chunk_size or max(1, CHUNK_ELEMENTS // max(1, row_elements))
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
@@ -159,7 +160,7 @@ def sample_tokens(
     words = _index_words(logits.shape[-1], logits.device)
     keys = keys.to(logits.device)
     token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for rows in row_chunks(*logits.shape, chunk_size):
+    for rows in row_chunks(logits, chunk_size):
         # argmax(logits / T + g) = argmax(logits + T g)
         token_ids[rows] = _noisy(logits[rows], keys[rows], words, temperature).argmax(dim=-1)
     return token_ids
@@ -252,7 +253,7 @@ def _soft_gradient(
     # even where backward is called inside it.
     with torch.autocast(logits.device.type, enabled=False):
         grad_logits = torch.mm((grad / tau).to(logits.dtype), table.to(logits.dtype).T)
-    for rows in row_chunks(*logits.shape, chunk_size):
+    for rows in row_chunks(logits, chunk_size):
         scores = _noisy(logits[rows], None if keys is None else keys[rows], words)
         soft = torch.softmax(scores / tau, dim=-1)
         grad_soft = grad_logits[rows]

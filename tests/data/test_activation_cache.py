@@ -10,15 +10,10 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from consistency_lens.data import activation_cache
-from consistency_lens.data.activation_cache import (
-    ActivationCache,
-    ActivationRows,
-    build_activation_cache,
-    draw_positions,
-    streaming_moments,
-    weights_hash,
-)
+from consistency_lens import atomic_write
+from consistency_lens.data import cache_building
+from consistency_lens.data.activation_cache import ActivationCache, ActivationRows, streaming_moments
+from consistency_lens.data.cache_building import build_activation_cache, draw_positions, weights_hash
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.data.corpus import corpus_from_rows, is_validation_document
 from consistency_lens.subject import Subject
@@ -172,6 +167,7 @@ def test_provenance_says_how_the_cache_was_made(build, subject):
         "sequences": {"kept": NUM_SEQUENCES, "skipped_too_short": 2},
     }
     assert {name: cache.provenance[name] for name in expected} == expected
+    assert {"tokenizer", "tokenizer_hash", "dataset_hash"} <= cache.provenance.keys()
     assert cache.provenance["positions"]["min_position"] == MIN_POSITION
     assert sum(shard["rows"] for shard in cache.provenance["shards"]) == len(cache)
     assert {"torch", "transformers", "datasets"} <= cache.provenance["versions"].keys()
@@ -198,7 +194,7 @@ def test_weights_hash_sees_a_changed_weight(subject):
 
 def test_a_killed_build_goes_on_and_ends_with_the_same_rows(build, monkeypatch, tmp_path):
     whole = build("whole")
-    write_shard, written = activation_cache._write_shard, []
+    write_shard, written = cache_building._write_shard, []
 
     def write_two_then_die(file, *arguments):
         if len(written) == 2:
@@ -206,7 +202,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_rows(build, monkeypatch, 
         written.append(file)
         write_shard(file, *arguments)
 
-    monkeypatch.setattr(activation_cache, "_write_shard", write_two_then_die)
+    monkeypatch.setattr(cache_building, "_write_shard", write_two_then_die)
     with pytest.raises(KeyboardInterrupt):
         build("killed")
     monkeypatch.undo()
@@ -222,12 +218,12 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_rows(build, monkeypatch, 
 
 def test_a_shard_cut_short_while_written_is_written_again(build, monkeypatch, tmp_path):
     whole = build("whole")
-    monkeypatch.setattr(activation_cache.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(atomic_write.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
         build("killed")
     monkeypatch.undo()
     assert shard_hashes(build("killed")) == shard_hashes(whole)
-    assert not list((tmp_path / "killed").glob("*.partial"))
+    assert not list((tmp_path / "killed").glob(".*.partial"))
 
 
 def test_a_finished_cache_is_opened_and_not_built_again(build, monkeypatch, subject):
@@ -426,7 +422,7 @@ def test_a_data_loader_batches_rows(build):
 
 
 def test_provenance_is_written_last(build, monkeypatch, tmp_path):
-    monkeypatch.setattr(activation_cache, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(cache_building, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build()
     assert json.loads((tmp_path / "cache" / "building.json").read_text())["layer"] == LAYER

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from evaluation_rows import LAYER, NUM_TEXT_TOKENS, tiny_collator, tiny_lens, tiny_rows, word_tokenizer
+from evaluation_rows import tiny_collator, tiny_rows
+from tiny_lenses import NUM_TEXT_TOKENS, disturb, tiny_lens, tiny_tokenizer
 from tiny_models import VOCAB_SIZE, tiny_model
 
 from consistency_lens.evaluation.controls import CONTROLS, Controls, rows_of_other_documents
@@ -12,7 +13,7 @@ LENGTHS = (12, 9, 3, 7, 12, 8)
 
 @pytest.fixture(scope="module")
 def lens():
-    return tiny_lens()
+    return disturb(tiny_lens())
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,9 @@ class TestTexts:
         assert not torch.allclose(empty[0], lens.mean)
 
     def test_empty_text_without_any_prompt_reads_the_start_token(self, batch, text_ids):
-        lens = tiny_lens(tokenizer=word_tokenizer(bos_token=None))
+        lens = ConsistencyLensModel.from_subject(
+            tiny_model("llama"), tiny_tokenizer(bos=False), layer=1, num_text_tokens=NUM_TEXT_TOKENS
+        )
         assert lens.config.encoder.prefix_ids == []
         empty = reconstruct(lens, batch, text_ids, "empty_text")
         torch.testing.assert_close(empty[:1], lens.encode(torch.tensor([[lens.subject.model.config.bos_token_id]])))
@@ -84,7 +87,7 @@ class TestTexts:
     def test_random_tokens_are_ordinary_ones_and_all_of_them(self, lens):
         ids = Controls(lens, ["random_tokens"], torch.arange(400)).random_ids
         assert ids.shape == (400, NUM_TEXT_TOKENS)
-        assert set(ids.flatten().tolist()) == set(range(4, VOCAB_SIZE))  # 0 to 3: pad, BOS, EOS, unknown
+        assert set(ids.flatten().tolist()) == set(range(3, VOCAB_SIZE))  # 0 to 2: pad, BOS, EOS
 
     def test_random_tokens_follow_the_seed(self, lens, batch, text_ids):
         first, again, other = (reconstruct(lens, batch, text_ids, "random_tokens", seed) for seed in (0, 0, 1))
@@ -96,20 +99,17 @@ class TestMeanAndUntrained:
     def test_mean_is_the_training_mean(self, lens, batch, text_ids):
         assert torch.equal(reconstruct(lens, batch, text_ids, "mean"), lens.mean.expand(len(LENGTHS), -1))
 
-    @pytest.mark.parametrize("training", ["frozen", "full"])
+    @pytest.mark.parametrize("training", ["frozen", "full", "lora"])
     def test_untrained_is_the_lens_before_training(self, batch, text_ids, training):
         settings = {"training": training, "injection_layers": 1, "encoder_prompt": "w5 <text> w6"}
-        trained = tiny_lens(**settings)
-        fresh = ConsistencyLensModel.from_subject(
-            tiny_model("llama"), word_tokenizer(), LAYER, num_text_tokens=NUM_TEXT_TOKENS, **settings
-        )
-        fresh.set_statistics(trained.mean, trained.rms)
+        trained, fresh = disturb(tiny_lens(**settings)), tiny_lens(**settings)
         expected = fresh.encode(fresh.decode_ids(batch["activations"]))
         untrained = reconstruct(trained, batch, text_ids, "untrained")
         torch.testing.assert_close(untrained, expected)
         assert not torch.allclose(untrained, trained.encode(trained.decode_ids(batch["activations"])))
 
-    def test_untrained_copies_no_weights_and_draws_no_random_number(self, lens, batch):
+    def test_untrained_copies_no_weights_and_draws_no_random_number(self, batch):
+        lens = disturb(tiny_lens(training="full"))
         state = torch.random.get_rng_state()
         untrained = Controls(lens, ["untrained"], batch["document"]).untrained
         assert torch.equal(torch.random.get_rng_state(), state)

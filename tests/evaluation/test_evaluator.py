@@ -1,11 +1,12 @@
 import copy
-import dataclasses
 import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from evaluation_rows import BOS, LAYER, NUM_TEXT_TOKENS, tiny_collator, tiny_lens, tiny_rows, word_tokenizer
+from evaluation_rows import BOS, tiny_collator, tiny_rows
+from tiny_lenses import LAYER, NUM_TEXT_TOKENS, disturb, tiny_lens
 from tiny_models import random_tokens, tiny_model
 
 from consistency_lens.data.activation_cache import ActivationRows, build_activation_cache
@@ -31,7 +32,7 @@ TIMES = ("seconds", "samples_per_second")
 
 @pytest.fixture(scope="module")
 def lens():
-    return tiny_lens()
+    return disturb(tiny_lens())
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def rows(lens):
     return tiny_rows(lens.subject, *LENGTHS)
 
 
-def evaluate(lens, rows, **arguments):
+def evaluate(lens, rows, /, **arguments):
     arguments = EvaluationArguments(**({"disable_tqdm": True, "num_bootstrap": 50} | arguments))
     return Evaluator(lens, rows, tiny_collator(), arguments)()
 
@@ -180,7 +181,7 @@ class TestErrors:
             evaluate(lens, [])
 
     def test_a_collator_for_another_length(self, lens, rows):
-        collator = dataclasses.replace(tiny_collator(), num_text_tokens=9)
+        collator = replace(tiny_collator(), num_text_tokens=9)
         with pytest.raises(ValueError, match=f"num_text_tokens=9, the lens {NUM_TEXT_TOKENS}"):
             Evaluator(lens, rows, collator)
 
@@ -194,7 +195,7 @@ class TestErrors:
             EvaluationArguments(controls=["mean", "median"])
 
     def test_lens_without_tokenizer(self, rows):
-        lens = tiny_lens(tokenizer=word_tokenizer())
+        lens = tiny_lens()
         lens.tokenizer = None
         with pytest.raises(ValueError, match="tokenizer"):
             evaluate(lens, rows)
@@ -203,14 +204,14 @@ class TestErrors:
 class TestWriteMetrics:
     def test_writes_the_metrics_and_the_resolved_arguments(self, tmp_path):
         path = tmp_path / "run" / "metrics.json"
-        write_metrics(path, {"fve": 0.5, "ci95": {"fve": [0.4, 0.6]}}, EvaluationArguments(rows=7))
+        write_metrics(path, {"fve": 0.5, "ci95": {"fve": [0.4, 0.6]}}, asdict(EvaluationArguments(rows=7)))
         written = json.loads(path.read_text())
         assert (written["fve"], written["ci95"]["fve"], written["arguments"]["rows"]) == (0.5, [0.4, 0.6], 7)
         assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
 
     def test_a_number_that_json_does_not_know_leaves_the_old_file(self, tmp_path):
         path = tmp_path / "metrics.json"
-        write_metrics(path, {"fve": 0.5}, EvaluationArguments())
+        write_metrics(path, {"fve": 0.5}, {})
         with pytest.raises(ValueError, match="JSON"):
-            write_metrics(path, {"fve": float("nan")}, EvaluationArguments())
+            write_metrics(path, {"fve": float("nan")}, {})
         assert json.loads(path.read_text())["fve"] == 0.5

@@ -66,7 +66,7 @@ class TestMetrics:
         assert "| FVE | 0.487 | 0.451 to 0.523 |" in lines
         assert "| distinct bigrams | 0.900 |  |" in lines
         assert "| the lens's text | 0.487 | 0.250 |" in lines
-        assert "| mean: no text: the mean training activation | -0.321 | 0.000 |" in lines
+        assert "| mean (no text, but the mean training activation) | -0.321 | 0.000 |" in lines
 
     def test_markdown_tables_are_even(self, metrics):
         tables = [block.splitlines() for block in metrics_markdown(metrics).split("\n\n")[:2]]

@@ -1,7 +1,8 @@
 import json
 
 import pytest
-from evaluation_rows import tiny_collator, tiny_lens, tiny_rows, word_tokenizer
+from evaluation_rows import tiny_collator, tiny_rows
+from tiny_lenses import disturb, tiny_lens, tiny_tokenizer
 
 from consistency_lens.evaluation import collect_samples, write_samples
 from consistency_lens.evaluation.samples import choose_rows, marked_context
@@ -11,7 +12,7 @@ LENGTHS = (12, 9, 6, 7, 12, 8, 4, 15, 11, 6)
 
 @pytest.fixture(scope="module")
 def lens():
-    return tiny_lens()
+    return disturb(tiny_lens())
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,8 @@ def test_positions_are_spread():
 
 class TestMarkedContext:
     def test_marks_the_token_without_its_space(self):
-        assert marked_context(word_tokenizer(), [1, 5, 6, 7, 8], position=3) == "w5 w6 «w7»"
+        assert marked_context(tiny_tokenizer(), [1, 5, 6, 7, 8], position=3) == "w5 w6 «w7»"
 
-    def test_a_special_token_is_still_shown(self):
-        assert marked_context(word_tokenizer(), [1, 5, 2], position=2) == "w5«</s>»"
+    def test_only_the_bos_at_the_start_is_left_out(self):
+        assert marked_context(tiny_tokenizer(), [1, 5, 2, 1], position=3) == "w5 </s> «<s>»"
+        assert marked_context(tiny_tokenizer(), [1, 5], position=0) == "«<s>»"

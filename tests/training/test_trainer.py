@@ -33,7 +33,8 @@ def parameters(trainer):
 
 def test_every_trained_tensor_moves_and_the_subject_does_not(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1, stages=["warm_start"], learning_rate=1e-2)
-    before, subject_before = parameters(trainer), {n: p.clone() for n, p in trainer.lens.subject.model.named_parameters()}
+    before = parameters(trainer)
+    subject_before = {n: p.clone() for n, p in trainer.lens.subject.model.named_parameters()}
     trainer.train()
     still = [n for n, t in parameters(trainer).items() if "normaliser" not in n and torch.equal(t, before[n])]
     assert still == []
@@ -150,10 +151,10 @@ def test_nothing_but_skipped_steps_stops_the_run(tmp_path):
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, save_at):
     whole = tiny_trainer(tmp_path / "whole", stages=["warm_start 3s", "gumbel"])
     whole.train()
-    first = tiny_trainer(tmp_path / "cut", stages=["warm_start 3s", "gumbel"], save_strategy="steps", save_steps=save_at)
-    first.train()
+    stages = ["warm_start 3s", "gumbel"]
+    tiny_trainer(tmp_path / "cut", stages=stages, save_strategy="steps", save_steps=save_at).train()
     checkpoint = tmp_path / "cut" / "run" / f"checkpoint-{save_at}"
-    resumed = tiny_trainer(tmp_path / "cut", stages=["warm_start 3s", "gumbel"])
+    resumed = tiny_trainer(tmp_path / "cut", stages=stages)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[save_at:] == losses(whole)[save_at:]
     for name, tensor in parameters(whole).items():
@@ -202,9 +203,8 @@ def test_checkpointing_gives_the_same_loss(tmp_path):
 
 
 SCRIPT = """
-import sys
+import os, sys
 from pathlib import Path
-import torch
 sys.path[:0] = sys.argv[2].split(":")
 from lens_runs import tiny_trainer
 from test_trainer import KeepGradients
@@ -212,7 +212,7 @@ from safetensors.torch import save_file
 folder, batch, stage = Path(sys.argv[1]), int(sys.argv[3]), sys.argv[4]
 keep = KeepGradients()
 trainer = tiny_trainer(
-    folder / f"rank{torch.distributed.get_rank() if torch.distributed.is_initialized() else __import__('os').environ.get('RANK', 0)}",
+    folder / f"rank{os.environ['RANK']}",
     max_steps=2, per_device_train_batch_size=batch, stages=[stage], lm_reference="subject", max_grad_norm=0.0,
     own_share=0.5, optim="sgd", learning_rate=0.01,
 )

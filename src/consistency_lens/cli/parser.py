@@ -25,7 +25,8 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
             raise ValueError("--config: got no file; pass the path of a YAML recipe")
         parser.set_defaults(**read_config(Path(argv[position + 1]), dataclasses))
         del argv[position : position + 2]
-    return parser.parse_args_into_dataclasses(argv)
+    # what follows the dataclasses is a namespace with --config in it
+    return parser.parse_args_into_dataclasses(argv)[: len(dataclasses)]
 
 
 def read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def sample_documents(
         A corpus (see `data.corpus`): `input_ids` and `document`, here the hash of the tokens, in the order of drawing.
 
     Raises:
-        ValueError: for counts below 1, a negative temperature, a length the model cannot hold, a tokenizer with neither
-            BOS nor EOS where no prompt is given, or a model without a KV cache.
+        ValueError: for counts below 1, a negative temperature, a length the model cannot hold, a tokenizer with
+            neither BOS nor EOS where no prompt is given, or a model without a KV cache.
     """
     prompt = _prompt(tokenizer, prompt_ids)
     _check(model, num_documents, max_length, len(prompt), batch_size, temperature, top_k)
@@ -110,7 +110,7 @@ def _check(
 
 
 def _uniforms(seed: int, draws: Sequence[int], max_length: int) -> torch.Tensor:
-    """One uniform number in [0, 1) for every token of the given draws, (B, S); row n depends on seed and draw n only."""
+    """A uniform number in [0, 1) for every token of the given draws, (B, S); a row depends on seed and draw only."""
     # 23 bits: then u * total rounds to less than total in float32, and no token of probability zero is ever drawn.
     bits = np.stack([np.random.default_rng([seed, draw]).integers(0, 2**23, max_length) for draw in draws])
     return torch.from_numpy((bits / 2**23).astype(np.float32))

@@ -16,7 +16,7 @@ from .metrics import start_token
 
 # name -> what the reconstruction is made from
 CONTROLS = {
-    "mean": "no text: the mean training activation",
+    "mean": "no text, but the mean training activation",
     "shuffled": "the text of a row of another document",
     "empty_text": "a text of no tokens",
     "random_tokens": "random tokens",
@@ -147,7 +147,7 @@ def ordinary_tokens(lens: ConsistencyLensModel) -> Tensor:
     tokenizer = lens.require_tokenizer()
     special = set(tokenizer.all_special_ids)
     # A model's table may be longer than its tokenizer (padding), and the tokenizer longer than it (added tokens).
-    size = min(len(tokenizer), lens.subject.stream.input_embedding.weight.shape[0])
+    size = min(len(tokenizer), lens.subject.model.config.get_text_config().vocab_size)
     return torch.tensor([token for token in range(size) if token not in special])
 
 
@@ -162,4 +162,4 @@ def untrained_lens(lens: ConsistencyLensModel) -> ConsistencyLensModel:
         fresh = ConsistencyLensModel.from_artifact_config(config, lens.subject.model, {})
     fresh.tokenizer = lens.tokenizer
     fresh.set_statistics(lens.mean, lens.rms)
-    return fresh.to(lens.device).eval()
+    return fresh.to(lens.device).eval()  # type: ignore[arg-type]

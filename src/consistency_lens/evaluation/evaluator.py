@@ -1,12 +1,10 @@
 """The evaluation of a lens on held-out rows: metrics, controls and intervals, as they go into `metrics.json`."""
 
-import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..atomic_write import write_json
 from ..data.collator import ActivationCollator
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
@@ -165,7 +164,7 @@ class Evaluator:
                 reconstructions = {"lens": read_ids(lens, text_ids[rows])}
                 reconstructions |= controls.reconstruct(batch, rows, text_ids)
                 for name, values in self.row_values(batch, text_ids[rows], reconstructions).items():
-                    columns[name].append(values.double().cpu())
+                    columns[name].append(values.cpu().double())
                 bar.update(len(batch["activations"]))
         joined = {name: torch.cat(values) for name, values in columns.items()}
         # The mean direction is that of all rows, so these two cannot be summed batch by batch.
@@ -174,14 +173,16 @@ class Evaluator:
 
     def row_values(self, batch: Batch, text_ids: Tensor, reconstructions: dict[str, Tensor]) -> dict[str, Tensor]:
         """Addends (B,) of one batch, and its A and Â (B, d) as `target` and `prediction`."""
-        subject, target, prediction = self.lens.subject, batch["activations"], reconstructions["lens"]
+        subject = self.lens.subject
+        # Errors are taken on the CPU: they are in float64, which not every device has.
+        target, mean, prediction = (t.cpu() for t in (batch["activations"], self.lens.mean, reconstructions["lens"]))
         context, logits = judge(subject, batch, torch.stack(list(reconstructions.values()), dim=1))
         original = context.logits[:, 0]
         values = {
             "target": target,
             "prediction": prediction,
             "rows": torch.ones_like(batch["positions"]),
-            "variance": squared_error(target, self.lens.mean),
+            "variance": squared_error(target, mean),
             "cosine": torch.cosine_similarity(target.double(), prediction.double(), dim=-1),
             "agreement": original.argmax(-1) == logits[:, 0].argmax(-1),
             "text_nll": text_nll(subject, text_ids).sum(-1),
@@ -190,7 +191,7 @@ class Evaluator:
             "tail_tokens": batch["tail_mask"].sum(-1),
         }
         for index, (name, reconstruction) in enumerate(reconstructions.items()):
-            values[f"error.{name}"] = squared_error(target, reconstruction)
+            values[f"error.{name}"] = squared_error(target, reconstruction.cpu())
             values[f"kl.{name}"] = kl_divergence(original, logits[:, index])
         for name, tensor in values.items():
             check_finite(name, tensor)
@@ -271,22 +272,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def write_metrics(path: str | Path, metrics: dict[str, Any], arguments: EvaluationArguments) -> None:
-    """Writes metrics as JSON, with the resolved arguments under `arguments`; whole or not at all.
+def write_metrics(path: str | Path, metrics: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Writes metrics as JSON, with the resolved arguments of the run under `arguments`; whole or not at all.
 
     Raises:
         ValueError: if a metric is NaN or infinite, which JSON has no word for.
     """
-    text = json.dumps(metrics | {"arguments": asdict(arguments)}, indent=2, allow_nan=False)
-    write_whole(Path(path), text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears under its name whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_json(Path(path), {**metrics, "arguments": {**arguments}})

@@ -79,7 +79,7 @@ def caption(metrics: Mapping[str, Any]) -> str:
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Label, value and 95% interval of each metric."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, (label, decimals) in METRICS.items():
         interval = metrics["ci95"].get(name)
         span = "" if interval is None else " to ".join(f"{end:.{decimals}f}" for end in interval)
@@ -91,7 +91,7 @@ def control_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The lens, then its controls: what Â is made from, FVE and KL recovered."""
     compared = {"the lens's text": metrics}
     for name, values in metrics["controls"].items():
-        compared[f"{name}: {CONTROLS[name]}" if name in CONTROLS else name] = values
+        compared[f"{name} ({CONTROLS[name]})" if name in CONTROLS else name] = values
     return [(label, f"{of['fve']:.3f}", f"{of['kl_recovered']:.3f}") for label, of in compared.items()]
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..atomic_write import write_text
 from ..data.collator import ActivationCollator
 from ..explanation import top_tokens
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .controls import read_ids
-from .evaluator import Rows, evaluation_mode, judge, write_whole
+from .evaluator import Rows, evaluation_mode, judge
 from .metrics import squared_error
 
 # Documents looked at for each sample that is kept, so that the positions can be spread.
@@ -74,15 +75,16 @@ def collect_samples(
         reconstructions = read_ids(lens, decoded.token_ids)
     context, logits = judge(lens.subject, batch, reconstructions[:, None])
     before, after = context.logits[:, 0], logits[:, 0]
-    error = squared_error(batch["activations"], reconstructions)
+    activations = batch["activations"].cpu()
+    error = squared_error(activations, reconstructions.cpu())
     tokenizer = lens.require_tokenizer()
     columns = (
         batch["document"].tolist(),
         batch["positions"].tolist(),
         [marked_context(tokenizer, row["input_ids"], int(row["position"])) for row in chosen],
         decoded.texts,
-        [tokenizer.decode(ids[mask]) for ids, mask in zip(batch["tail_ids"], batch["tail_mask"], strict=True)],
-        (1 - error / squared_error(batch["activations"], lens.mean)).tolist(),
+        [str(tokenizer.decode(ids[mask])) for ids, mask in zip(batch["tail_ids"], batch["tail_mask"], strict=True)],
+        (1 - error / squared_error(activations, lens.mean.cpu())).tolist(),
         kl_divergence(before, after).tolist(),
         top_tokens(before, tokenizer),
         top_tokens(after, tokenizer),
@@ -104,12 +106,13 @@ def choose_rows(rows: Rows, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def marked_context(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int] | Tensor, position: int) -> str:
-    """The text of tokens 0..P, special tokens left out, with the token at P between « and »."""
+    """The text of tokens 0..P without the BOS at its start, the token at P between « and »."""
     ids = [int(token) for token in input_ids[: position + 1]]
-    before = tokenizer.decode(ids[:-1], skip_special_tokens=True)
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
-    # Decoded alone, a token may lose its space; decoded in place, a special one or half a character shows nothing.
-    token = (whole[len(before) :] if whole.startswith(before) else "") or tokenizer.decode(ids[-1:])
+    if len(ids) > 1 and ids[0] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    before, whole = str(tokenizer.decode(ids[:-1])), str(tokenizer.decode(ids))
+    # Decoded alone a token may lose its leading space; only where it ends a character begun before is there no choice.
+    token = whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids[-1:]))
     space = token[: len(token) - len(token.lstrip(" "))]
     return f"{before}{space}«{token[len(space) :]}»"
 
@@ -117,4 +120,4 @@ def marked_context(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int] 
 def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     """Writes samples as JSON lines, whole or not at all."""
     lines = (json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False) for sample in samples)
-    write_whole(Path(path), "".join(f"{line}\n" for line in lines))
+    write_text(Path(path), "".join(f"{line}\n" for line in lines))

@@ -1,6 +1,5 @@
 """Cards of published artifacts, rendered from what was measured; nothing in them is typed by hand."""
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ..atomic_write import write_text
 from ..evaluation.report import metrics_markdown
 from ..evaluation.samples import Sample
 from ..modeling_consistency_lens import ConsistencyLensModel
@@ -35,7 +35,5 @@ def write_lens_card(
         samples=list(samples),
     )
     path = folder / "README.md"
-    partial = path.with_name(".README.md.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, text)
     return path

@@ -6,11 +6,20 @@ from transformers import TrainingArguments
 
 from ..schedules import Schedule, parse_duration
 
-OBJECTIVES = ("warm_start", "gumbel")
+OBJECTIVES = ("warm_start", "gumbel", "policy_gradient")
 LM_REFERENCES = ("subject", "warm_start")
 LM_DIRECTIONS = ("forward", "reverse")
 DELTA_RESIDUALS = ("none", "detached", "full")
-SCHEDULED = ("tau", "kl_weight", "lm_weight", "mse_weight", "entropy_weight", "ce_weight", "learning_rate_schedule")
+SCHEDULED = (
+    "tau",
+    "kl_weight",
+    "lm_weight",
+    "mse_weight",
+    "entropy_weight",
+    "ce_weight",
+    "policy_weight",
+    "learning_rate_schedule",
+)
 
 
 @dataclass(frozen=True)
@@ -57,18 +66,29 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
     kl_weight: str = field(default="1", metadata={"help": "Weight of KL(p(.|A) || p(.|reconstruction))."})
     lm_weight: str = field(default="0.1", metadata={"help": "Weight of the divergence from the LM reference."})
     entropy_weight: str = field(default="0", metadata={"help": "Weight of the decoder's entropy (subtracted)."})
+    policy_weight: str = field(default="1", metadata={"help": "Weight of the policy-gradient term."})
+    group_size: int = field(default=4, metadata={"help": "Policy gradient: texts sampled for each activation."})
     tau: str = field(default="1", metadata={"help": "Temperature of the straight-through gradient."})
-    lm_reference: str = field(default="warm_start", metadata={"help": "What text is held close to.", "choices": LM_REFERENCES})
+    lm_reference: str = field(
+        default="warm_start", metadata={"help": "What text is held close to.", "choices": LM_REFERENCES}
+    )
     lm_direction: str = field(
         default="reverse",
-        metadata={"help": "forward: KL(reference || decoder); reverse: KL(decoder || reference).", "choices": LM_DIRECTIONS},
+        metadata={
+            "help": "forward: KL(reference || decoder); reverse: KL(decoder || reference).",
+            "choices": LM_DIRECTIONS,
+        },
     )
     delta_residual: str = field(
         default="none",
-        metadata={"help": "Judge reconstruction + (A' - A'_hat) by the KL; detached stops its gradient.", "choices": DELTA_RESIDUALS},
+        metadata={
+            "help": "Judge reconstruction + (A' - A'_hat) by the KL; detached stops its gradient.",
+            "choices": DELTA_RESIDUALS,
+        },
     )
     own_share: float = field(
-        default=0.25, metadata={"help": "Warm start: share of rows whose text the encoder gets from the decoder itself."}
+        default=0.25,
+        metadata={"help": "Warm start: share of rows whose text the encoder gets from the decoder itself."},
     )
     max_nonfinite_steps: int = field(
         default=100, metadata={"help": "Stop after this many steps in a row with gradients that are not finite."}
@@ -92,16 +112,18 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, got {self.group_size}; a group of one has no advantage")
         if not 0 <= self.own_share <= 1:
             raise ValueError(f"own_share must lie in 0..1, got {self.own_share}")
         if self.learning_rate_schedule is not None and len(self.learning_rate_schedule) != len(stages):
             raise ValueError(
                 f"learning_rate_schedule: got {len(self.learning_rate_schedule)} for {len(stages)} stages; give one each"
             )
-        gumbel_first = stages[0].objective == "gumbel"
-        if gumbel_first and self.lm_reference == "warm_start" and str(self.lm_weight) != "0":
+        unprepared = stages[0].objective == "policy_gradient" or stages[0].objective == "gumbel"
+        if unprepared and self.lm_reference == "warm_start" and str(self.lm_weight) != "0":
             raise ValueError(
-                "lm_reference='warm_start' needs a warm_start stage before gumbel; add one or take lm_reference=subject"
+                "lm_reference='warm_start' needs a warm_start stage first; add one, or take lm_reference=subject"
             )
 
     def parsed_stages(self) -> list[Stage]:
@@ -119,5 +141,7 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
         for stage in self.parsed_stages()[:-1]:
             starts.append(starts[-1] + parse_duration(stage.duration, steps_per_epoch, total_steps))
         if starts[-1] >= total_steps and len(starts) > 1:
-            raise ValueError(f"stages: the last would start at step {starts[-1]} of {total_steps}; shorten those before")
+            raise ValueError(
+                f"stages: the last would start at step {starts[-1]} of {total_steps}; shorten those before"
+            )
         return starts

@@ -1,32 +1,19 @@
 """Optimizer, scheduler and random states on disk without pickle: tensors in safetensors, the rest in JSON."""
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from ..atomic_write import write_json, write_tensors
 
 OPTIMIZER_TENSORS, OPTIMIZER_JSON = "optimizer.safetensors", "optimizer.json"
 SCHEDULER_JSON = "scheduler.json"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON through a temporary name, so that a reader never meets half a file."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes safetensors through a temporary name."""
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
 
 
 def save_optimizer(optimizer: Any, folder: Path) -> None:
@@ -54,7 +41,9 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     own_sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != own_sizes:
-        raise ValueError(f"checkpoint: parameter groups of sizes {sizes}, the run has {own_sizes}; resume the same recipe")
+        raise ValueError(
+            f"checkpoint: parameter groups of sizes {sizes}, the run has {own_sizes}; resume the same recipe"
+        )
     state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in saved["scalars"].items()}
     for key, tensor in load_file(folder / OPTIMIZER_TENSORS).items():
         index, name = key.split(".", 1)

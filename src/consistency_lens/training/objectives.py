@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..evaluation.metrics import start_token
 from ..losses import (
     entropy,
     functional_target,
@@ -23,6 +24,8 @@ from ..straight_through import row_keys
 from ..subject import Subject
 
 Batch = dict[str, Tensor]
+
+ADVANTAGE_EPS = 1e-4  # in units of normalised squared error
 
 
 @dataclass
@@ -156,6 +159,52 @@ class Gumbel:
         return self.reference(activations, ids)
 
 
+@dataclass
+class PolicyGradient:
+    """Group-relative policy gradient (GRPO, Shao et al. 2024, arXiv:2402.03300), one update a rollout.
+
+    For each activation the decoder samples `group_size` texts (no gradient, with the KV cache); one teacher-forced pass
+    scores them and lets the encoder read them. Reward: `-mse` of the reconstruction, normalised within the group to an
+    advantage. `policy`: -advantage x mean log-probability of the text. `mse`: the encoder regresses on the same samples.
+    `lm`: KL(decoder || reference) at every token, exact over the vocabulary.
+
+    Args:
+        reference: the decoder as warm start left it; None without an `lm` term.
+        group_size: G, at least 2.
+    """
+
+    reference: LensDecoder | None
+    group_size: int = 4
+
+    def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
+        activations = batch["activations"].repeat_interleave(self.group_size, dim=0)
+        draws = [step.keys(batch["rows"], draw) for draw in range(self.group_size)]
+        ids = lens.decode_ids(activations, keys=torch.stack(draws, dim=1).flatten())
+        output = model(activations=activations, text_ids=ids)
+        mse = normalised_mse(activations, output.reconstruction, lens.rms)
+        advantage = group_advantage(-mse.detach(), self.group_size)
+        log_probability = -token_cross_entropy(output.logits, ids)
+        terms = {"policy": -(advantage * log_probability).mean(), "mse": mse.mean()}
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference(activations, ids)
+            terms["lm"] = kl_divergence(output.logits, reference).mean()
+        with torch.no_grad():
+            groups = mse.view(-1, self.group_size)
+            metrics = {
+                "entropy": entropy(output.logits).mean(),
+                "reward_spread": groups.std(dim=1).mean(),
+                "zero_advantage_share": (groups.std(dim=1) < ADVANTAGE_EPS).float().mean(),
+            }
+        return Losses(terms, metrics)
+
+
+def group_advantage(rewards: Tensor, group_size: int) -> Tensor:
+    """(r - mean) / (std + eps) within each group of consecutive rewards (B * G,); 0 where all are equal."""
+    groups = rewards.view(-1, group_size)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + ADVANTAGE_EPS)).flatten()
+
+
 def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Tensor:
     """KL(p(.|A) || p(.|Â)) in nats for each row, (B,): what the subject would predict instead."""
     positions = batch["positions"][:, None]
@@ -166,8 +215,7 @@ def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Ten
 
 def subject_text_logits(subject: Subject, ids: Tensor) -> Tensor:
     """The subject's logits (B, T, V) for each token of texts (B, T), read after BOS (or EOS, if it has no BOS)."""
-    config = subject.model.config.get_text_config()
-    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    start = start_token(subject.model.config)
     inputs = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
     return subject.model(input_ids=inputs, use_cache=False).logits
 

@@ -1,6 +1,7 @@
 """From a recipe to a lens: subject, corpus, cache, training, evaluation. `cli.train` and the example call `run`."""
 
 import logging
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import __version__
-from ..data.activation_cache import ActivationCache, ActivationRows, build_activation_cache, weights_hash
+from ..atomic_write import write_json
+from ..data.activation_cache import ActivationCache, ActivationRows
+from ..data.cache_building import build_activation_cache, weights_hash
 from ..data.collator import ActivationCollator
 from ..data.corpus import read_documents, tokenize_documents
 from ..data.generation import sample_documents
@@ -22,7 +25,6 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from ..subject import Subject
 from .arguments import ConsistencyLensTrainingArguments
-from .checkpoint import write_json
 from .trainer import ConsistencyLensTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,21 +41,26 @@ class RecipeArguments:
     num_text_tokens: int = field(default=8, metadata={"help": "T, tokens of an explanation."})
     clones: str = field(default="full", metadata={"help": "Training of decoder and encoder: full, lora or frozen."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters with clones=lora."})
-    lora_targets: str = field(default="all-linear", metadata={"help": "Modules that get adapters, as PEFT names them."})
+    lora_targets: str = field(
+        default="all-linear", metadata={"help": "Modules that get adapters, as PEFT names them."}
+    )
     decoder_prompt: str = field(default="<embed>", metadata={"help": "Prompt with the slot <embed>."})
     encoder_prompt: str = field(default="<text>", metadata={"help": "Prompt with the slot <text>."})
     injection_layers: int = field(default=0, metadata={"help": "Inject A into the slot's input of blocks 1..n too."})
     output_layer: int | None = field(default=None, metadata={"help": "Blocks of the encoder; default layer + 1."})
 
     text_file: str | None = field(
-        default=None, metadata={"help": "Documents divided by lines of <|endoftext|>; unset: the subject writes its own."}
+        default=None,
+        metadata={"help": "Documents divided by lines of <|endoftext|>; unset: the subject writes its own."},
     )
     num_documents: int = field(default=4000, metadata={"help": "Documents to sample where there is no text file."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a document; the rest is cut."})
     positions_per_sequence: int = field(default=8, metadata={"help": "K, activations cached from one document."})
     min_position: int = field(default=8, metadata={"help": "First position that may be read."})
     cache_dtype: str = field(default="float32", metadata={"help": "float16 or float32."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Corpus and activations; default <output_dir>/data."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Corpus and activations; default <output_dir>/data."}
+    )
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of the documents held out."})
 
     eval_rows: int = field(default=1024, metadata={"help": "Held-out activations in the final evaluation."})
@@ -83,6 +90,18 @@ class RunResult:
     output_dir: Path
     metrics: dict[str, Any]
     samples: list[Sample]
+
+
+class Clock:
+    """Wall seconds of each part of a run."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._since = now - self._since, now
 
 
 def load_subject_and_tokenizer(args: RecipeArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -120,7 +139,7 @@ def make_cache(args: RecipeArguments, subject: Subject, tokenizer: Any, folder: 
         folder / f"activations-layer{subject.layer}",
         tokenizer=tokenizer,
         subject_name=args.model,
-        subject_revision=subject.model.config._commit_hash if args.revision else None,
+        subject_revision=args.revision,
         dataset_name=args.text_file or f"samples of {args.model}",
         positions_per_sequence=args.positions_per_sequence,
         min_position=args.min_position,
@@ -129,12 +148,10 @@ def make_cache(args: RecipeArguments, subject: Subject, tokenizer: Any, folder: 
     )
 
 
-def make_lens(
-    args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, layer: int, cache: ActivationCache
-) -> ConsistencyLensModel:
-    """A new lens with the statistics of the training rows."""
+def make_lens(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, layer: int) -> ConsistencyLensModel:
+    """A new lens for the subject; the statistics of its training rows come later."""
     lora = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": args.lora_targets}
-    lens = ConsistencyLensModel.from_subject(
+    return ConsistencyLensModel.from_subject(
         model,
         tokenizer,
         layer,
@@ -147,8 +164,6 @@ def make_lens(
         output_layer=args.output_layer,
         revision=args.revision,
     )
-    lens.set_statistics(cache.mean, cache.rms)
-    return lens
 
 
 def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) -> RunResult:
@@ -157,23 +172,22 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     Raises:
         ValueError: for a user's mistake, before any long work starts.
     """
+    clock = Clock()
     set_seed(training_args.seed)
     output_dir = Path(training_args.output_dir)
     model, tokenizer = load_subject_and_tokenizer(args)
     model.to(training_args.device)
     layer = ResidualStream(model).num_layers // 2 if args.layer is None else args.layer
     subject = Subject(model, layer)
-    trial = ConsistencyLensModel.from_subject(  # finds every mistake in the lens's settings before the cache is built
-        model, tokenizer, layer, training="frozen", decoder_prompt=args.decoder_prompt,
-        encoder_prompt=args.encoder_prompt, injection_layers=args.injection_layers, output_layer=args.output_layer,
-    )  # fmt: skip
-    del trial
+    # made before the cache, so that every mistake in its settings is found before the long work
+    lens = make_lens(args, model, tokenizer, layer)
 
     with training_args.main_process_first(desc="activation cache"):
         folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
         cache = make_cache(args, subject, tokenizer, folder, training_args.seed)
+    clock.lap("corpus_and_cache")
     train, validation = cache.split(args.validation_fraction)
-    lens = make_lens(args, model, tokenizer, layer, train)
+    lens.set_statistics(train.mean, train.rms)
     lens.provenance = {
         "consistency_lens": __version__,
         "recipe": asdict(args),
@@ -193,17 +207,25 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
         data_collator=collator,
     )
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if resume in ("True", "true", True) else resume)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(output_dir) if resume in ("True", "true", True) else resume
+    )
     lens.eval()
     trainer.save_model()
+    clock.lap("training")
 
-    evaluator = Evaluator(lens, validation_rows, collator, EvaluationArguments(rows=args.eval_rows))
+    evaluation = EvaluationArguments(
+        rows=args.eval_rows, seed=training_args.seed, disable_tqdm=training_args.disable_tqdm
+    )
+    evaluator = Evaluator(lens, validation_rows, collator, evaluation)
     metrics = evaluator() if trainer.is_world_process_zero() else {}
     samples = collect_samples(lens, validation_rows, collator, count=args.num_samples, seed=training_args.seed)
     if trainer.is_world_process_zero():
         resolved = {"recipe": asdict(args), "training": training_args.to_dict()}
         write_metrics(output_dir / "metrics.json", metrics, resolved)
         write_samples(output_dir / "samples.jsonl", samples)
+        clock.lap("evaluation")
         write_json(output_dir / "log_history.json", trainer.state.log_history)
+        write_json(output_dir / "run.json", {"seconds": sum(clock.laps.values()), "laps": clock.laps, **resolved})
         write_lens_card(output_dir, lens, metrics, samples)
     return RunResult(lens, output_dir, metrics, samples)

@@ -14,16 +14,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..atomic_write import write_json, write_tensors
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import ResolvedSchedule, Schedule
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import SkipNonfiniteSteps
-from .objectives import Gumbel, Losses, Objective, Step, WarmStart, freeze_copy
+from .objectives import Gumbel, Losses, Objective, PolicyGradient, Step, WarmStart, freeze_copy
 
 logger = logging.getLogger(__name__)
 
-WEIGHTED_TERMS = {"ce": 1.0, "mse": 1.0, "kl": 1.0, "lm": 1.0, "entropy": -1.0}  # term -> sign in the loss
+WEIGHTED_TERMS = {
+    "ce": 1.0,
+    "mse": 1.0,
+    "kl": 1.0,
+    "lm": 1.0,
+    "entropy": -1.0,
+    "policy": 1.0,
+}  # term -> sign in the loss
 REFERENCE_FILE = "reference.safetensors"
 
 
@@ -96,6 +104,10 @@ class ConsistencyLensTrainer(Trainer):
         if name == "warm_start":
             return WarmStart(own_share=args.own_share)
         needs_lm = args.lm_weight != "0"
+        from_warm_start = args.lm_reference == "warm_start"
+        reference = freeze_copy(self.lens.decoder) if needs_lm and from_warm_start else None
+        if name == "policy_gradient":
+            return PolicyGradient(reference, group_size=args.group_size)
         return Gumbel(
             subject=self.lens.subject,
             lm_reference=args.lm_reference,
@@ -103,7 +115,7 @@ class ConsistencyLensTrainer(Trainer):
             delta_residual=args.delta_residual,
             needs_kl=args.kl_weight != "0",
             needs_lm=needs_lm,
-            reference=freeze_copy(self.lens.decoder) if needs_lm and args.lm_reference == "warm_start" else None,
+            reference=reference,
         )
 
     # --- the loss
@@ -218,10 +230,12 @@ class ConsistencyLensTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         self.lens.save_pretrained(folder, state_dict=state_dict)
-        checkpoint.write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
-        references = [o.reference for o in self._objectives.values() if isinstance(o, Gumbel) and o.reference is not None]
+        write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
+        references = [
+            o.reference for o in self._objectives.values() if isinstance(o, Gumbel) and o.reference is not None
+        ]
         if references:
-            checkpoint.write_tensors(folder / REFERENCE_FILE, references[-1].trained_tensors())
+            write_tensors(folder / REFERENCE_FILE, references[-1].trained_tensors())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -245,7 +259,9 @@ class ConsistencyLensTrainer(Trainer):
         if not (wants and started):
             return
         if not path.is_file():
-            raise ValueError(f"checkpoint: {path.name} is missing in {str(folder)!r}; resume from an earlier checkpoint")
+            raise ValueError(
+                f"checkpoint: {path.name} is missing in {str(folder)!r}; resume from an earlier checkpoint"
+            )
         self.lens.decoder.load_trained_tensors(load_file(path))
         self._objectives[index] = self.make_objective(objective)
 

@@ -1,0 +1,47 @@
+"""Files that appear under their name whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors.torch import save
+from torch import Tensor
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes its name when it is whole, and stays there when the power fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes safetensors whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"}))
+
+
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Writes JSON whole or not at all.
+
+    Raises:
+        ValueError: if a number is NaN or infinite, which JSON cannot hold; the old file stays.
+    """
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

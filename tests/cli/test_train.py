@@ -1,0 +1,124 @@
+"""The whole job through its command: a tiny subject on disk, a few steps, and every mistake that a user can make."""
+
+import json
+
+import pytest
+import torch
+from lens_runs import word_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from transformers import AutoModel
+
+from consistency_lens.cli.train import main
+from consistency_lens.training import recipe
+
+TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))
+
+
+@pytest.fixture(scope="module")
+def subject_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("subject")
+    model = tiny_model("llama")
+    model.save_pretrained(folder)
+    word_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def flags(subject_folder, output_dir, **changes):
+    settings = {
+        "model": subject_folder, "layer": 1, "num_text_tokens": 3, "min_position": 4, "max_length": 16,
+        "text_file": subject_folder / "text.txt", "positions_per_sequence": 3, "validation_fraction": 0.3,
+        "eval_rows": 16, "num_samples": 2, "max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True,
+        "output_dir": output_dir, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 2,
+    } | changes  # fmt: skip
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def run_folder(subject_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert main(flags(subject_folder, folder)) == 0
+    return folder
+
+
+def test_a_run_leaves_a_lens_its_figures_and_its_arguments(run_folder):
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    controls = {"mean", "shuffled", "empty_text", "random_tokens", "context_tail", "current_token_only", "untrained"}
+    assert controls <= set(metrics["controls"])
+    assert metrics["controls"]["mean"]["fve"] == pytest.approx(0, abs=1e-6)
+    low, high = metrics["ci95"]["fve"]
+    assert low <= metrics["fve"] <= high
+    assert len((run_folder / "samples.jsonl").read_text().splitlines()) == 2
+    run = json.loads((run_folder / "run.json").read_text())
+    assert run["recipe"]["layer"] == 1 and run["seconds"] > 0
+    assert "FVE" in (run_folder / "README.md").read_text()
+    assert not list(run_folder.rglob("*.bin")) + list(run_folder.rglob("*.pt")) + list(run_folder.rglob("*.pkl"))
+
+
+def test_the_saved_lens_loads_and_explains(run_folder):
+    explanation = AutoModel.from_pretrained(run_folder).explain("w5 w6 w7 w8 w9")
+    assert [row.position for row in explanation] == [1, 2, 3, 4, 5]
+
+
+def test_sampling_serves_where_there_is_no_text(subject_folder, tmp_path):
+    arguments = flags(subject_folder, tmp_path, num_documents=20)
+    position = arguments.index("--text_file")
+    assert main(arguments[:position] + arguments[position + 2 :]) == 0
+    assert list((tmp_path / "data").glob("corpus-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": 7}, "layer"),
+        ({"num_text_tokens": 0}, "num_text_tokens must be at least 1"),
+        ({"decoder_prompt": "no slot"}, "<embed> exactly once"),
+        ({"encoder_prompt": "no slot"}, "<text> exactly once"),
+        ({"min_position": 2}, "min_position must be at least num_text_tokens"),
+        ({"max_length": 5}, "max_length 5 leaves no position"),
+        ({"min_position": 40, "max_length": 60}, "min_position"),
+        ({"model": "no/such/folder"}, "cannot load"),
+        ({"text_file": "nowhere.txt"}, "no text file"),
+        ({"clones": "half"}, "training must be one of"),
+        ({"stages": "gumbel"}, "needs a warm_start stage"),
+        ({"group_size": 1, "stages": "policy_gradient"}, "group_size must be at least 2"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(subject_folder, tmp_path, capsys, changes, message):
+    assert main(flags(subject_folder, tmp_path, **changes)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_an_empty_text_file_is_a_mistake(subject_folder, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n<|endoftext|>\n")
+    assert main(flags(subject_folder, tmp_path, text_file=tmp_path / "empty.txt")) == 2
+    assert "holds no text" in capsys.readouterr().err
+
+
+def test_a_cache_of_another_layer_is_a_mistake(subject_folder, tmp_path, capsys):
+    assert main(flags(subject_folder, tmp_path / "a", cache_dir=tmp_path / "cache")) == 0
+    (tmp_path / "cache" / "activations-layer1").rename(tmp_path / "cache" / "activations-layer0")
+    assert main(flags(subject_folder, tmp_path / "b", cache_dir=tmp_path / "cache", layer=0)) == 2
+    message = capsys.readouterr().err
+    assert "layer" in message and "1" in message and "0" in message
+
+
+def test_activations_that_are_not_finite_are_a_mistake(subject_folder, tmp_path, capsys):
+    folder = tmp_path / "broken"
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer(97).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert main(flags(folder, tmp_path / "run", text_file=subject_folder / "text.txt")) == 2
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_lora_without_peft_is_a_mistake(subject_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setattr(recipe, "build_activation_cache", None)  # found before the cache is built
+    assert main(flags(subject_folder, tmp_path, clones="lora")) == 2
+    assert 'pip install "consistency-lens[lora]"' in capsys.readouterr().err

@@ -1,0 +1,421 @@
+"""Decoder, encoder and lens: generation, reading, gradients, shared weights, checkpointing, bad input."""
+
+import pytest
+import torch
+from tiny_lenses import (
+    INJECTED,
+    LAYER,
+    NUM_TEXT_TOKENS,
+    PROMPTS,
+    activations,
+    disturb,
+    gradients,
+    keys,
+    tiny_lens,
+    tiny_tokenizer,
+    trainable,
+)
+from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, WIDTH, tiny_model
+
+from consistency_lens import ConsistencyLensModel, ResidualStream, Subject
+from consistency_lens.straight_through import fold_in, gumbel_noise
+
+TAU = 0.7
+CACHE_FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "gpt_neox")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+TEXT_IDS = torch.tensor([[9, 10, 11, 12], [20, 21, 22, 23], [5, 6, 7, 8]])
+
+
+def loss_of(output) -> torch.Tensor:
+    """A scalar that depends on every reconstruction and every logit of a pass."""
+    return output.reconstruction.square().mean() + output.logits.float().log_softmax(-1)[..., 3:50].square().mean()
+
+
+def soft_loss(lens: ConsistencyLensModel) -> torch.Tensor:
+    return loss_of(lens(activations(), noise_keys=keys(), tau=TAU))
+
+
+def forced_loss(lens: ConsistencyLensModel) -> torch.Tensor:
+    return loss_of(lens(activations(), text_ids=TEXT_IDS))
+
+
+PATHS = {"soft": soft_loss, "teacher_forced": forced_loss}
+
+
+def hidden_states(model, token_ids: list[int], layer: int) -> torch.Tensor:
+    """The subject's own residual after block `layer` (-1: its embeddings) at the last token, (d,)."""
+    ids = torch.tensor([token_ids])
+    if layer == -1:
+        with torch.no_grad():
+            return model(ids, output_hidden_states=True).hidden_states[0][0, -1]
+    return Subject(model, layer).activations(ids, torch.ones_like(ids))[0, -1]
+
+
+class TestSoftGeneration:
+    @pytest.mark.parametrize("settings", [{}, PROMPTS, INJECTED], ids=["bare", "prompts", "injected"])
+    @pytest.mark.parametrize("family", CACHE_FAMILIES)
+    def test_cached_equals_uncached_in_tokens_logits_and_gradients(self, family, settings):
+        # a window shorter than the prompt, where the family has one
+        model = {"sliding_window": 3} if family.startswith("gemma") else {}
+        lens = disturb(tiny_lens(family, "full", model, **settings))
+        results = []
+        for use_cache in (True, False):
+            text = lens.decoder.generate_soft(activations(), keys(), 5, TAU, use_cache=use_cache)
+            reconstruction = lens.encoder(lens.encoder.embed_text(text, keys(), TAU))
+            loss = reconstruction.square().mean() + text.logits.log_softmax(-1)[..., 3:50].square().mean()
+            results.append((text, gradients(loss, lens)))
+        (cached, cached_gradients), (plain, plain_gradients) = results
+        assert torch.equal(cached.token_ids, plain.token_ids)
+        torch.testing.assert_close(cached.logits, plain.logits, **CLOSE)
+        assert all(gradient is not None for gradient in plain_gradients.values())
+        torch.testing.assert_close(cached_gradients, plain_gradients, **CLOSE)
+
+    def test_without_a_prefix_cached_equals_uncached(self):
+        lens = tiny_lens()
+        lens.decoder.config.prefix_ids = []
+        lens.decoder.prefix_embeddings = None
+        texts = [lens.decoder.generate_soft(activations(), keys(), 4, use_cache=cached) for cached in (True, False)]
+        torch.testing.assert_close(texts[0].logits, texts[1].logits, **CLOSE)
+
+    @pytest.mark.parametrize("family", CACHE_FAMILIES)
+    def test_prefix_run_once_equals_a_run_for_each_row(self, family):
+        decoder = tiny_lens(family, **PROMPTS).decoder
+        prefix, _ = decoder.prompt()
+        once = decoder.prefix_cache(prefix, 3)
+        rows = decoder.base(inputs_embeds=prefix.expand(3, -1, -1), use_cache=True).past_key_values
+        assert len(once.layers) == NUM_LAYERS
+        for layer, expected in zip(once.layers, rows.layers, strict=True):
+            torch.testing.assert_close(layer.keys, expected.keys, **CLOSE)
+            torch.testing.assert_close(layer.values, expected.values, **CLOSE)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_teacher_forcing_gives_the_logits_of_generation(self, family):
+        lens = disturb(tiny_lens(family, **INJECTED))
+        text = lens.decoder.generate_soft(activations(), keys(), 5)
+        assert len(text.token_ids.unique()) > 3
+        torch.testing.assert_close(lens.decoder(activations(), text.token_ids), text.logits, **CLOSE)
+
+    @pytest.mark.parametrize("settings", [{}, INJECTED], ids=["bare", "injected"])
+    def test_text_depends_on_the_activation(self, settings):
+        lens = disturb(tiny_lens(**settings))
+        ids = lens.decode(activations(8)).token_ids
+        assert len(ids.unique(dim=0)) > 4
+
+    def test_each_injection_layer_reaches_the_logits(self):
+        lens = disturb(tiny_lens(**INJECTED))
+        logits = lens.decoder(activations(), TEXT_IDS)
+        for injection in lens.decoder.injections:
+            with torch.no_grad():
+                injection.bias.add_(1.0)
+            changed = lens.decoder(activations(), TEXT_IDS)
+            assert (changed - logits).abs().max() > 1e-3
+            logits = changed
+
+    def test_greedy_is_deterministic_and_the_argmax(self):
+        lens = tiny_lens()
+        text = lens.decoder.generate_soft(activations(), None, 4)
+        assert torch.equal(text.token_ids, text.logits.argmax(-1))
+        assert torch.equal(text.token_ids, lens.decode_ids(activations()))
+
+    def test_keys_sample_and_other_keys_sample_otherwise(self):
+        lens = tiny_lens()
+        first, again, other = (lens.decode_ids(activations(), keys=keys(draw=draw)) for draw in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    def test_a_row_is_independent_of_its_batch(self):
+        lens = tiny_lens()
+        batch = lens.decode_ids(activations(5), keys=keys(5))
+        for row in range(5):
+            alone = lens.decode_ids(activations(5)[row : row + 1], keys=keys(5)[row : row + 1])
+            assert torch.equal(alone[0], batch[row])
+
+    def test_tau_shapes_gradients_and_never_the_sample(self):
+        lens = tiny_lens()
+        outputs = [lens(activations(), noise_keys=keys(), tau=tau) for tau in (0.3, 2.0)]
+        torch.testing.assert_close(outputs[0].reconstruction, outputs[1].reconstruction)
+        projections = [gradients(out.reconstruction.sum(), lens)["decoder.projection.weight"] for out in outputs]
+        assert not torch.allclose(*projections)
+
+    def test_the_encoder_reads_the_gumbel_softmax_that_the_tokens_were_drawn_from(self):
+        lens = tiny_lens("gemma3")
+        text = lens.decoder.generate_soft(activations(), keys(), 3, TAU)
+        logits = text.logits.detach().requires_grad_()
+        step_keys = fold_in(keys()[:, None], torch.arange(3))
+        noisy = logits + gumbel_noise(step_keys.flatten(), VOCAB_SIZE).view_as(logits)
+        assert torch.equal(noisy.argmax(-1), text.token_ids)
+        expected = (noisy / TAU).softmax(-1) @ lens.encoder.embed_ids(torch.arange(VOCAB_SIZE))
+        soft = lens.encoder.embed_text(text._replace(logits=logits), keys(), TAU)
+        weights = torch.linspace(-1, 1, soft.numel()).view_as(soft)
+        (found,) = torch.autograd.grad((soft * weights).sum(), logits)
+        torch.testing.assert_close(found, torch.autograd.grad((expected * weights).sum(), logits)[0], **CLOSE)
+
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+    def test_soft_embeddings_are_scaled_as_the_embedding_layer_scales_them(self, family):
+        lens = tiny_lens(family, "full")
+        text = lens.decoder.generate_soft(activations(), keys(), 4)
+        flat, logits = text.token_ids.flatten(), text.logits.flatten(0, 1)
+        looked_up = lens.decoder.base.get_input_embeddings()(flat)
+        torch.testing.assert_close(lens.decoder.embed_text(logits, flat, None, TAU), looked_up)
+        assert lens.decoder.embed_text(logits, flat, None, TAU).requires_grad
+        soft = lens.encoder.embed_text(text, keys(), TAU)
+        torch.testing.assert_close(soft, lens.encoder.embed_ids(text.token_ids))
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3"])
+    def test_a_mean_activation_enters_the_slot_with_the_norm_of_a_token_embedding(self, family):
+        decoder = tiny_lens(family).decoder
+        slots = decoder.slot_embedding(activations(400) * decoder.normaliser.rms / 1.5 + decoder.normaliser.mean)
+        tokens = decoder.base.get_input_embeddings()(torch.arange(VOCAB_SIZE))
+        torch.testing.assert_close(slots.norm(dim=-1).mean(), tokens.norm(dim=-1).mean(), rtol=0.05, atol=0)
+
+    @pytest.mark.parametrize("length", [1, 7])
+    def test_length_is_as_asked_for(self, length):
+        decoded = tiny_lens().decode(activations(2), num_text_tokens=length)
+        assert decoded.token_ids.shape == (2, length)
+        assert len(decoded.texts[0].split()) == length
+
+    @pytest.mark.parametrize("length", [0, -1])
+    def test_length_below_one_is_refused(self, length):
+        lens = tiny_lens()
+        with pytest.raises(ValueError, match=f"num_text_tokens must be at least 1, got {length}"):
+            lens.decode(activations(), num_text_tokens=length)
+        with pytest.raises(ValueError, match=f"num_text_tokens must be at least 1, got {length}"):
+            lens(activations(), num_text_tokens=length)
+
+
+class TestEncoder:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_starts_as_the_subjects_own_layer(self, family):
+        lens = tiny_lens(family)
+        expected = hidden_states(lens.subject.model, [1, 9, 10, 11], LAYER)
+        torch.testing.assert_close(lens.encode("w9 w10 w11")[0], expected, **CLOSE)
+
+    @pytest.mark.parametrize("output_layer, num_blocks", [(None, LAYER + 1), (0, 0), (1, 1), (-1, NUM_LAYERS)])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3"])
+    def test_is_cut_after_output_layer_blocks(self, family, output_layer, num_blocks):
+        lens = tiny_lens(family, output_layer=output_layer)
+        assert len(ResidualStream(lens.encoder.base).blocks) == num_blocks
+        expected = hidden_states(lens.subject.model, [1, 9, 10, 11], num_blocks - 1)
+        torch.testing.assert_close(lens.encode("w9 w10 w11")[0], expected, **CLOSE)
+        assert len(lens.subject.stream.blocks) == len(ResidualStream(lens.decoder.base).blocks) == NUM_LAYERS
+
+    @pytest.mark.parametrize("prompt", ["<text>", "w7 <text> w8"])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_padding_does_not_change_a_text(self, family, prompt):
+        lens = tiny_lens(family, encoder_prompt=prompt)
+        texts = ["w9 w10", "w11 w12 w13 w14 w15", "", "w16"]
+        alone = torch.cat([lens.encode(text) for text in texts])
+        torch.testing.assert_close(lens.encode(texts), alone, **CLOSE)
+
+    def test_strings_and_token_ids_agree(self):
+        lens = tiny_lens(**PROMPTS)
+        texts = [" ".join(f"w{i}" for i in row) for row in TEXT_IDS.tolist()]
+        torch.testing.assert_close(lens.encode(texts), lens.encode(TEXT_IDS))
+
+    def test_empty_text_is_the_prompt_alone(self):
+        lens = tiny_lens()
+        torch.testing.assert_close(lens.encode("")[0], hidden_states(lens.subject.model, [1], LAYER), **CLOSE)
+
+    @pytest.mark.parametrize("texts", ["", ["", "w9 w10"]])
+    def test_empty_text_without_prompt_is_refused(self, texts):
+        lens = ConsistencyLensModel.from_subject(tiny_model("llama"), tiny_tokenizer(bos=False), LAYER)
+        assert lens.encode("w9").shape == (1, WIDTH)
+        with pytest.raises(ValueError, match="neither BOS nor prompt; pass at least one word"):
+            lens.encode(texts)
+
+    def test_no_texts_are_refused(self):
+        with pytest.raises(ValueError, match="encode: got no texts"):
+            tiny_lens().encode([])
+
+    def test_statistics_come_back_in_the_reconstruction(self):
+        lens = tiny_lens()
+        with torch.no_grad():
+            lens.encoder.output_map.weight.zero_()
+            lens.encoder.output_map.bias.fill_(2.0)
+        torch.testing.assert_close(lens.encode("w9")[0], lens.mean + 2.0 * lens.rms)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("training", ["full", "frozen"])
+    @pytest.mark.parametrize("family", ["llama", "gemma3"])
+    def test_every_trainable_tensor_gets_a_gradient(self, family, training, path):
+        lens = tiny_lens(family, training, **INJECTED)
+        for name, gradient in gradients(PATHS[path](lens), lens).items():
+            assert gradient is not None and gradient.abs().max() > 0, name
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_every_lora_matrix_gets_a_gradient(self, path):
+        pytest.importorskip("peft")
+        lens = tiny_lens("llama", "lora", **INJECTED)
+        optimizer = torch.optim.AdamW(trainable(lens).values(), lr=1e-2)
+        first = gradients(PATHS[path](lens), lens)
+        # B starts at zero, so A has a gradient, of zero, until B has moved
+        assert all(gradient is not None for gradient in first.values())
+        assert all(gradient.abs().max() > 0 for name, gradient in first.items() if ".lora_A." not in name)
+        assert any(".lora_A." in name for name in first)
+        PATHS[path](lens).backward()
+        optimizer.step()
+        for name, gradient in gradients(PATHS[path](lens), lens).items():
+            assert gradient.abs().max() > 0, name
+
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("training", ["full", "lora", "frozen"])
+    def test_optimizer_steps_move_what_is_trained_and_nothing_else(self, training, path):
+        pytest.importorskip("peft")
+        lens = tiny_lens("llama", training, **INJECTED).train()
+        subject = lens.subject.model
+        assert not any(parameter.requires_grad for parameter in subject.parameters())
+        before = {name: parameter.detach().clone() for name, parameter in lens.named_parameters()}
+        subject_before = {name: tensor.clone() for name, tensor in subject.state_dict().items()}
+        optimizer = torch.optim.AdamW(lens.parameters(), lr=1e-2, weight_decay=0.0)
+        for _ in range(2 if training == "lora" else 1):
+            optimizer.zero_grad()
+            PATHS[path](lens).backward()
+            optimizer.step()
+        for name, parameter in lens.named_parameters():
+            assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+        torch.testing.assert_close(subject.state_dict(), subject_before, rtol=0, atol=0)
+
+    def test_encoder_may_read_another_text_than_the_one_scored(self):
+        lens = tiny_lens()
+        other = TEXT_IDS.flip(0)[:, :3]
+        output = lens(activations(), text_ids=TEXT_IDS, encoder_text_ids=other)
+        torch.testing.assert_close(output.reconstruction, lens.encode(other))
+        torch.testing.assert_close(output.logits, lens.decoder(activations(), TEXT_IDS))
+
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("training", ["full", "frozen"])
+    def test_bfloat16_autocast(self, training, path):
+        lens = tiny_lens("llama", training, **INJECTED)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = PATHS[path](lens)
+        found = gradients(loss, lens)
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_bfloat16_weights(self, path):
+        lens = tiny_lens("llama", "full", **INJECTED).to(torch.bfloat16)
+        output = lens(activations(), noise_keys=keys()) if path == "soft" else lens(activations(), TEXT_IDS)
+        assert output.reconstruction.dtype == torch.float32
+        assert all(gradient is not None for gradient in gradients(loss_of(output), lens).values())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+class TestGradientCheckpointing:
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("training", ["lora", "full"])
+    def test_gradients_are_those_without_checkpointing(self, training, path):
+        pytest.importorskip("peft")
+        lens = disturb(tiny_lens("llama", training, **INJECTED)).train()
+        plain = gradients(PATHS[path](lens), lens)
+        lens.gradient_checkpointing_enable()
+        torch.testing.assert_close(gradients(PATHS[path](lens), lens), plain, **CLOSE)
+
+    def test_text_depends_on_the_activation_in_train_mode(self):
+        lens = disturb(tiny_lens("llama", "full", **PROMPTS))
+        expected = lens.decode_ids(activations(8), keys=keys(8))
+        assert len(expected.unique(dim=0)) > 4
+        lens.train().gradient_checkpointing_enable()
+        assert torch.equal(lens.decode_ids(activations(8), keys=keys(8)), expected)
+        assert torch.equal(lens(activations(8), noise_keys=keys(8)).text_ids, expected)
+        with torch.no_grad():
+            assert torch.equal(lens(activations(8), noise_keys=keys(8)).text_ids, expected)
+
+    def test_decoding_leaves_every_module_in_its_mode(self):
+        lens = tiny_lens().train()
+        lens.encoder.eval()
+        lens.decoder.projection.eval()
+        modes = {name: module.training for name, module in lens.named_modules()}
+        lens.decode(activations())
+        assert {name: module.training for name, module in lens.named_modules()} == modes
+
+
+class TestSharedWeights:
+    @pytest.mark.parametrize("training", ["lora", "frozen"])
+    def test_clones_share_storage_with_the_subject(self, training):
+        pytest.importorskip("peft")
+        lens = tiny_lens("llama", training)
+        own = {parameter.data_ptr() for parameter in lens.subject.model.parameters()}
+        for clone in (lens.decoder, lens.encoder):
+            base = {name: p for name, p in clone.base.named_parameters() if ".lora_" not in name}
+            assert base and all(parameter.data_ptr() in own for parameter in base.values())
+
+    def test_full_clones_share_nothing(self):
+        lens = tiny_lens("llama", "full")
+        storages = [
+            {parameter.data_ptr() for parameter in model.parameters()}
+            for model in (lens.subject.model, lens.decoder.base, lens.encoder.base)
+        ]
+        assert not (storages[0] & storages[1] or storages[0] & storages[2] or storages[1] & storages[2])
+
+    def test_adapters_are_separate_over_the_same_base_tensors(self):
+        pytest.importorskip("peft")
+        lens = disturb(tiny_lens("llama", "lora"))
+        decoder, encoder = (
+            dict(clone.base.get_decoder().named_parameters()) for clone in (lens.decoder, lens.encoder)
+        )
+        shared = decoder.keys() & encoder.keys()
+        assert any(".lora_" in name for name in shared) and any(".lora_" not in name for name in shared)
+        for name in shared:
+            assert (decoder[name] is encoder[name]) != (".lora_" in name), name
+        assert not any(".lora_" in name for name, _ in lens.subject.model.named_parameters())
+
+    def test_an_adapter_changes_only_its_own_tree(self):
+        pytest.importorskip("peft")
+        lens = tiny_lens("llama", "lora")
+        ids = torch.tensor([[1, 9, 10, 11]])
+        subject_logits, reconstruction = lens.subject.model(ids).logits, lens.encode("w9 w10")
+        logits = lens.decoder(activations(), TEXT_IDS)
+        disturb(lens.decoder, 0.5)
+        assert not torch.allclose(lens.decoder(activations(), TEXT_IDS), logits, atol=1e-2)
+        assert torch.equal(lens.subject.model(ids).logits, subject_logits)
+        assert torch.equal(lens.encode("w9 w10"), reconstruction)
+
+    @pytest.mark.parametrize("training", ["full", "frozen"])
+    def test_moving_the_lens_moves_the_subject_and_keeps_the_sharing(self, training):
+        lens = tiny_lens("llama", training).to(torch.float64)
+        subject = dict(lens.subject.model.named_parameters())
+        assert all(parameter.dtype == torch.float64 for parameter in subject.values())
+        shared = {p is subject[name] for name, p in lens.decoder.base.named_parameters()}
+        assert shared == {training == "frozen"}
+
+    @pytest.mark.gpu
+    def test_a_subject_on_a_gpu_gives_a_lens_on_it(self):
+        subject = tiny_model("llama").cuda()
+        lens = ConsistencyLensModel.from_subject(subject, tiny_tokenizer(), LAYER, training="full", **INJECTED)
+        assert {tensor.device.type for tensor in (*lens.parameters(), *lens.buffers())} == {"cuda"}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"layer": NUM_LAYERS}, rf"layer must lie in 0..{NUM_LAYERS - 1} .* got {NUM_LAYERS}"),
+            ({"layer": -1}, "layer must lie in .* got -1"),
+            ({"num_text_tokens": 0}, "num_text_tokens must be at least 1, got 0"),
+            ({"training": "half"}, "training must be one of full, lora, frozen, got 'half'"),
+            ({"decoder_prompt": "no slot"}, "must hold the slot <embed> exactly once, got 'no slot'"),
+            ({"encoder_prompt": "<text> <text>"}, "must hold the slot <text> exactly once"),
+            ({"injection_layers": NUM_LAYERS}, rf"injection_layers must lie in 0..{NUM_LAYERS - 1}, got {NUM_LAYERS}"),
+            ({"injection_layers": -1}, "injection_layers must lie in .* got -1"),
+            ({"output_layer": NUM_LAYERS + 1}, rf"output_layer must lie in -1..{NUM_LAYERS}, got {NUM_LAYERS + 1}"),
+            ({"output_layer": -2}, "output_layer must lie in .* got -2"),
+        ],
+    )
+    def test_is_a_one_line_error(self, arguments, message):
+        with pytest.raises(ValueError, match=message) as error:
+            tiny_lens(**arguments)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("shape", [(2, WIDTH + 1), (2, 3, WIDTH), (0, WIDTH)])
+    def test_activations_of_another_shape_are_refused(self, shape):
+        with pytest.raises(ValueError, match=rf"must be \(B, {WIDTH}\), got \({shape[0]}, "):
+            tiny_lens().decode(torch.zeros(shape))
+
+    def test_a_lens_without_tokenizer_says_how_to_set_it(self):
+        lens = tiny_lens()
+        lens.tokenizer = None
+        assert lens.decode_ids(activations()).shape == (3, NUM_TEXT_TOKENS)
+        with pytest.raises(ValueError, match="set lens.tokenizer"):
+            lens.decode(activations())
