@@ -1,7 +1,7 @@
 """Trains a consistency lens from a recipe and evaluates it on held-out documents.
 
 accelerate launch examples/train_lens.py --config examples/recipes/tiny_stories.yaml
-accelerate launch examples/train_lens.py --config examples/recipes/tiny_stories.yaml --seed 1 --output_dir outputs/seed1
+accelerate launch examples/train_lens.py --config examples/recipes/tiny_stories.yaml --seed 1 --output_dir outputs/s1
 """
 
 import sys

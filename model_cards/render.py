@@ -69,8 +69,8 @@ def readme_block(metrics: dict) -> str:
     seconds = json.loads((ROOT / "model_cards/tiny_stories/run.json").read_text())["seconds"]
     return (
         f"{BEGIN}\n<!-- written by model_cards/render.py from outputs/tiny_stories -->\n"
-        f"Measured by `make demo` ({seconds / 60:.1f} minutes of sampling, caching, training and evaluation on two CPU "
-        f"cores), on held-out documents:\n\n{metrics_markdown(metrics)}{END}"
+        f"Measured by `make demo` ({seconds / 60:.1f} minutes of sampling, caching, training and evaluation on two "
+        f"CPU cores), on held-out documents:\n\n{metrics_markdown(metrics)}{END}"
     )
 
 

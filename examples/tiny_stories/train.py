@@ -82,8 +82,9 @@ tags: [tiny-stories, consistency-lens]
 ---
 # tiny_stories
 
-A Llama-architecture model of {parameters:,} parameters ({layers} blocks, width {width}, byte-level BPE of {vocab:,} entries,
-context {context}) that writes children's stories. It ships with consistency-lens as a small subject for `make demo`.
+A Llama-architecture model of {parameters:,} parameters ({layers} blocks, width {width}, byte-level BPE of {vocab:,}
+entries, context {context}) that writes children's stories.
+It ships with consistency-lens as a small subject for `make demo`.
 
 Written by `python examples/tiny_stories/train.py` (seed {seed}):
 
@@ -91,7 +92,7 @@ Written by `python examples/tiny_stories/train.py` (seed {seed}):
 |---|---|
 | data | {documents:,} stories, {tokens:,} tokens; synthetic, sampled from a public 15M-parameter story model (MIT) |
 | held out | {held_out:,} other stories, {held_out_tokens:,} tokens |
-| training | {epochs:g} epochs, {steps:,} steps of {tokens_per_step:,} tokens, {minutes:.0f} minutes on {threads} CPU threads |
+| training | {epochs:g} epochs, {steps:,} steps of {tokens_per_step:,} tokens, {minutes:.0f} min, {threads} threads |
 | held-out loss | {loss:.3f} nats a token (perplexity {perplexity:.2f}) |
 | versions | torch {torch}, transformers {transformers} |
 

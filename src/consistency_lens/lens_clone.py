@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 
 from .atomic_write import write_json, write_tensors
 from .optional_packages import require
+from .straight_through import straight_through_embedding
 
 WEIGHTS_FILE = "model.safetensors"
 PROVENANCE_FILE = "provenance.json"
@@ -45,10 +46,12 @@ def clone_subject(model: PreTrainedModel, share_weights: bool) -> PreTrainedMode
     """A second module tree of `model`: over the same tensors (`share_weights`), or over copies of them.
 
     Sharing puts every parameter and buffer into the memo of `copy.deepcopy`, so only the Python objects are new
-    (one copy of frozen weights, however many clones).
+    (one copy of frozen weights, however many clones). Copies are float32, for they will be trained: an optimizer's
+    small updates are rounded away in bfloat16.
     """
-    memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())} if share_weights else {}
-    return copy.deepcopy(model, memo)
+    if not share_weights:
+        return copy.deepcopy(model).float()
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -388,3 +391,11 @@ def lookup(embedding: nn.Module, token_ids: list[int]) -> Tensor:
     """Embeddings (P, d) of a list of token ids, through the layer itself, so that its own scaling applies once."""
     device = next(embedding.parameters()).device
     return embedding(torch.tensor(token_ids, dtype=torch.long, device=device))
+
+
+def embed_sampled(clone: LensClone, logits: Tensor, ids: Tensor, keys: Tensor | None, tau: float) -> Tensor:
+    """Embeddings (N, d) of sampled tokens in a clone's table, straight-through where gradients are wanted."""
+    embedding = clone.token_embedding
+    if not torch.is_grad_enabled():
+        return embedding(ids)
+    return straight_through_embedding(logits, ids, keys, embedding.weight, tau) * clone.embedding_scale

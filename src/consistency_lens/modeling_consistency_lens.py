@@ -1,45 +1,28 @@
-"""The decoder (activation to text), the encoder (text to activation) and the lens that joins them.
+"""The lens: a decoder and an encoder joined, and the subject that both are judged by.
 
 Every trainable tensor is used inside a `forward`, so DDP, FSDP and DeepSpeed see every gradient. The soft path
 (`noise_keys`) generates a text with straight-through gradients and reconstructs from it; the teacher-forced path
 (`text_ids`) scores given tokens and reconstructs from them.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
 from .explanation import Explanation, explain_text, text_ids
-from .lens_clone import (
-    LensClone,
-    Normaliser,
-    TrainedTensorsModel,
-    base_from_config,
-    clone_subject,
-    encode_prompt,
-    load_subject,
-)
-from .residual_stream import ResidualStream, truncated
-from .straight_through import fold_in, sample_tokens, straight_through_embedding
+from .lens_clone import TrainedTensorsModel, encode_prompt, load_subject
+from .lens_decoder import LensDecoder, evaluating
+from .lens_encoder import LensEncoder
+from .residual_stream import ResidualStream
 from .subject import Subject
 
 EMBED_SLOT = "<embed>"
 TEXT_SLOT = "<text>"
-NOTHING_TO_READ = "encode: got an empty text, and the encoder has neither BOS nor prompt; pass at least one word"
-
-
-class SoftText(NamedTuple):
-    """A generated text: `token_ids` (B, T); `logits` (B, T, V), those that each token was drawn from."""
-
-    token_ids: Tensor
-    logits: Tensor
 
 
 class DecodedText(NamedTuple):
@@ -62,227 +45,6 @@ class LensOutput(ModelOutput):
     reconstruction: Tensor | None = None
     text_ids: Tensor | None = None
     logits: Tensor | None = None
-
-
-class LensDecoder(LensClone):
-    """Activation to text: the subject's clone, prompted with a projection of the activation."""
-
-    config_class = LensDecoderConfig
-
-    def __init__(self, config: LensDecoderConfig, base: PreTrainedModel | None = None):
-        super().__init__(config, base if base is not None else base_from_config(config.base_config))
-        stream = ResidualStream(self.base)
-        self.embedding_scale = stream.embedding_scale
-        if not 0 <= config.injection_layers < stream.num_layers:
-            raise ValueError(f"injection_layers must lie in 0..{stream.num_layers - 1}, got {config.injection_layers}")
-        device, width = stream.input_embedding.get_parameter("weight").device, stream.width
-        self.normaliser = Normaliser(width, device)
-        self.projection = nn.Linear(width, width, device=device)
-        self.injections = nn.ModuleList(nn.Linear(width, width, device=device) for _ in range(config.injection_layers))
-        self.add_prompt_parameters()
-        self.post_init()
-
-    def start_projections(self) -> None:
-        """Scaled identity: a mean activation enters the slot with the norm of a mean token embedding."""
-        table = self.token_embedding.weight
-        width = table.shape[1]
-        scale = table.float().norm(dim=1).mean() * self.embedding_scale / width**0.5
-        with torch.no_grad():
-            for projection in [self.projection, *self.injections]:
-                projection.weight.copy_(torch.eye(width, device=scale.device) * scale)
-                projection.bias.zero_()
-
-    def slot_embedding(self, activations: Tensor) -> Tensor:
-        """What the slot holds: proj(normalise(A)), (B, 1, d)."""
-        return self.projection(self.normaliser.normalise(activations).to(self.projection.weight.dtype))[:, None]
-
-    @contextmanager
-    def injected(self, activations: Tensor, slot: int) -> Iterator[None]:
-        """Overwrites the input of blocks 1..n at index `slot` of the running chunk by their own projections."""
-        with ExitStack() as hooks:
-            if self.injections:
-                normalised = self.normaliser.normalise(activations).to(self.projection.weight.dtype)
-                for block, projection in zip(ResidualStream(self.base).blocks[1:], self.injections, strict=False):
-                    hooks.enter_context(overwritten_input(block, slot, projection(normalised)))
-            yield
-
-    def forward(self, activations: Tensor, text_ids: Tensor) -> Tensor:
-        """Teacher forcing: logits (B, T, V) of the tokens `text_ids` (B, T), given A (B, d) and the tokens before."""
-        batch = len(activations)
-        embedding = self.token_embedding
-        prefix, suffix = self.prompt()
-        pieces = [
-            prefix.expand(batch, -1, -1),
-            self.slot_embedding(activations),
-            suffix.expand(batch, -1, -1),
-            embedding(text_ids[:, :-1]),
-        ]
-        inputs = torch.cat([piece.to(embedding.weight.dtype) for piece in pieces], dim=1)
-        with self.injected(activations, slot=len(prefix)):
-            return self.base(inputs_embeds=inputs, use_cache=False, logits_to_keep=text_ids.shape[1]).logits
-
-    def generate_soft(
-        self,
-        activations: Tensor,
-        keys: Tensor | None,
-        num_text_tokens: int,
-        tau: float = 1.0,
-        temperature: float = 1.0,
-        use_cache: bool = True,
-    ) -> SoftText:
-        """Generates T tokens, each drawn by Gumbel-max, with straight-through gradients through all steps.
-
-        Args:
-            activations: A, (B, d).
-            keys: (B,) int64 noise keys of the rows (`straight_through.row_keys`); None for greedy text.
-            num_text_tokens: T.
-            tau: temperature of the relaxed gradient; it never changes the sample.
-            temperature: temperature of the sample.
-            use_cache: False recomputes the whole sequence at every step, the reference for tests. Gradient
-                checkpointing forces it, because a checkpointed block drops the cache that it is handed.
-
-        Raises:
-            ValueError: if T is less than one.
-        """
-        if num_text_tokens < 1:
-            raise ValueError(f"num_text_tokens must be at least 1, got {num_text_tokens}; 8 is a good start")
-        if self.checkpoints_gradients():  # without gradients too: the block drops it in train mode
-            use_cache = False
-        embedding = self.token_embedding
-        dtype = embedding.weight.dtype
-        prefix, suffix = (piece.to(dtype) for piece in self.prompt())
-        batch = len(activations)
-        slot = self.slot_embedding(activations).to(dtype)
-        head = torch.cat([slot, suffix.expand(batch, -1, -1)], dim=1)
-        if use_cache:
-            chunk, cache, slot_index = head, self.prefix_cache(prefix, batch), 0
-        else:
-            chunk, cache, slot_index = torch.cat([prefix.expand(batch, -1, -1), head], dim=1), None, len(prefix)
-
-        ids: list[Tensor] = []
-        logits: list[Tensor] = []
-        for step in range(num_text_tokens):
-            inject = step == 0 or not use_cache
-            with self.injected(activations, slot_index) if inject else ExitStack():
-                output = self.base(inputs_embeds=chunk, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
-            logits.append(output.logits[:, -1])
-            step_keys = None if keys is None else fold_in(keys, step)
-            ids.append(sample_tokens(logits[-1], step_keys, temperature))
-            if step == num_text_tokens - 1:
-                break
-            token = self.embed_text(logits[-1], ids[-1], step_keys, tau)[:, None].to(dtype)
-            chunk = token if use_cache else torch.cat([chunk, token], dim=1)
-        return SoftText(torch.stack(ids, dim=1), torch.stack(logits, dim=1))
-
-    def checkpoints_gradients(self) -> bool:
-        """Whether a training pass would recompute blocks in its backward pass."""
-        return self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.base.modules())
-
-    def embed_text(self, logits: Tensor, ids: Tensor, keys: Tensor | None, tau: float) -> Tensor:
-        """Embeddings (N, d) of sampled tokens in this clone's table, straight-through where a gradient is wanted."""
-        return embed_sampled(self, logits, ids, keys, tau)
-
-    def prefix_cache(self, prefix: Tensor, batch: int) -> DynamicCache:
-        """Keys and values of the prompt before the slot: run once, not once per row, then expanded to the batch."""
-        if len(prefix) == 0:
-            return DynamicCache()
-        once = DynamicCache()
-        self.base.get_decoder()(inputs_embeds=prefix[None], past_key_values=once, use_cache=True)
-        expanded = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v, *_ in once]
-        return DynamicCache(expanded)
-
-    @classmethod
-    def from_subject(cls, subject: PreTrainedModel, config: LensDecoderConfig) -> Self:
-        """A decoder whose base is a clone of `subject`, sharing its tensors unless the clone will be fully trained."""
-        decoder = cls(config, clone_subject(subject, share_weights=config.training != "full"))
-        decoder.start_projections()
-        return decoder
-
-    @classmethod
-    def from_artifact_config(cls, config: Any, base_model: Any, base_kwargs: dict[str, Any]) -> Self:
-        if config.training == "full" and base_model is None:
-            return cls(config, base_from_config(config.base_config, base_kwargs))
-        return cls.from_subject(load_subject(config, base_model, base_kwargs), config)
-
-
-class LensEncoder(LensClone):
-    """Text to activation: the subject's clone, cut after the block whose output it must reproduce."""
-
-    config_class = LensEncoderConfig
-
-    def __init__(self, config: LensEncoderConfig, base: PreTrainedModel | None = None):
-        """`base` is a whole clone of the subject; what the encoder does not need is cut from it here."""
-        base = base if base is not None else base_from_config(config.base_config)
-        stream = ResidualStream(base)
-        width, scale, embedding = stream.width, stream.embedding_scale, stream.input_embedding
-        super().__init__(config, truncated(base, num_encoder_blocks(config, stream.num_layers)))
-        self.embedding_scale = scale
-        device = embedding.get_parameter("weight").device
-        self.normaliser = Normaliser(width, device)
-        self.output_map = nn.Linear(width, width, device=device)
-        with torch.no_grad():
-            self.output_map.weight.copy_(torch.eye(width))
-            self.output_map.bias.zero_()
-        self.add_prompt_parameters()
-        self.post_init()
-
-    def forward(self, text_embeddings: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Reconstructs Â (B, d) in float32 from the embeddings of a text (B, T, d), as embedded by `embed_ids`.
-
-        Args:
-            text_embeddings: (B, T, d).
-            text_mask: (B, T) bool, False where a text is shorter than T; such texts stand at the right end.
-
-        Raises:
-            ValueError: if there is nothing to read: an empty text without BOS and prompt.
-        """
-        batch = len(text_embeddings)
-        embedding = self.token_embedding
-        prefix, suffix = self.prompt()
-        pieces = [prefix.expand(batch, -1, -1), text_embeddings, suffix.expand(batch, -1, -1)]
-        inputs = torch.cat([piece.to(embedding.weight.dtype) for piece in pieces], dim=1)
-        if inputs.shape[1] == 0:
-            raise ValueError(NOTHING_TO_READ)
-        if text_mask is None or bool(text_mask.all()):
-            hidden = self.base(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1]
-        else:
-            left, right = text_mask.new_ones(batch, len(prefix)), text_mask.new_ones(batch, len(suffix))
-            hidden = self.last_hidden(inputs, torch.cat([left, text_mask, right], dim=1).long())
-        normalised = self.normaliser.normalise(hidden).to(self.output_map.weight.dtype)
-        return self.normaliser.denormalise(self.output_map(normalised))
-
-    def last_hidden(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """The base's output (B, d) at each row's last real token, which is the prompt's where the text is empty."""
-        if not bool(mask.any(dim=1).all()):
-            raise ValueError(NOTHING_TO_READ)
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = self.base(
-            inputs_embeds=inputs, use_cache=False, attention_mask=mask, position_ids=position_ids
-        ).last_hidden_state
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-    def embed_ids(self, text_ids: Tensor) -> Tensor:
-        """Embeddings of token ids, (B, T) -> (B, T, d), in the encoder's own table."""
-        return self.token_embedding(text_ids)
-
-    def embed_text(self, text: SoftText, keys: Tensor | None, tau: float) -> Tensor:
-        """Embeddings (B, T, d) of a soft text, whose gradient reaches the decoder's logits."""
-        batch, length, vocabulary = text.logits.shape
-        flat_keys = None if keys is None else torch.stack([fold_in(keys, t) for t in range(length)], dim=1).flatten()
-        rows = embed_sampled(self, text.logits.reshape(-1, vocabulary), text.token_ids.flatten(), flat_keys, tau)
-        return rows.view(batch, length, -1)
-
-    @classmethod
-    def from_subject(cls, subject: PreTrainedModel, config: LensEncoderConfig) -> Self:
-        """An encoder whose base is a cut clone of `subject`, sharing its tensors unless it will be fully trained."""
-        return cls(config, clone_subject(subject, share_weights=config.training != "full"))
-
-    @classmethod
-    def from_artifact_config(cls, config: Any, base_model: Any, base_kwargs: dict[str, Any]) -> Self:
-        if config.training == "full" and base_model is None:
-            return cls(config, base_from_config(config.base_config, base_kwargs))
-        return cls.from_subject(load_subject(config, base_model, base_kwargs), config)
 
 
 class ConsistencyLensModel(TrainedTensorsModel):
@@ -495,62 +257,6 @@ class ConsistencyLensModel(TrainedTensorsModel):
         for subject in self._subject:
             subject.model._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-def num_encoder_blocks(config: LensEncoderConfig, total: int) -> int:
-    """How many of the subject's `total` blocks the encoder keeps (see `LensEncoderConfig.output_layer`)."""
-    wanted = config.layer + 1 if config.output_layer is None else config.output_layer
-    wanted = total if wanted == -1 else wanted
-    if not 0 <= wanted <= total:
-        raise ValueError(f"output_layer must lie in -1..{total}, got {config.output_layer}")
-    return wanted
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts `model` in eval mode, and each of its modules back into the mode that it was in."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
-
-
-def embed_sampled(
-    clone: LensDecoder | LensEncoder, logits: Tensor, ids: Tensor, keys: Tensor | None, tau: float
-) -> Tensor:
-    """Embeddings (N, d) of sampled tokens in a clone's table, straight-through where gradients are wanted."""
-    embedding = clone.token_embedding
-    if not torch.is_grad_enabled():
-        return embedding(ids)
-    return straight_through_embedding(logits, ids, keys, embedding.weight, tau) * clone.embedding_scale
-
-
-@contextmanager
-def overwritten_input(block: nn.Module, slot: int, vector: Tensor) -> Iterator[None]:
-    """Replaces the input of `block` at index `slot` by `vector` (B, d).
-
-    The block is not checkpointed meanwhile: some versions of transformers (5.17) run the hooks again to recompute a
-    block in the backward pass, and this one is gone by then.
-    """
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        index = torch.full((len(hidden), 1, hidden.shape[-1]), slot, device=hidden.device)
-        hidden = hidden.scatter(1, index, vector[:, None].to(hidden.dtype))
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    switch: Any = block
-    checkpointing = getattr(block, "gradient_checkpointing", False)
-    switch.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        switch.gradient_checkpointing = checkpointing
-        handle.remove()
 
 
 for _config_class, _model_class in (

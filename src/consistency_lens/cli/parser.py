@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
+def parse_arguments(dataclasses: Sequence[Any], argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
     """Reads `--config file.yaml` and flags into dataclasses; a flag wins over the file.
 
     Raises:
@@ -29,7 +29,7 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     return parser.parse_args_into_dataclasses(argv)[: len(dataclasses)]
 
 
-def read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:
+def read_config(path: Path, dataclasses: Sequence[Any]) -> dict[str, Any]:
     """The keys of a YAML recipe, each checked against the dataclasses' fields."""
     import yaml
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import transformers
 from datasets import Dataset, Features, List, Value

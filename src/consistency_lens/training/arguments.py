@@ -118,10 +118,10 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             raise ValueError(f"own_share must lie in 0..1, got {self.own_share}")
         if self.learning_rate_schedule is not None and len(self.learning_rate_schedule) != len(stages):
             raise ValueError(
-                f"learning_rate_schedule: got {len(self.learning_rate_schedule)} for {len(stages)} stages; give one each"
+                f"learning_rate_schedule: got {len(self.learning_rate_schedule)} for {len(stages)} stages; "
+                "give one each"
             )
-        unprepared = stages[0].objective == "policy_gradient" or stages[0].objective == "gumbel"
-        if unprepared and self.lm_reference == "warm_start" and str(self.lm_weight) != "0":
+        if stages[0].objective != "warm_start" and self.lm_reference == "warm_start" and str(self.lm_weight) != "0":
             raise ValueError(
                 "lm_reference='warm_start' needs a warm_start stage first; add one, or take lm_reference=subject"
             )
@@ -138,8 +138,9 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             ValueError: if the stages before the last use up all steps.
         """
         starts = [0]
-        for stage in self.parsed_stages()[:-1]:
-            starts.append(starts[-1] + parse_duration(stage.duration, steps_per_epoch, total_steps))
+        durations = [stage.duration for stage in self.parsed_stages()[:-1] if stage.duration is not None]
+        for duration in durations:
+            starts.append(starts[-1] + parse_duration(duration, steps_per_epoch, total_steps))
         if starts[-1] >= total_steps and len(starts) > 1:
             raise ValueError(
                 f"stages: the last would start at step {starts[-1]} of {total_steps}; shorten those before"

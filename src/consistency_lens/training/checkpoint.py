@@ -71,7 +71,7 @@ def save_random_states(folder: Path, process_index: int) -> None:
     """Writes the states of python's, numpy's and torch's generators (all CUDA devices too) of this process."""
     folder.mkdir(parents=True, exist_ok=True)
     numpy_name, numpy_keys, *numpy_rest = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy_keys.astype(np.int64))}
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(numpy_keys, dtype=np.int64))}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     write_tensors(folder / random_state_file(process_index, "safetensors"), tensors)

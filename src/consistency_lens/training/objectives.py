@@ -5,6 +5,7 @@ terms unweighted, and names them as the weights in `ConsistencyLensTrainingArgum
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from ..straight_through import row_keys
 from ..subject import Subject
 
 Batch = dict[str, Tensor]
+# (activations (B, d), text ids (B, T)) -> the reference's logits (B, T, V) for each token of the text
+Reference = Callable[[Tensor, Tensor], Tensor]
 
 ADVANTAGE_EPS = 1e-4  # in units of normalised squared error
 
@@ -78,17 +81,19 @@ class WarmStart:
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
         activations, tail_ids = batch["activations"], batch["tail_ids"]
-        encoder_ids = tail_ids
-        num_own = round(self.own_share * len(activations))
-        if num_own:
-            own = lens.decode_ids(activations[:num_own], keys=step.keys(batch["rows"][:num_own]))
-            encoder_ids = torch.cat([own, tail_ids[num_own:]])
+        keys = step.keys(batch["rows"])
+        # which rows read an own text belongs to the row and the step, not to how the batch is split over processes
+        own = (keys & 0xFFFF) < self.own_share * 2**16
+        encoder_ids = tail_ids.clone()
+        if own.any():
+            encoder_ids[own] = lens.decode_ids(activations[own], keys=keys[own])
         output = model(activations=activations, text_ids=tail_ids, encoder_text_ids=encoder_ids)
         mse = normalised_mse(activations, output.reconstruction, lens.rms)
         terms = {"ce": token_cross_entropy(output.logits, tail_ids).mean(), "mse": mse.mean()}
-        metrics = {"mse_true_text": mse[num_own:].mean()}
-        if num_own:
-            metrics["mse_own_text"] = mse[:num_own].mean()
+        metrics = {
+            "mse_true_text": mse[~own].sum() / (~own).sum().clamp(min=1),
+            "mse_own_text": mse[own].sum() / own.sum().clamp(min=1),
+        }
         return Losses(terms, metrics)
 
 
@@ -97,26 +102,23 @@ class Gumbel:
     """The objective of the plan: generate softly, reconstruct, and let the subject judge the reconstruction.
 
     `kl`: KL(p(.|A) || p(.|Â)) in nats at position P. `lm`: divergence between the decoder's next-token distributions
-    along its own text and the reference's. `mse`: normalised. `entropy`: of the decoder, to be subtracted.
+    along its own text and a reference's. `mse`: normalised. `entropy`: of the decoder, to be subtracted.
 
     Args:
         subject: the frozen model being read.
-        lm_reference: "subject" (which reads the text after BOS) or "warm_start" (the decoder as warm start left it, which
-            reads the activation too).
+        reference: what the text is held close to; None without an `lm` term.
         lm_direction: "forward" is KL(reference || decoder), as in the plan; "reverse" is KL(decoder || reference),
             which punishes words that the reference would not say.
-        delta_residual: "none": Â is judged; "detached" or "full": Â + (A' - Â') is, without or with the gradient of the
-            second term (a second activation A' then goes through the lens in the same pass).
+        delta_residual: "none": Â is judged; "detached" or "full": Â + (A' - Â') is, without or with the gradient of
+            the second term (a second activation A' then goes through the lens in the same pass).
         needs_kl: whether the KL has any weight; without one the subject need not run.
     """
 
     subject: Subject
-    lm_reference: str = "subject"
+    reference: Reference | None
     lm_direction: str = "forward"
     delta_residual: str = "none"
     needs_kl: bool = True
-    needs_lm: bool = True
-    reference: LensDecoder | None = None
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
         activations = batch["activations"]
@@ -141,39 +143,30 @@ class Gumbel:
         }
         if self.needs_kl:
             terms["kl"] = functional_kl(self.subject, batch, judged).mean()
-        if self.needs_lm:
-            reference = self.reference_logits(activations, ids)
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference(activations, ids)
             pair = (reference, logits) if self.lm_direction == "forward" else (logits, reference)
             terms["lm"] = kl_divergence(*pair).mean()
         return Losses(terms)
-
-    @torch.no_grad()
-    def reference_logits(self, activations: Tensor, ids: Tensor) -> Tensor:
-        """The reference's logits (B, T, V) for each token of the decoder's text."""
-        if self.lm_reference == "subject":
-            return subject_text_logits(self.subject, ids)
-        if self.reference is None:
-            raise ValueError(
-                "lm_reference='warm_start' needs a finished warm start; put a warm_start stage before this one"
-            )
-        return self.reference(activations, ids)
 
 
 @dataclass
 class PolicyGradient:
     """Group-relative policy gradient (GRPO, Shao et al. 2024, arXiv:2402.03300), one update a rollout.
 
-    For each activation the decoder samples `group_size` texts (no gradient, with the KV cache); one teacher-forced pass
-    scores them and lets the encoder read them. Reward: `-mse` of the reconstruction, normalised within the group to an
-    advantage. `policy`: -advantage x mean log-probability of the text. `mse`: the encoder regresses on the same samples.
+    For each activation the decoder samples `group_size` texts (no gradient, with the KV cache); one teacher-forced
+    pass scores them and lets the encoder read them. Reward: `-mse` of the reconstruction, normalised within the group
+    to an advantage. `policy`: -advantage x mean log-probability of the text. `mse`: the encoder regresses on the same
+    samples.
     `lm`: KL(decoder || reference) at every token, exact over the vocabulary.
 
     Args:
-        reference: the decoder as warm start left it; None without an `lm` term.
+        reference: what the text is held close to; None without an `lm` term.
         group_size: G, at least 2.
     """
 
-    reference: LensDecoder | None
+    reference: Reference | None
     group_size: int = 4
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
@@ -213,11 +206,15 @@ def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Ten
     return kl_divergence(context.logits, replaced)[:, 0]
 
 
-def subject_text_logits(subject: Subject, ids: Tensor) -> Tensor:
-    """The subject's logits (B, T, V) for each token of texts (B, T), read after BOS (or EOS, if it has no BOS)."""
-    start = start_token(subject.model.config)
-    inputs = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-    return subject.model(input_ids=inputs, use_cache=False).logits
+@dataclass
+class SubjectReference:
+    """The subject as LM reference: it reads the text after BOS (or EOS, if it has no BOS), and no activation."""
+
+    subject: Subject
+
+    def __call__(self, activations: Tensor, ids: Tensor) -> Tensor:
+        start = torch.full_like(ids[:, :1], start_token(self.subject.model.config))
+        return self.subject.model(input_ids=torch.cat([start, ids[:, :-1]], dim=1), use_cache=False).logits
 
 
 def freeze_copy(decoder: LensDecoder) -> LensDecoder:

@@ -74,7 +74,8 @@ class RecipeArguments:
         if self.min_position < self.num_text_tokens:
             # every context then holds a whole tail of T tokens after BOS
             raise ValueError(
-                f"min_position must be at least num_text_tokens, got {self.min_position} < {self.num_text_tokens}; raise it"
+                f"min_position must be at least num_text_tokens, got {self.min_position} < {self.num_text_tokens}; "
+                "raise it"
             )
         if self.max_length < self.min_position + 2:
             raise ValueError(
@@ -174,9 +175,9 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     """
     clock = Clock()
     set_seed(training_args.seed)
-    output_dir = Path(training_args.output_dir)
+    output_dir = Path(str(training_args.output_dir))
     model, tokenizer = load_subject_and_tokenizer(args)
-    model.to(training_args.device)
+    model.to(training_args.device)  # type: ignore[arg-type]
     layer = ResidualStream(model).num_layers // 2 if args.layer is None else args.layer
     subject = Subject(model, layer)
     # made before the cache, so that every mistake in its settings is found before the long work
@@ -215,7 +216,7 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     clock.lap("training")
 
     evaluation = EvaluationArguments(
-        rows=args.eval_rows, seed=training_args.seed, disable_tqdm=training_args.disable_tqdm
+        rows=args.eval_rows, seed=training_args.seed, disable_tqdm=bool(training_args.disable_tqdm)
     )
     evaluator = Evaluator(lens, validation_rows, collator, evaluation)
     metrics = evaluator() if trainer.is_world_process_zero() else {}

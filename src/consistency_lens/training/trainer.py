@@ -15,23 +15,27 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..atomic_write import write_json, write_tensors
-from ..modeling_consistency_lens import ConsistencyLensModel
+from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
 from ..schedules import ResolvedSchedule, Schedule
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import SkipNonfiniteSteps
-from .objectives import Gumbel, Losses, Objective, PolicyGradient, Step, WarmStart, freeze_copy
+from .objectives import (
+    Gumbel,
+    Losses,
+    Objective,
+    PolicyGradient,
+    Reference,
+    Step,
+    SubjectReference,
+    WarmStart,
+    freeze_copy,
+)
 
 logger = logging.getLogger(__name__)
 
-WEIGHTED_TERMS = {
-    "ce": 1.0,
-    "mse": 1.0,
-    "kl": 1.0,
-    "lm": 1.0,
-    "entropy": -1.0,
-    "policy": 1.0,
-}  # term -> sign in the loss
+# term -> its sign in the loss
+SIGNS = {"ce": 1.0, "mse": 1.0, "kl": 1.0, "lm": 1.0, "policy": 1.0, "entropy": -1.0}
 REFERENCE_FILE = "reference.safetensors"
 
 
@@ -61,6 +65,7 @@ class ConsistencyLensTrainer(Trainer):
         self.add_callback(self.skipper)
         self.lens.subject.model.to(args.device)
         self._objectives: dict[int, Objective] = {}
+        self._reference: LensDecoder | None = None
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._counts: dict[str, int] = defaultdict(int)
         self._since = (0, 0, time.perf_counter())  # samples and tokens handled, and when counting began
@@ -70,7 +75,7 @@ class ConsistencyLensTrainer(Trainer):
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps in one pass over the training rows; None for data of unknown length."""
         try:
-            rows = len(self.train_dataset)
+            rows = len(self.train_dataset)  # type: ignore[arg-type]
         except TypeError:
             return None
         batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
@@ -103,20 +108,25 @@ class ConsistencyLensTrainer(Trainer):
         args = self.args
         if name == "warm_start":
             return WarmStart(own_share=args.own_share)
-        needs_lm = args.lm_weight != "0"
-        from_warm_start = args.lm_reference == "warm_start"
-        reference = freeze_copy(self.lens.decoder) if needs_lm and from_warm_start else None
         if name == "policy_gradient":
-            return PolicyGradient(reference, group_size=args.group_size)
+            return PolicyGradient(self.lm_reference(), group_size=args.group_size)
         return Gumbel(
             subject=self.lens.subject,
-            lm_reference=args.lm_reference,
+            reference=self.lm_reference(),
             lm_direction=args.lm_direction,
             delta_residual=args.delta_residual,
             needs_kl=args.kl_weight != "0",
-            needs_lm=needs_lm,
-            reference=reference,
         )
+
+    def lm_reference(self) -> Reference | None:
+        """What text is held close to: the subject, or the decoder as warm start left it (copied when first needed)."""
+        if self.args.lm_weight == "0":
+            return None
+        if self.args.lm_reference == "subject":
+            return SubjectReference(self.lens.subject)
+        if self._reference is None:
+            self._reference = freeze_copy(self.lens.decoder)
+        return self._reference
 
     # --- the loss
 
@@ -133,19 +143,16 @@ class ConsistencyLensTrainer(Trainer):
         step = Step(self.args.seed, number, self.scheduled(self.args.tau, number, total))
         losses = self.objective_at(index)(model, self.lens, inputs, step)
         weights = {name: self.scheduled(getattr(self.args, f"{name}_weight"), number, total) for name in losses.terms}
-        loss = torch.stack([WEIGHTED_TERMS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
+        loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
         if model.training:
             self.remember(losses, weights, inputs, step)
         return (loss, {}) if return_outputs else loss
 
     def remember(self, losses: Losses, weights: dict[str, float], inputs: dict[str, Tensor], step: Step) -> None:
         """Adds a batch's values to the running means that `log` reports; no host sync."""
-        values = {**losses.terms, **losses.metrics}
-        for name, value in values.items():
-            self._sums[name] += value.detach().float()
-            self._counts[name] += 1
-        for name, value in {"tau": step.tau, **{f"{name}_weight": w for name, w in weights.items()}}.items():
-            self._sums[name] += value
+        settings: dict[str, Any] = {"tau": step.tau, **{f"{name}_weight": weight for name, weight in weights.items()}}
+        for name, value in {**losses.terms, **losses.metrics, **settings}.items():
+            self._sums[name] += value.detach().float() if isinstance(value, Tensor) else value
             self._counts[name] += 1
         samples, tokens, since = self._since
         # padding counts: it is what the machine works on, and counting real tokens would sync with the device
@@ -154,7 +161,7 @@ class ConsistencyLensTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the lens's own figures to what `Trainer` logs during training."""
-        if self._counts and "loss" in logs:
+        if self._counts and "loss" in logs and self.optimizer is not None:
             names = sorted(self._sums)
             means = torch.stack([self._sums[name] / self._counts[name] for name in names])
             if self.args.world_size > 1:
@@ -176,7 +183,7 @@ class ConsistencyLensTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each clone and for each clone's projections and prompts, with own learning rates."""
         if self.optimizer is None:
-            opt_model = self.model if model is None else model
+            opt_model: Any = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             self.optimizer = optimizer_class(self.parameter_groups(opt_model), **kwargs)
         return self.optimizer
@@ -219,7 +226,7 @@ class ConsistencyLensTrainer(Trainer):
                 # a schedule's warm-up is 0 at its first step, which would waste that step
                 return resolved[index](step - start + 1)
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -228,14 +235,11 @@ class ConsistencyLensTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         self.lens.save_pretrained(folder, state_dict=state_dict)
         write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
-        references = [
-            o.reference for o in self._objectives.values() if isinstance(o, Gumbel) and o.reference is not None
-        ]
-        if references:
-            write_tensors(folder / REFERENCE_FILE, references[-1].trained_tensors())
+        if self._reference is not None:
+            write_tensors(folder / REFERENCE_FILE, self._reference.trained_tensors())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -249,21 +253,23 @@ class ConsistencyLensTrainer(Trainer):
         self.lens.load_trained_tensors(load_file(weights))
 
     def load_reference(self, folder: Path) -> None:
-        """Rebuilds the reference of a Gumbel stage that the checkpoint was written in."""
-        path = folder / REFERENCE_FILE
+        """Rebuilds the reference that warm start had left when the checkpoint was written.
+
+        Raises:
+            ValueError: if the run has passed its warm start and the file is not there.
+        """
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        index, _, _ = self.stage_at(state["global_step"], state["max_steps"])
-        objective = self.args.parsed_stages()[index].objective
-        wants = objective == "gumbel" and self.args.lm_reference == "warm_start" and self.args.lm_weight != "0"
-        started = self.stage_bounds(state["max_steps"])[index][0] < state["global_step"]
-        if not (wants and started):
+        index, start, _ = self.stage_at(state["global_step"], state["max_steps"])
+        if state["global_step"] == start:
+            index -= 1  # the checkpoint was written before the first step of this stage
+        past_warm_start = any(stage.objective != "warm_start" for stage in self.args.parsed_stages()[: index + 1])
+        if not past_warm_start or self.args.lm_reference != "warm_start" or self.args.lm_weight == "0":
             return
+        path = folder / REFERENCE_FILE
         if not path.is_file():
-            raise ValueError(
-                f"checkpoint: {path.name} is missing in {str(folder)!r}; resume from an earlier checkpoint"
-            )
+            raise ValueError(f"checkpoint: {path.name} is missing in {str(folder)!r}; resume from an earlier one")
         self.lens.decoder.load_trained_tensors(load_file(path))
-        self._objectives[index] = self.make_objective(objective)
+        self._reference = freeze_copy(self.lens.decoder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -1,0 +1,104 @@
+"""The encoder: text to activation."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .configuration_consistency_lens import LensEncoderConfig
+from .lens_clone import LensClone, Normaliser, base_from_config, clone_subject, embed_sampled, load_subject
+from .lens_decoder import SoftText
+from .residual_stream import ResidualStream, truncated
+from .straight_through import fold_in
+
+NOTHING_TO_READ = "encode: got an empty text, and the encoder has neither BOS nor prompt; pass at least one word"
+
+
+class LensEncoder(LensClone):
+    """Text to activation: the subject's clone, cut after the block whose output it must reproduce."""
+
+    config_class = LensEncoderConfig
+
+    def __init__(self, config: LensEncoderConfig, base: PreTrainedModel | None = None):
+        """`base` is a whole clone of the subject; what the encoder does not need is cut from it here."""
+        base = base if base is not None else base_from_config(config.base_config)
+        stream = ResidualStream(base)
+        width, scale, embedding = stream.width, stream.embedding_scale, stream.input_embedding
+        super().__init__(config, truncated(base, num_encoder_blocks(config, stream.num_layers)))
+        self.embedding_scale = scale
+        device = embedding.get_parameter("weight").device
+        self.normaliser = Normaliser(width, device)
+        self.output_map = nn.Linear(width, width, device=device)
+        with torch.no_grad():
+            self.output_map.weight.copy_(torch.eye(width))
+            self.output_map.bias.zero_()
+        self.add_prompt_parameters()
+        self.post_init()
+
+    def forward(self, text_embeddings: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Reconstructs Â (B, d) in float32 from the embeddings of a text (B, T, d), as embedded by `embed_ids`.
+
+        Args:
+            text_embeddings: (B, T, d).
+            text_mask: (B, T) bool, False where a text is shorter than T; such texts stand at the right end.
+
+        Raises:
+            ValueError: if there is nothing to read: an empty text without BOS and prompt.
+        """
+        batch = len(text_embeddings)
+        embedding = self.token_embedding
+        prefix, suffix = self.prompt()
+        pieces = [prefix.expand(batch, -1, -1), text_embeddings, suffix.expand(batch, -1, -1)]
+        inputs = torch.cat([piece.to(embedding.weight.dtype) for piece in pieces], dim=1)
+        if inputs.shape[1] == 0:
+            raise ValueError(NOTHING_TO_READ)
+        if text_mask is None or bool(text_mask.all()):
+            hidden = self.base(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1]
+        else:
+            left, right = text_mask.new_ones(batch, len(prefix)), text_mask.new_ones(batch, len(suffix))
+            hidden = self.last_hidden(inputs, torch.cat([left, text_mask, right], dim=1).long())
+        normalised = self.normaliser.normalise(hidden).to(self.output_map.weight.dtype)
+        return self.normaliser.denormalise(self.output_map(normalised))
+
+    def last_hidden(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        """The base's output (B, d) at each row's last real token, which is the prompt's where the text is empty."""
+        if not bool(mask.any(dim=1).all()):
+            raise ValueError(NOTHING_TO_READ)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = self.base(
+            inputs_embeds=inputs, use_cache=False, attention_mask=mask, position_ids=position_ids
+        ).last_hidden_state
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def embed_ids(self, text_ids: Tensor) -> Tensor:
+        """Embeddings of token ids, (B, T) -> (B, T, d), in the encoder's own table."""
+        return self.token_embedding(text_ids)
+
+    def embed_text(self, text: SoftText, keys: Tensor | None, tau: float) -> Tensor:
+        """Embeddings (B, T, d) of a soft text, whose gradient reaches the decoder's logits."""
+        batch, length, vocabulary = text.logits.shape
+        flat_keys = None if keys is None else torch.stack([fold_in(keys, t) for t in range(length)], dim=1).flatten()
+        rows = embed_sampled(self, text.logits.reshape(-1, vocabulary), text.token_ids.flatten(), flat_keys, tau)
+        return rows.view(batch, length, -1)
+
+    @classmethod
+    def from_subject(cls, subject: PreTrainedModel, config: LensEncoderConfig) -> Self:
+        """An encoder whose base is a cut clone of `subject`, sharing its tensors unless it will be fully trained."""
+        return cls(config, clone_subject(subject, share_weights=config.training != "full"))
+
+    @classmethod
+    def from_artifact_config(cls, config: Any, base_model: Any, base_kwargs: dict[str, Any]) -> Self:
+        if config.training == "full" and base_model is None:
+            return cls(config, base_from_config(config.base_config, base_kwargs))
+        return cls.from_subject(load_subject(config, base_model, base_kwargs), config)
+
+
+def num_encoder_blocks(config: LensEncoderConfig, total: int) -> int:
+    """How many of the subject's `total` blocks the encoder keeps (see `LensEncoderConfig.output_layer`)."""
+    wanted = config.layer + 1 if config.output_layer is None else config.output_layer
+    wanted = total if wanted == -1 else wanted
+    if not 0 <= wanted <= total:
+        raise ValueError(f"output_layer must lie in -1..{total}, got {config.output_layer}")
+    return wanted
