@@ -14,7 +14,7 @@ export MALLOC_TRIM_THRESHOLD_ = 8589934592
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help venv demo test test-slow lint format bench clean
+.PHONY: help venv demo test test-slow lint format bench cards clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make test       run the tests;  make test-slow: the slow ones too'
 	@echo 'make lint       check style and types;  make format: mend what can be mended'
 	@echo 'make bench      run the benchmarks (tests/benchmarks/results)'
+	@echo 'make cards      write the demo lens into README.md and model_cards/ (after make demo)'
 	@echo 'make clean      remove .venv, caches and build leftovers; outputs stay'
 
 venv: $(INSTALLED)
@@ -53,6 +54,9 @@ format: $(INSTALLED)
 # One after the other: two at once would measure each other.
 bench: $(INSTALLED)
 	@for script in $$(grep -l '__main__' tests/benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+
+cards: $(INSTALLED)
+	$(BIN)/python model_cards/render.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -18,6 +18,7 @@ from tiny_lenses import (
 from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, WIDTH, tiny_model
 
 from consistency_lens import ConsistencyLensModel, ResidualStream, Subject
+from consistency_lens.lens_clone import embed_sampled
 from consistency_lens.straight_through import fold_in, gumbel_noise
 
 TAU = 0.7
@@ -156,8 +157,8 @@ class TestSoftGeneration:
         text = lens.decoder.generate_soft(activations(), keys(), 4)
         flat, logits = text.token_ids.flatten(), text.logits.flatten(0, 1)
         looked_up = lens.decoder.base.get_input_embeddings()(flat)
-        torch.testing.assert_close(lens.decoder.embed_text(logits, flat, None, TAU), looked_up)
-        assert lens.decoder.embed_text(logits, flat, None, TAU).requires_grad
+        torch.testing.assert_close(embed_sampled(lens.decoder, logits, flat, None, TAU), looked_up)
+        assert embed_sampled(lens.decoder, logits, flat, None, TAU).requires_grad
         soft = lens.encoder.embed_text(text, keys(), TAU)
         torch.testing.assert_close(soft, lens.encoder.embed_ids(text.token_ids))
 

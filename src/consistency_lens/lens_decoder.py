@@ -101,43 +101,55 @@ class LensDecoder(LensClone):
         Raises:
             ValueError: if T is less than one.
         """
+        tokens = self.generated_tokens(activations, keys, num_text_tokens, tau, temperature, use_cache)
+        ids, logits = zip(*tokens, strict=True)
+        return SoftText(torch.stack(ids, dim=1), torch.stack(logits, dim=1))
+
+    @torch.no_grad()
+    def generate_ids(
+        self, activations: Tensor, keys: Tensor | None, num_text_tokens: int, temperature: float = 1.0
+    ) -> Tensor:
+        """The token ids (B, T) of `generate_soft`, without keeping T x V logits a row."""
+        tokens = self.generated_tokens(activations, keys, num_text_tokens, temperature=temperature)
+        return torch.stack([ids for ids, _ in tokens], dim=1)
+
+    def generated_tokens(
+        self,
+        activations: Tensor,
+        keys: Tensor | None,
+        num_text_tokens: int,
+        tau: float = 1.0,
+        temperature: float = 1.0,
+        use_cache: bool = True,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The text token by token: ids (B,) and the logits (B, V) that they were drawn from; see `generate_soft`."""
         if num_text_tokens < 1:
             raise ValueError(f"num_text_tokens must be at least 1, got {num_text_tokens}; 8 is a good start")
         if self.checkpoints_gradients():  # without gradients too: the block drops it in train mode
             use_cache = False
-        embedding = self.token_embedding
-        dtype = embedding.weight.dtype
-        prefix, suffix = (piece.to(dtype) for piece in self.prompt())
+        dtype = self.token_embedding.weight.dtype
         batch = len(activations)
-        slot = self.slot_embedding(activations).to(dtype)
-        head = torch.cat([slot, suffix.expand(batch, -1, -1)], dim=1)
+        prefix, suffix = (piece.to(dtype) for piece in self.prompt())
+        chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix.expand(batch, -1, -1)], dim=1)
         if use_cache:
-            chunk, cache, slot_index = head, self.prefix_cache(prefix, batch), 0
+            cache, slot = self.prefix_cache(prefix, batch), 0
         else:
-            chunk, cache, slot_index = torch.cat([prefix.expand(batch, -1, -1), head], dim=1), None, len(prefix)
-
-        ids: list[Tensor] = []
-        logits: list[Tensor] = []
+            cache, slot = None, len(prefix)
+            chunk = torch.cat([prefix.expand(batch, -1, -1), chunk], dim=1)
         for step in range(num_text_tokens):
-            inject = step == 0 or not use_cache
-            with self.injected(activations, slot_index) if inject else ExitStack():
+            with self.injected(activations, slot) if step == 0 or not use_cache else ExitStack():
                 output = self.base(inputs_embeds=chunk, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
-            logits.append(output.logits[:, -1])
+            logits = output.logits[:, -1]
             step_keys = None if keys is None else fold_in(keys, step)
-            ids.append(sample_tokens(logits[-1], step_keys, temperature))
-            if step == num_text_tokens - 1:
-                break
-            token = self.embed_text(logits[-1], ids[-1], step_keys, tau)[:, None].to(dtype)
-            chunk = token if use_cache else torch.cat([chunk, token], dim=1)
-        return SoftText(torch.stack(ids, dim=1), torch.stack(logits, dim=1))
+            ids = sample_tokens(logits, step_keys, temperature)
+            yield ids, logits
+            if step < num_text_tokens - 1:
+                token = embed_sampled(self, logits, ids, step_keys, tau)[:, None].to(dtype)
+                chunk = token if use_cache else torch.cat([chunk, token], dim=1)
 
     def checkpoints_gradients(self) -> bool:
         """Whether a training pass would recompute blocks in its backward pass."""
         return self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.base.modules())
-
-    def embed_text(self, logits: Tensor, ids: Tensor, keys: Tensor | None, tau: float) -> Tensor:
-        """Embeddings (N, d) of sampled tokens in this clone's table, straight-through where a gradient is wanted."""
-        return embed_sampled(self, logits, ids, keys, tau)
 
     def prefix_cache(self, prefix: Tensor, batch: int) -> DynamicCache:
         """Keys and values of the prompt before the slot: run once, not once per row, then expanded to the batch."""

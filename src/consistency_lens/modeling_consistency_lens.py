@@ -200,7 +200,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
         """The token ids (B, T) that `decode` turns into strings."""
         length = self.config.num_text_tokens if num_text_tokens is None else num_text_tokens
         with evaluating(self.decoder):  # in train mode gradient checkpointing would cost the cache
-            return self.decoder.generate_soft(activations, keys, length, temperature=temperature).token_ids
+            return self.decoder.generate_ids(activations, keys, length, temperature)
 
     @torch.no_grad()
     def decode(

@@ -9,7 +9,8 @@ from evaluation_rows import BOS, tiny_collator, tiny_rows
 from tiny_lenses import LAYER, NUM_TEXT_TOKENS, disturb, tiny_lens
 from tiny_models import random_tokens, tiny_model
 
-from consistency_lens.data.activation_cache import ActivationRows, build_activation_cache
+from consistency_lens.data.activation_cache import ActivationRows
+from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.corpus import corpus_from_rows, document_hash
 from consistency_lens.evaluation import CONTROLS, EvaluationArguments, Evaluator, write_metrics
 from consistency_lens.evaluation.evaluator import STATISTICS

@@ -41,7 +41,7 @@ def test_every_trained_tensor_moves_and_the_subject_does_not(tmp_path):
     assert all(torch.equal(p, subject_before[n]) for n, p in trainer.lens.subject.model.named_parameters())
 
 
-@pytest.mark.parametrize("stages", [["warm_start"], ["gumbel"], ["warm_start 3s", "gumbel"]])
+@pytest.mark.parametrize("stages", [["warm_start"], ["gumbel"], ["warm_start 3s", "gumbel"], ["policy_gradient"]])
 def test_stages_log_their_terms(tmp_path, stages):
     trainer = tiny_trainer(tmp_path, stages=stages, lm_reference="subject")
     trainer.train()
@@ -49,7 +49,12 @@ def test_stages_log_their_terms(tmp_path, stages):
     assert len(entries) == 6
     names = set(entries[-1])
     assert {"samples_per_second", "tokens_per_second", "peak_memory_gb", "learning_rate_encoder_base", "tau"} <= names
-    assert ({"kl", "lm", "mse", "entropy", "kl_weight"} if "gumbel" in stages else {"ce", "mse", "ce_weight"}) <= names
+    expected = {
+        "warm_start": {"ce", "mse", "ce_weight", "mse_own_text"},
+        "gumbel": {"kl", "lm", "mse", "entropy", "kl_weight"},
+        "policy_gradient": {"policy", "lm", "mse", "entropy", "reward_spread", "zero_advantage_share"},
+    }
+    assert expected[stages[-1]] <= names
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in entries)
 
 
@@ -147,7 +152,7 @@ def test_nothing_but_skipped_steps_stops_the_run(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("save_at", [2, 4])
+@pytest.mark.parametrize("save_at", [2, 3, 4])
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, save_at):
     whole = tiny_trainer(tmp_path / "whole", stages=["warm_start 3s", "gumbel"])
     whole.train()
@@ -224,7 +229,7 @@ if trainer.is_world_process_zero():
 """
 
 
-@pytest.mark.parametrize("stage", ["warm_start", "gumbel"])
+@pytest.mark.parametrize("stage", ["warm_start", "gumbel", "policy_gradient"])
 def test_two_processes_give_the_gradients_of_one(tmp_path, stage):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

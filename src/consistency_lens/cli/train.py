@@ -1,6 +1,7 @@
 """`consistency-lens train`, and the whole of `examples/train_lens.py`: train and evaluate a lens from a recipe."""
 
 import logging
+import sys
 from collections.abc import Sequence
 
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     transformers.utils.logging.set_verbosity_warning()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     try:
         recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), argv)
         result = run(recipe, training)

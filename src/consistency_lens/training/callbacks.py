@@ -5,9 +5,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+SHOWN = ("stage", "ce", "policy", "kl", "lm", "mse", "skipped_steps")
+
+
+class LensProgress(ProgressCallback):
+    """The trainer's progress bar with the loss terms at its end, in place of a line for every log."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs is not None and "loss" in logs:
+            shown = {name: f"{logs[name]:.3g}" for name in SHOWN if logs.get(name)}
+            self.training_bar.set_postfix(shown)
 
 
 class SkipNonfiniteSteps(TrainerCallback):

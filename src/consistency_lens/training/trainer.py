@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 
 from ..atomic_write import write_json, write_tensors
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
 from ..schedules import ResolvedSchedule, Schedule
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
-from .callbacks import SkipNonfiniteSteps
+from .callbacks import LensProgress, SkipNonfiniteSteps
 from .objectives import (
     Gumbel,
     Losses,
@@ -63,6 +63,9 @@ class ConsistencyLensTrainer(Trainer):
         self.lens = model
         self.skipper = SkipNonfiniteSteps(args.max_nonfinite_steps)
         self.add_callback(self.skipper)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LensProgress)
         self.lens.subject.model.to(args.device)
         self._objectives: dict[int, Objective] = {}
         self._reference: LensDecoder | None = None
@@ -173,6 +176,7 @@ class ConsistencyLensTrainer(Trainer):
             logs |= {"peak_memory_gb": peak_memory_bytes(self.args.device) / 1e9}
             logs |= {f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             logs["skipped_steps"] = self.skipper.skipped
+            logs["stage"] = 1 + self.stage_at(self.state.global_step - 1, self.state.max_steps)[0]
             self._sums.clear()
             self._counts.clear()
             self._since = (0, 0, time.perf_counter())

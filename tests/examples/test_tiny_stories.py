@@ -1,0 +1,107 @@
+"""The embedded model, its recipe and the commands of the README, as they are written."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from consistency_lens import ConsistencyLensModel, Subject
+from consistency_lens.cli.parser import parse_arguments
+from consistency_lens.data.generation import sample_documents
+from consistency_lens.evaluation.metrics import text_nll
+from consistency_lens.losses import kl_divergence
+from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
+from consistency_lens.training.recipe import RecipeArguments
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "examples" / "tiny_stories"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def story_model():
+    return AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
+
+
+def run(command: list[str], timeout: int) -> subprocess.CompletedProcess:
+    """Runs a command from the repository's root with the tests' own import path."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_embedded_model_is_small_and_safe():
+    assert sum(path.stat().st_size for path in MODEL.iterdir() if path.is_file()) < 8e6
+    assert {path.suffix for path in MODEL.iterdir() if path.is_file()} <= {".safetensors", ".json", ".md", ".py"}
+
+
+def test_the_embedded_model_writes_stories_that_it_finds_likely(story_model):
+    model, tokenizer = story_model
+    corpus = sample_documents(model, tokenizer, 8, 64, seed=0, progress=False)
+    assert all(row[0] == tokenizer.bos_token_id for row in corpus["input_ids"])
+    story = tokenizer("Once upon a time, there was a little girl named Lily.", return_tensors="pt").input_ids
+    shuffled = story[:, torch.randperm(story.shape[1], generator=torch.Generator().manual_seed(0))]
+    subject = Subject(model, layer=2)
+    assert text_nll(subject, story).mean() < 2.0 < text_nll(subject, shuffled).mean()
+
+
+def test_a_pretrained_model_by_others_reads_the_same_by_one_token_and_in_full(stories260k):
+    model = AutoModelForCausalLM.from_pretrained(stories260k).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    ids = tokenizer("Once upon a time, there was a little dog who liked to play.", return_tensors="pt").input_ids
+    subject, positions = Subject(model, layer=3), torch.tensor([[5, 9]])
+    context = subject.context(ids, torch.ones_like(ids), positions)
+    assert context.cache is not None  # the cheap pass is in use
+    wrong = context.activations.flip(1)
+    fast = kl_divergence(context.logits, subject.replaced_logits(context, wrong))
+    full = kl_divergence(context.logits, subject.replaced_logits_full(context, wrong))
+    torch.testing.assert_close(fast, full, atol=1e-5, rtol=1e-4)
+    assert full.min() > 0.1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_has_known_keys_and_stages_that_fit(path):
+    recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), ["--config", str(path)])
+    assert recipe.model == yaml.safe_load(path.read_text())["model"]
+    training.stage_starts(steps_per_epoch=100, total_steps=training.max_steps)
+
+
+def test_the_python_of_the_readme_runs_as_written(tmp_path, story_model):
+    model, tokenizer = story_model
+    lens = ConsistencyLensModel.from_subject(model, tokenizer, layer=2, training="frozen")
+    lens.save_pretrained(tmp_path / "lens")
+    code = blocks("python")
+    assert len(code) >= 2 and "outputs/tiny_stories" in code[0]
+    for block in code:
+        script = block.replace("outputs/tiny_stories", str(tmp_path / "lens"))
+        done = run([sys.executable, "-c", script], timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_command_of_the_readme_trains_a_lens(tmp_path):
+    assert any(
+        "accelerate launch examples/train_lens.py --config examples/recipes/tiny_stories.yaml" in b
+        for b in blocks("bash")
+    )
+    small = {
+        "num_documents": 20, "max_length": 32, "positions_per_sequence": 4, "max_steps": 4, "eval_rows": 8,
+        "validation_fraction": 0.3, "per_device_train_batch_size": 4, "num_samples": 2, "logging_steps": 2,
+        "output_dir": tmp_path / "run",
+    }  # fmt: skip
+    flags = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    recipe = ["examples/train_lens.py", "--config", "examples/recipes/tiny_stories.yaml"]
+    stages = ["--stages", "warm_start 2s", "policy_gradient"]
+    done = run([*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *recipe, *flags, *stages], timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for expected in ("FVE", "context_tail", "next before", "The lens lies in"):
+        assert expected in done.stdout
