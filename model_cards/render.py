@@ -22,25 +22,21 @@ from consistency_lens.evaluation.report import metrics_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+CAPTION = "Colour: FVE from 0 (dark) to 1 (bright). Positions before {} were not trained on."
 SENTENCE = "Once upon a time there was a little dog named Max. He loved to play in the park"
 
 
-def draw(explanation: Explanation, path: Path) -> None:
+def draw(explanation: Explanation, caption: str, path: Path) -> None:
     """A picture of an explanation: each token, its words, its FVE as colour, the predictions before and after."""
     rows = list(explanation)
     colours = matplotlib.colormaps["cividis"]
     figure, axes = plt.subplots(figsize=(11, 0.32 * len(rows) + 1.0))
     axes.set_axis_off()
     axes.set_xlim(0, 1)
-    axes.set_ylim(len(rows) + 0.2, -1.2)
+    axes.set_ylim(len(rows) + 0.6, -1.2)
     columns = {
-        "token": 0.0,
-        "the lens's words": 0.13,
-        "FVE": 0.53,
-        "KL, nats": 0.61,
-        "next, before": 0.69,
-        "after": 0.85,
-    }
+        "token": 0.0, "the lens's words": 0.13, "FVE": 0.52, "KL, nats": 0.59, "next, before": 0.71, "after": 0.86,
+    }  # fmt: skip
     for title, x in columns.items():
         axes.text(x, -0.7, title, fontsize=10, fontweight="bold", va="center")
     for y, row in enumerate(rows):
@@ -54,7 +50,7 @@ def draw(explanation: Explanation, path: Path) -> None:
         cells = (text, f"{row.fve:.2f}", f"{row.kl:.2f}", shown(row.top_before), shown(row.top_after))
         for x, cell in zip(list(columns.values())[1:], cells, strict=True):
             axes.text(x, y, cell, fontsize=10, va="center")
-    figure.text(0.125, 0.04, "Colour: FVE from 0 (dark) to 1 (bright).", fontsize=8, color="dimgray")
+    axes.text(0.0, len(rows) + 0.3, caption, fontsize=8, color="dimgray", va="center")
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
@@ -82,7 +78,9 @@ def main() -> None:
     target.mkdir(exist_ok=True)
     for name in ("README.md", "metrics.json", "samples.jsonl", "run.json"):
         shutil.copy(run / name, target / name)
-    draw(AutoModel.from_pretrained(run).explain(SENTENCE), target / "explanation.png")
+    lens = AutoModel.from_pretrained(run)
+    caption = CAPTION.format(lens.provenance["recipe"]["min_position"])
+    draw(lens.explain(SENTENCE), caption, target / "explanation.png")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     head, rest = readme.split(BEGIN)
     _, tail = rest.split(END)

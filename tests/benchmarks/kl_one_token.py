@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from consistency_lens.subject import Subject
 
-BATCH, LENGTH, LAYER, NUM_LAYERS, WIDTH, VOCAB_SIZE = 4, 128, 3, 8, 256, 8192
+BATCH, LENGTH, LAYER, NUM_LAYERS, WIDTH, VOCAB_SIZE = 16, 128, 3, 8, 256, 8192
 
 
 def kl_step(subject: Subject, input_ids: torch.Tensor, positions: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

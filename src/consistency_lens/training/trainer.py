@@ -242,8 +242,6 @@ class ConsistencyLensTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         self.lens.save_pretrained(folder, state_dict=state_dict)
         write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
-        if self._reference is not None:
-            write_tensors(folder / REFERENCE_FILE, self._reference.trained_tensors())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -281,6 +279,8 @@ class ConsistencyLensTrainer(Trainer):
         elif self.args.should_save:
             checkpoint.save_optimizer(self.optimizer, Path(output_dir))
             checkpoint.save_scheduler(self.lr_scheduler, Path(output_dir))
+            if self._reference is not None:
+                write_tensors(Path(output_dir) / REFERENCE_FILE, self._reference.trained_tensors())
 
     def _load_optimizer_and_scheduler(self, resume: str | None) -> None:
         if resume is None:
