@@ -62,11 +62,12 @@ def shown(top: list[tuple[str, float]]) -> str:
 
 def readme_block(metrics: dict) -> str:
     """The measured part of the README."""
-    seconds = json.loads((ROOT / "model_cards/tiny_stories/run.json").read_text())["seconds"]
+    run = json.loads((ROOT / "model_cards/tiny_stories/run.json").read_text(encoding="utf-8"))
+    machine = f"{run['machine']['threads']} threads of a machine with {run['machine']['cpu_cores']} cores"
     return (
         f"{BEGIN}\n<!-- written by model_cards/render.py from outputs/tiny_stories -->\n"
-        f"Measured by `make demo` ({seconds / 60:.1f} minutes of sampling, caching, training and evaluation on two "
-        f"CPU cores), on held-out documents:\n\n{metrics_markdown(metrics)}{END}"
+        f"Measured by `make demo` on held-out documents. Sampling the corpus, caching, training and evaluation took "
+        f"{run['seconds'] / 60:.1f} minutes with {machine}:\n\n{metrics_markdown(metrics)}{END}"
     )
 
 

@@ -1,6 +1,6 @@
 """Trains the embedded story model: a byte-level BPE tokenizer and a small Llama, on a file of stories.
 
-    python examples/tiny_stories/train.py --stories ../shared/data/stories.txt
+    python examples/tiny_stories/train.py --stories stories.txt
 
 writes config.json, model.safetensors, the tokenizer and README.md (the model's card, with what was measured) beside
 this file. One document in fifty, chosen by its hash, is held out and never trained on.

@@ -16,7 +16,8 @@ class LensCloneConfig(PreTrainedConfig):
 
     Args:
         base_model_name_or_path: Hub id or folder of the subject.
-        base_model_revision: the commit that the subject was loaded at; None for a local folder.
+        base_model_revision: the commit (or other revision) that the subject was loaded at; None for a
+            local folder.
         base_config: the subject's configuration as a dictionary.
         layer: index k of the block whose output is read, 0-based.
         num_text_tokens: T, the length of a text in tokens.
@@ -25,6 +26,8 @@ class LensCloneConfig(PreTrainedConfig):
         lora: keyword arguments of `peft.LoraConfig`, for `training="lora"`.
         prompt: the prompt with its slot, as given; kept for people.
         prefix_ids, suffix_ids: the prompt's tokens before and after the slot; these are what runs.
+        blocks, final_norm: dotted paths of the subject's blocks and final norm, for a layout that `ResidualStream`
+            does not find by itself.
         trainable_prompt: whether the prompt's embeddings are parameters, started from the tokens' embeddings.
 
     Raises:
@@ -44,6 +47,8 @@ class LensCloneConfig(PreTrainedConfig):
         prefix_ids: list[int] | None = None,
         suffix_ids: list[int] | None = None,
         trainable_prompt: bool = True,
+        blocks: str | None = None,
+        final_norm: str | None = None,
         **kwargs: Any,
     ):
         if training not in TRAINING_MODES:
@@ -63,6 +68,8 @@ class LensCloneConfig(PreTrainedConfig):
         self.prefix_ids = prefix_ids or []
         self.suffix_ids = suffix_ids or []
         self.trainable_prompt = trainable_prompt
+        self.blocks = blocks
+        self.final_norm = final_norm
         super().__init__(**kwargs)
 
 

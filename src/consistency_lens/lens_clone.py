@@ -86,7 +86,7 @@ def base_from_config(base_config: dict[str, Any], base_kwargs: dict[str, Any] | 
         )
     config = AutoConfig.for_model(**base_config)
     dtype = kwargs.pop("dtype", "auto")
-    dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    dtype = torch.float32 if dtype == "auto" else dtype  # what clones are trained and saved in
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
     return model if device is None else model.to(device)
 
@@ -121,9 +121,11 @@ class Normaliser(nn.Module):
         self.register_buffer("rms", torch.ones((), device=device))
 
     def normalise(self, activations: Tensor) -> Tensor:
+        """(A - mean) / rms, (..., d), float32."""
         return (activations.float() - self.mean) / self.rms
 
     def denormalise(self, normalised: Tensor) -> Tensor:
+        """The inverse of `normalise`, (..., d), float32."""
         return normalised.float() * self.rms + self.mean
 
 
@@ -139,6 +141,7 @@ class TrainedTensorsModel(PreTrainedModel):
     _supports_flex_attn = True
     tokenizer: PreTrainedTokenizerBase | None = None
     provenance: dict[str, Any] | None = None
+    base_kwargs: dict[str, Any] = {}  # how the subject is to be loaded, should it be asked for later
 
     def initialize_weights(self, *args: Any, **kwargs: Any) -> None:
         """Draws nothing: every weight comes from the subject, from an identity or from an artifact."""
@@ -190,7 +193,9 @@ class TrainedTensorsModel(PreTrainedModel):
             api = HfApi(token=hub_kwargs.pop("token", None))
             repo_id, private = hub_kwargs.pop("repo_id", folder.name), hub_kwargs.pop("private", None)
             repo = api.create_repo(repo_id, exist_ok=True, private=private)
-            api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **hub_kwargs)
+            api.upload_folder(
+                repo_id=repo.repo_id, folder_path=folder, ignore_patterns=["data/*", "checkpoint-*"], **hub_kwargs
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -232,6 +237,7 @@ class TrainedTensorsModel(PreTrainedModel):
         }
         base_kwargs = {name: value for name, value in base_kwargs.items() if value not in (None, False)}
         model = cls.from_artifact_config(config, base_model, base_kwargs)
+        model.base_kwargs = base_kwargs
         model.load_trained_tensors(tensors)
         if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs):
             model.tokenizer = AutoTokenizer.from_pretrained(path, **hub_kwargs)
@@ -270,6 +276,16 @@ class TrainedTensorsModel(PreTrainedModel):
                 tensor.copy_(tensors[name])
 
 
+def subject_location(config: Any) -> str:
+    """An artifact's subject: its Hub id or folder; a relative folder may also lie below a parent of the artifact's."""
+    name, artifact = config.base_model_name_or_path, Path(config.name_or_path)
+    if name and artifact.is_dir() and not Path(name).exists():
+        for parent in artifact.resolve().parents:
+            if (parent / name / "config.json").is_file():
+                return str(parent / name)
+    return name
+
+
 def load_subject(
     config: Any, base_model: PreTrainedModel | str | None, base_kwargs: dict[str, Any]
 ) -> PreTrainedModel:
@@ -282,13 +298,16 @@ def load_subject(
     if isinstance(base_model, PreTrainedModel):
         subject = base_model
     else:
-        name = base_model or config.base_model_name_or_path
+        name = base_model or subject_location(config)
+        # the precision that the lens was trained with; a checkpoint's own may be another
+        base_kwargs = {"dtype": config.base_config.get("dtype") or "auto", **base_kwargs}
         revision = None if base_model else config.base_model_revision
         try:
             subject = AutoModelForCausalLM.from_pretrained(name, revision=revision, **base_kwargs).eval()
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"subject: no model at {name!r} (revision {revision}); pass base_model=<path, Hub id or model>"
+                f"subject: no model at {name!r} (revision {revision}); pass base_model=<path, Hub id or model> "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from error
     check_architecture(config.base_config, subject)
     return subject
@@ -330,6 +349,9 @@ def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> None:
             f"lora: these settings train {outside[0]}, which is no low-rank matrix of a block; leave out `bias`, "
             "`modules_to_save` and embeddings, or use training='full'"
         )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # in bfloat16, an optimizer's small updates would be rounded away
+            parameter.data = parameter.data.float()
 
 
 class LensClone(TrainedTensorsModel):
@@ -387,10 +409,9 @@ class LensClone(TrainedTensorsModel):
         )
 
 
-def lookup(embedding: nn.Module, token_ids: list[int]) -> Tensor:
+def lookup(embedding: nn.Embedding, token_ids: list[int]) -> Tensor:
     """Embeddings (P, d) of a list of token ids, through the layer itself, so that its own scaling applies once."""
-    device = next(embedding.parameters()).device
-    return embedding(torch.tensor(token_ids, dtype=torch.long, device=device))
+    return embedding(torch.tensor(token_ids, dtype=torch.long, device=embedding.weight.device))
 
 
 def embed_sampled(clone: LensClone, logits: Tensor, ids: Tensor, keys: Tensor | None, tau: float) -> Tensor:

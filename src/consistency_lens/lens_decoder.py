@@ -28,7 +28,7 @@ class LensDecoder(LensClone):
 
     def __init__(self, config: LensDecoderConfig, base: PreTrainedModel | None = None):
         super().__init__(config, base if base is not None else base_from_config(config.base_config))
-        stream = ResidualStream(self.base)
+        stream = self.residual_stream()
         self.embedding_scale = stream.embedding_scale
         if not 0 <= config.injection_layers < stream.num_layers:
             raise ValueError(f"injection_layers must lie in 0..{stream.num_layers - 1}, got {config.injection_layers}")
@@ -38,6 +38,10 @@ class LensDecoder(LensClone):
         self.injections = nn.ModuleList(nn.Linear(width, width, device=device) for _ in range(config.injection_layers))
         self.add_prompt_parameters()
         self.post_init()
+
+    def residual_stream(self) -> ResidualStream:
+        """The stream of this clone, by the paths of the configuration where it names any."""
+        return ResidualStream(self.base, blocks=self.config.blocks, final_norm=self.config.final_norm)
 
     def start_projections(self) -> None:
         """Scaled identity: a mean activation enters the slot with the norm of a mean token embedding."""
@@ -59,7 +63,7 @@ class LensDecoder(LensClone):
         with ExitStack() as hooks:
             if self.injections:
                 normalised = self.normaliser.normalise(activations).to(self.projection.weight.dtype)
-                for block, projection in zip(ResidualStream(self.base).blocks[1:], self.injections, strict=False):
+                for block, projection in zip(self.residual_stream().blocks[1:], self.injections, strict=False):
                     hooks.enter_context(overwritten_input(block, slot, projection(normalised)))
             yield
 

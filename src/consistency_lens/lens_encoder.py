@@ -23,9 +23,10 @@ class LensEncoder(LensClone):
     def __init__(self, config: LensEncoderConfig, base: PreTrainedModel | None = None):
         """`base` is a whole clone of the subject; what the encoder does not need is cut from it here."""
         base = base if base is not None else base_from_config(config.base_config)
-        stream = ResidualStream(base)
+        paths = {"blocks": config.blocks, "final_norm": config.final_norm}
+        stream = ResidualStream(base, **paths)
         width, scale, embedding = stream.width, stream.embedding_scale, stream.input_embedding
-        super().__init__(config, truncated(base, num_encoder_blocks(config, stream.num_layers)))
+        super().__init__(config, truncated(base, num_encoder_blocks(config, stream.num_layers), **paths))
         self.embedding_scale = scale
         device = embedding.get_parameter("weight").device
         self.normaliser = Normaliser(width, device)

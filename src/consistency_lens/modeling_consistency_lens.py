@@ -83,14 +83,15 @@ class ConsistencyLensModel(TrainedTensorsModel):
         injection_layers: int = 0,
         output_layer: int | None = None,
         revision: str | None = None,
+        blocks: str | None = None,
+        final_norm: str | None = None,
     ) -> Self:
         """A new lens for `subject` at `layer`; see the configurations for the arguments.
 
         Raises:
             ValueError: for a layer out of range, T < 1, a prompt without its slot, an unknown training mode.
         """
-        stream = ResidualStream(subject)
-        stream.check_layer(layer)
+        ResidualStream(subject, blocks=blocks, final_norm=final_norm).check_layer(layer)
         common = {
             "base_model_name_or_path": subject.config.name_or_path,
             "base_model_revision": revision,
@@ -100,6 +101,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
             "training": training,
             "lora": lora,
             "trainable_prompt": trainable_prompt,
+            "blocks": blocks,
+            "final_norm": final_norm,
         }
         prefix, suffix = encode_prompt(decoder_prompt, EMBED_SLOT, tokenizer)
         decoder_config = LensDecoderConfig(
@@ -131,26 +134,37 @@ class ConsistencyLensModel(TrainedTensorsModel):
 
     def attach_subject(self, model: PreTrainedModel) -> None:
         """Hands over the subject's model, so that `explain` need not load it; it is frozen."""
-        self._subject[:] = [Subject(model, self.config.layer)]
+        paths = {"blocks": self.config.decoder.blocks, "final_norm": self.config.decoder.final_norm}
+        self._subject[:] = [Subject(model, self.config.layer, **paths)]
 
     @property
     def subject(self) -> Subject:
         """The frozen model being read, loaded at its pinned revision when first asked for."""
         if not self._subject:
-            model = load_subject(self.config, None, {})
+            model = load_subject(self.config, None, self.base_kwargs)
             self.attach_subject(model.to(self.device))  # type: ignore[arg-type]
         return self._subject[0]
 
     @property
     def mean(self) -> Tensor:
+        """Mean of the training activations, (d,)."""
         return self.encoder.normaliser.mean
 
     @property
     def rms(self) -> Tensor:
+        """Root mean square of the centred training activations, ()."""
         return self.encoder.normaliser.rms
 
     def set_statistics(self, mean: Tensor, rms: Tensor | float) -> None:
-        """Stores the training cache's mean (d,) and RMS in both clones."""
+        """Stores the training cache's mean (d,) and RMS in both clones.
+
+        Raises:
+            ValueError: if the RMS is not a positive number: activations that never vary cannot be normalised.
+        """
+        if not 0 < float(rms) < float("inf"):
+            raise ValueError(
+                f"statistics: the RMS must be positive and finite, got {float(rms)}; check the activations"
+            )
         for normaliser in (self.decoder.normaliser, self.encoder.normaliser):
             normaliser.mean.copy_(torch.as_tensor(mean))
             normaliser.rms.copy_(torch.as_tensor(rms))
@@ -248,6 +262,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
         return explain_text(self, text, positions)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; ValueError if the lens has none."""
         if self.tokenizer is None:
             raise ValueError("tokenizer: this lens has none; set lens.tokenizer to the subject's tokenizer")
         return self.tokenizer

@@ -45,6 +45,7 @@ class Subject:
     Args:
         model: a causal language model; it is frozen and put in evaluation mode.
         layer: the block whose output is read and replaced, 0-based.
+        blocks, final_norm: see `ResidualStream`.
         one_token: use the one-token pass where the architecture allows it. Where it does not, as a self-check finds
             out, the plain pass over the whole sequence is used and the log says so once.
 
@@ -52,9 +53,16 @@ class Subject:
         ValueError: if the model has no such layer.
     """
 
-    def __init__(self, model: PreTrainedModel, layer: int, one_token: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer: int,
+        one_token: bool = True,
+        blocks: str | None = None,
+        final_norm: str | None = None,
+    ) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.stream = ResidualStream(model)
+        self.stream = ResidualStream(model, blocks=blocks, final_norm=final_norm)
         self.stream.check_layer(layer)
         self.layer = layer
         self._one_token = one_token

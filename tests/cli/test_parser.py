@@ -38,3 +38,13 @@ def test_a_missing_file_is_an_error():
 def test_a_file_that_is_no_mapping_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="key: value"):
         parse(tmp_path, "- a\n- b\n")
+
+
+def test_config_may_be_given_with_an_equals_sign(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("layer: 2\n")
+    assert parse_arguments((Arguments,), [f"--config={tmp_path / 'recipe.yaml'}"])[0].layer == 2
+
+
+def test_an_abbreviated_flag_is_refused(tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError)):
+        parse_arguments((Arguments,), ["--lay", "3"])

@@ -1,6 +1,7 @@
 """The whole job through its command: a tiny subject on disk, a few steps, and every mistake that a user can make."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def subject_folder(tmp_path_factory):
 def flags(subject_folder, output_dir, **changes):
     settings = {
         "model": subject_folder, "layer": 1, "num_text_tokens": 3, "min_position": 4, "max_length": 16,
-        "text_file": subject_folder / "text.txt", "positions_per_sequence": 3, "validation_fraction": 0.3,
+        "text_file": Path(subject_folder) / "text.txt", "positions_per_sequence": 3, "validation_fraction": 0.3,
         "eval_rows": 16, "num_samples": 2, "max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True,
         "output_dir": output_dir, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 2,
     } | changes  # fmt: skip
@@ -56,6 +57,27 @@ def test_a_run_leaves_a_lens_its_figures_and_its_arguments(run_folder):
     assert not list(run_folder.rglob("*.bin")) + list(run_folder.rglob("*.pt")) + list(run_folder.rglob("*.pkl"))
 
 
+def test_the_artifact_is_little_more_than_what_was_trained(run_folder):
+    lens = AutoModel.from_pretrained(run_folder)
+    trained = sum(tensor.numel() * tensor.element_size() for tensor in lens.trained_tensors().values())
+    assert sum(path.stat().st_size for path in run_folder.glob("*.safetensors")) < 1.5 * trained
+
+
+@pytest.mark.parametrize("clones", ["lora", "frozen"])
+def test_clones_that_share_weights_train_and_load(subject_folder, tmp_path, clones):
+    assert main(flags(subject_folder, tmp_path, clones=clones, delta_residual="detached", eval_strategy="steps")) == 0
+    assert len(AutoModel.from_pretrained(tmp_path).explain("w5 w6 w7")) == 3
+
+
+def test_a_lens_finds_its_subject_from_anywhere(subject_folder, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "subject").symlink_to(subject_folder)
+    monkeypatch.chdir(tmp_path)
+    assert main(flags("models/subject", tmp_path / "outputs" / "run", text_file=subject_folder / "text.txt")) == 0
+    monkeypatch.chdir(subject_folder)
+    assert len(AutoModel.from_pretrained(tmp_path / "outputs" / "run").explain("w5 w6 w7")) == 3
+
+
 def test_the_saved_lens_loads_and_explains(run_folder):
     explanation = AutoModel.from_pretrained(run_folder).explain("w5 w6 w7 w8 w9")
     assert [row.position for row in explanation] == [1, 2, 3, 4, 5]
@@ -71,7 +93,13 @@ def test_sampling_serves_where_there_is_no_text(subject_folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer": 7}, "layer"),
+        ({"layer": 7}, "layer must lie in 0..2"),
+        ({"dtype": "auto"}, "dtype must be one of"),
+        ({"validation_fraction": 2}, "validation_fraction must lie between"),
+        ({"positions_per_sequence": 0}, "positions_per_sequence must be at least 1"),
+        ({"max_length": 500}, "beyond the subject's context"),
+        ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
+        ({"resume_from_checkpoint": "nowhere"}, "is no checkpoint folder"),
         ({"num_text_tokens": 0}, "num_text_tokens must be at least 1"),
         ({"decoder_prompt": "no slot"}, "<embed> exactly once"),
         ({"encoder_prompt": "no slot"}, "<text> exactly once"),
@@ -87,8 +115,10 @@ def test_sampling_serves_where_there_is_no_text(subject_folder, tmp_path):
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(subject_folder, tmp_path, capsys, changes, message):
     assert main(flags(subject_folder, tmp_path, **changes)) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    printed = capsys.readouterr().err.rstrip().splitlines()
+    errors = [line for line in printed if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
+    assert printed[-1] == errors[0]  # the message is one line
     assert not list(tmp_path.rglob("model.safetensors"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lens_runs import tiny_trainer
+from lens_runs import tiny_cache, tiny_lens, tiny_trainer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -31,8 +31,14 @@ def parameters(trainer):
     return {name: tensor.detach().clone() for name, tensor in trainer.lens.trained_tensors().items()}
 
 
-def test_every_trained_tensor_moves_and_the_subject_does_not(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=1, stages=["warm_start"], learning_rate=1e-2)
+LORA = {"training": "lora", "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}}
+CLONES = [{"training": "full"}, {"training": "frozen"}, LORA]
+
+
+@pytest.mark.parametrize("clones", CLONES, ids=lambda clones: clones["training"])
+def test_every_trained_tensor_moves_and_the_subject_does_not(tmp_path, clones):
+    # two steps: LoRA's first matrices have no gradient before its second ones, which start at zero, have moved
+    trainer = tiny_trainer(tmp_path, clones, max_steps=2, stages=["warm_start"], learning_rate=1e-2)
     before = parameters(trainer)
     subject_before = {n: p.clone() for n, p in trainer.lens.subject.model.named_parameters()}
     trainer.train()
@@ -152,14 +158,15 @@ def test_nothing_but_skipped_steps_stops_the_run(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("clones", CLONES, ids=lambda clones: clones["training"])
 @pytest.mark.parametrize("save_at", [2, 3, 4])
-def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, save_at):
-    whole = tiny_trainer(tmp_path / "whole", stages=["warm_start 3s", "gumbel"])
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, save_at, clones):
+    whole = tiny_trainer(tmp_path / "whole", clones, stages=["warm_start 3s", "gumbel"])
     whole.train()
     stages = ["warm_start 3s", "gumbel"]
-    tiny_trainer(tmp_path / "cut", stages=stages, save_strategy="steps", save_steps=save_at).train()
+    tiny_trainer(tmp_path / "cut", clones, stages=stages, save_strategy="steps", save_steps=save_at).train()
     checkpoint = tmp_path / "cut" / "run" / f"checkpoint-{save_at}"
-    resumed = tiny_trainer(tmp_path / "cut", stages=stages)
+    resumed = tiny_trainer(tmp_path / "cut", clones, stages=stages)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[save_at:] == losses(whole)[save_at:]
     for name, tensor in parameters(whole).items():
@@ -211,7 +218,7 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2].split(":")
-from lens_runs import tiny_trainer
+from lens_runs import tiny_cache, tiny_lens, tiny_trainer
 from test_trainer import KeepGradients
 from safetensors.torch import save_file
 folder, batch, stage = Path(sys.argv[1]), int(sys.argv[3]), sys.argv[4]
@@ -245,3 +252,11 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, stage):
     assert one.keys() == two.keys() and len(one) > 20
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_bfloat16_subject_trains_float32_tensors(tmp_path):
+    for clones in CLONES:
+        subject, tokenizer, cache = tiny_cache(tmp_path / clones["training"])
+        subject.model.bfloat16()
+        lens = tiny_lens(subject, tokenizer, cache, **clones)
+        assert {p.dtype for p in lens.parameters() if p.requires_grad} == {torch.float32}

@@ -1,5 +1,6 @@
 """Arguments from flags and a YAML file: dataclasses, flags on top of the file, unknown keys are errors."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Sequence
@@ -16,17 +17,15 @@ def parse_arguments(dataclasses: Sequence[Any], argv: Sequence[str] | None = Non
     """
     from transformers import HfArgumentParser
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclasses, prog=prog)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", nargs="?", const="")
+    found, rest = finder.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    parser = HfArgumentParser(dataclasses, prog=prog, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments; flags win over it")
-    if "--config" in argv:
-        position = argv.index("--config")
-        if position + 1 == len(argv):
-            raise ValueError("--config: got no file; pass the path of a YAML recipe")
-        parser.set_defaults(**read_config(Path(argv[position + 1]), dataclasses))
-        del argv[position : position + 2]
+    if found.config is not None:
+        parser.set_defaults(**read_config(Path(found.config), dataclasses))
     # what follows the dataclasses is a namespace with --config in it
-    return parser.parse_args_into_dataclasses(argv)[: len(dataclasses)]
+    return parser.parse_args_into_dataclasses(rest)[: len(dataclasses)]
 
 
 def read_config(path: Path, dataclasses: Sequence[Any]) -> dict[str, Any]:

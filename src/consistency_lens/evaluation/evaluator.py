@@ -3,7 +3,6 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
 from ..data.collator import ActivationCollator
+from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..subject import Subject, SubjectContext
@@ -123,7 +123,7 @@ class Evaluator:
             ValueError: if an activation or a result is not finite, naming what.
         """
         start = time.perf_counter()
-        with evaluation_mode(self.lens):
+        with evaluating(self.lens):
             batches = self.batches()
             documents = torch.cat([batch["document"] for batch in batches])
             text_ids, columns = self.measure(batches, documents)
@@ -245,17 +245,6 @@ def numbered(batches: list[Batch]) -> Iterator[tuple[slice, Batch]]:
         stop = start + len(batch["positions"])
         yield slice(start, stop), batch
         start = stop
-
-
-@contextmanager
-def evaluation_mode(lens: ConsistencyLensModel) -> Iterator[None]:
-    """Without dropout inside the `with` block, and as before after it."""
-    training = lens.training
-    lens.eval()
-    try:
-        yield
-    finally:
-        lens.train(training)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from ..atomic_write import write_text
 from ..data.collator import ActivationCollator
 from ..explanation import top_tokens
+from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .controls import read_ids
-from .evaluator import Rows, evaluation_mode, judge
+from .evaluator import Rows, judge
 from .metrics import squared_error
 
 # Documents looked at for each sample that is kept, so that the positions can be spread.
@@ -70,7 +71,7 @@ def collect_samples(
         raise ValueError(f"samples: got {len(rows)} rows and count={count}; both must be at least 1")
     chosen = choose_rows(rows, count, seed)
     batch = {name: tensor.to(lens.device) for name, tensor in collator(chosen).items()}
-    with evaluation_mode(lens):
+    with evaluating(lens):
         decoded = lens.decode(batch["activations"])
         reconstructions = read_ids(lens, decoded.token_ids)
     context, logits = judge(lens.subject, batch, reconstructions[:, None])

@@ -24,13 +24,14 @@ def write_lens_card(
     folder: Path, lens: ConsistencyLensModel, metrics: dict[str, Any], samples: Sequence[Sample]
 ) -> Path:
     """Writes `README.md`, the model card of a trained lens, into its folder."""
-    provenance = lens.provenance or {}
+    base = lens.config.base_model_name_or_path
     text = render(
         "lens_card.md.jinja",
         name=folder.name,
+        location=str(folder),
+        base_on_hub=base if not Path(base).exists() else None,
         config=lens.config,
-        recipe=provenance.get("recipe", {}),
-        train_rows=provenance.get("train_rows", "not measured"),
+        train_rows=(lens.provenance or {}).get("train_rows", "not measured"),
         table=metrics_markdown(metrics),
         samples=list(samples),
     )

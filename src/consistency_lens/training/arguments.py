@@ -31,6 +31,7 @@ class Stage:
 
     @classmethod
     def parse(cls, text: str) -> "Stage":
+        """Reads `"warm_start 60%"`; ValueError for an unknown objective."""
         objective, *rest = text.split()
         if objective not in OBJECTIVES or len(rest) > 1:
             raise ValueError(
@@ -63,12 +64,14 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
     )
     ce_weight: str = field(default="1", metadata={"help": "Warm start: weight of the decoder's cross-entropy."})
     mse_weight: str = field(default="1", metadata={"help": "Weight of the normalised squared error."})
-    kl_weight: str = field(default="1", metadata={"help": "Weight of KL(p(.|A) || p(.|reconstruction))."})
+    kl_weight: str = field(default="1", metadata={"help": "Gumbel: weight of KL(p(.|A) || p(.|reconstruction))."})
     lm_weight: str = field(default="0.1", metadata={"help": "Weight of the divergence from the LM reference."})
-    entropy_weight: str = field(default="0", metadata={"help": "Weight of the decoder's entropy (subtracted)."})
+    entropy_weight: str = field(
+        default="0", metadata={"help": "Gumbel: weight of the decoder's entropy (subtracted)."}
+    )
     policy_weight: str = field(default="1", metadata={"help": "Weight of the policy-gradient term."})
     group_size: int = field(default=4, metadata={"help": "Policy gradient: texts sampled for each activation."})
-    tau: str = field(default="1", metadata={"help": "Temperature of the straight-through gradient."})
+    tau: str = field(default="1", metadata={"help": "Gumbel: temperature of the straight-through gradient."})
     lm_reference: str = field(
         default="warm_start", metadata={"help": "What text is held close to.", "choices": LM_REFERENCES}
     )
@@ -82,7 +85,7 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
     delta_residual: str = field(
         default="none",
         metadata={
-            "help": "Judge reconstruction + (A' - A'_hat) by the KL; detached stops its gradient.",
+            "help": "Gumbel: judge reconstruction + (A' - A'_hat) by the KL; detached stops its gradient.",
             "choices": DELTA_RESIDUALS,
         },
     )
@@ -121,17 +124,23 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
                 f"learning_rate_schedule: got {len(self.learning_rate_schedule)} for {len(stages)} stages; "
                 "give one each"
             )
-        if stages[0].objective != "warm_start" and self.lm_reference == "warm_start" and str(self.lm_weight) != "0":
+        if stages[0].objective != "warm_start" and self.lm_reference == "warm_start" and self.has_weight("lm"):
             raise ValueError(
                 "lm_reference='warm_start' needs a warm_start stage first; add one, or take lm_reference=subject"
             )
 
+    def has_weight(self, term: str) -> bool:
+        """Whether a loss term ever counts: a schedule that starts and ends at 0 switches it off."""
+        schedule = Schedule.parse(getattr(self, f"{term}_weight"))
+        return schedule.start != 0 or schedule.end != 0
+
     def parsed_stages(self) -> list[Stage]:
+        """The stages in order; ValueError if there are none or one is not understood."""
         if not self.stages:
             raise ValueError("stages: got none; give at least one, e.g. 'warm_start 60%' gumbel")
         return [Stage.parse(text) for text in self.stages]
 
-    def stage_starts(self, steps_per_epoch: int, total_steps: int) -> list[int]:
+    def stage_starts(self, steps_per_epoch: int | None, total_steps: int) -> list[int]:
         """First step of each stage.
 
         Raises:

@@ -58,12 +58,14 @@ def save_scheduler(scheduler: Any, folder: Path) -> None:
 
 
 def load_scheduler(scheduler: Any, folder: Path) -> None:
+    """Reads what `save_scheduler` wrote; the functions of `scheduler` stay."""
     saved = json.loads((folder / SCHEDULER_JSON).read_text(encoding="utf-8"))
     current = scheduler.state_dict()
     scheduler.load_state_dict({**current, **saved})
 
 
 def random_state_file(process_index: int, extension: str) -> str:
+    """The name of one process's random states."""
     return f"rng_state_{process_index}.{extension}"
 
 

@@ -89,7 +89,7 @@ class WarmStart:
             encoder_ids[own] = lens.decode_ids(activations[own], keys=keys[own])
         output = model(activations=activations, text_ids=tail_ids, encoder_text_ids=encoder_ids)
         mse = normalised_mse(activations, output.reconstruction, lens.rms)
-        terms = {"ce": token_cross_entropy(output.logits, tail_ids).mean(), "mse": mse.mean()}
+        terms = {"ce": token_cross_entropy(output.logits, tail_ids, batch["tail_mask"]).mean(), "mse": mse.mean()}
         metrics = {
             "mse_true_text": mse[~own].sum() / (~own).sum().clamp(min=1),
             "mse_own_text": mse[own].sum() / own.sum().clamp(min=1),
@@ -99,7 +99,7 @@ class WarmStart:
 
 @dataclass
 class Gumbel:
-    """The objective of the plan: generate softly, reconstruct, and let the subject judge the reconstruction.
+    """Consistency training: generate softly, reconstruct, and let the subject judge the reconstruction.
 
     `kl`: KL(p(.|A) || p(.|Â)) in nats at position P. `lm`: divergence between the decoder's next-token distributions
     along its own text and a reference's. `mse`: normalised. `entropy`: of the decoder, to be subtracted.
@@ -107,7 +107,7 @@ class Gumbel:
     Args:
         subject: the frozen model being read.
         reference: what the text is held close to; None without an `lm` term.
-        lm_direction: "forward" is KL(reference || decoder), as in the plan; "reverse" is KL(decoder || reference),
+        lm_direction: "forward" is KL(reference || decoder); "reverse" is KL(decoder || reference),
             which punishes words that the reference would not say.
         delta_residual: "none": Â is judged; "detached" or "full": Â + (A' - Â') is, without or with the gradient of
             the second term (a second activation A' then goes through the lens in the same pass).
@@ -213,7 +213,7 @@ class SubjectReference:
     subject: Subject
 
     def __call__(self, activations: Tensor, ids: Tensor) -> Tensor:
-        start = torch.full_like(ids[:, :1], start_token(self.subject.model.config))
+        start = torch.full_like(ids[:, :1], start_token(self.subject.model.config.get_text_config()))
         return self.subject.model(input_ids=torch.cat([start, ids[:, :-1]], dim=1), use_cache=False).logits
 
 

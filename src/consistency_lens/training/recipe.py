@@ -1,6 +1,8 @@
 """From a recipe to a lens: subject, corpus, cache, training, evaluation. `cli.train` and the example call `run`."""
 
 import logging
+import math
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +12,8 @@ import torch
 from datasets import Dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .. import __version__
 from ..atomic_write import write_json
@@ -30,6 +34,9 @@ from .trainer import ConsistencyLensTrainer
 logger = logging.getLogger(__name__)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass
 class RecipeArguments:
     """What is read, on which text, and how the lens is built."""
@@ -48,6 +55,8 @@ class RecipeArguments:
     encoder_prompt: str = field(default="<text>", metadata={"help": "Prompt with the slot <text>."})
     injection_layers: int = field(default=0, metadata={"help": "Inject A into the slot's input of blocks 1..n too."})
     output_layer: int | None = field(default=None, metadata={"help": "Blocks of the encoder; default layer + 1."})
+    blocks: str | None = field(default=None, metadata={"help": "Path of the blocks in an unknown architecture."})
+    final_norm: str | None = field(default=None, metadata={"help": "Path of the final norm, likewise."})
 
     text_file: str | None = field(
         default=None,
@@ -69,6 +78,15 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model: got none; pass the subject's Hub id or folder, e.g. --model gpt2")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.cache_dtype not in ("float16", "float32"):
+            raise ValueError(f"cache_dtype must be float16 or float32, got {self.cache_dtype!r}")
+        for name in ("positions_per_sequence", "num_documents", "eval_rows", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}; try 0.1")
         if self.num_text_tokens < 1:
             raise ValueError(f"num_text_tokens must be at least 1, got {self.num_text_tokens}; 8 is a good start")
         if self.min_position < self.num_text_tokens:
@@ -101,19 +119,44 @@ class Clock:
         self._since = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Books the time since the last lap under `name`."""
         now = time.perf_counter()
         self.laps[name], self._since = now - self._since, now
 
 
 def load_subject_and_tokenizer(args: RecipeArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen subject and its tokenizer, in the evaluation mode that both sides of the lens are measured in."""
+    """The frozen subject and its tokenizer, in the evaluation mode that both sides of the lens are measured in.
+
+    Raises:
+        ValueError: if they cannot be loaded, or `max_length` is beyond the subject's context.
+    """
+    revision = pinned_revision(args)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-        dtype = getattr(torch, args.dtype)
-        model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=dtype)
-    except OSError as error:
-        raise ValueError(f"model: cannot load {args.model!r}; pass a Hub id or a folder with a causal LM") from error
+        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(args.model, revision=revision, dtype=getattr(torch, args.dtype))
+    except (OSError, ValueError) as error:
+        raise not_loaded(args, error) from error
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and args.max_length > context:
+        raise ValueError(f"max_length {args.max_length} is beyond the subject's context of {context}; lower it")
     return model.eval().requires_grad_(False), tokenizer
+
+
+def pinned_revision(args: RecipeArguments) -> str | None:
+    """The commit that a Hub subject is at, so that the artifact names it for good; None for a local folder."""
+    if Path(args.model).is_dir():
+        return None
+    try:
+        config_file = cached_file(args.model, "config.json", revision=args.revision)
+    except (OSError, ValueError) as error:
+        raise not_loaded(args, error) from error
+    return extract_commit_hash(config_file, None) or args.revision
+
+
+def not_loaded(args: RecipeArguments, error: Exception) -> ValueError:
+    """The one-line error for a subject that cannot be loaded, with its cause."""
+    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(f"model: cannot load {args.model!r}; pass a Hub id or a folder with a causal LM ({cause})")
 
 
 def make_corpus(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, folder: Path, seed: int) -> Dataset:
@@ -140,7 +183,7 @@ def make_cache(args: RecipeArguments, subject: Subject, tokenizer: Any, folder: 
         folder / f"activations-layer{subject.layer}",
         tokenizer=tokenizer,
         subject_name=args.model,
-        subject_revision=args.revision,
+        subject_revision=pinned_revision(args),
         dataset_name=args.text_file or f"samples of {args.model}",
         positions_per_sequence=args.positions_per_sequence,
         min_position=args.min_position,
@@ -163,7 +206,9 @@ def make_lens(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, lay
         encoder_prompt=args.encoder_prompt,
         injection_layers=args.injection_layers,
         output_layer=args.output_layer,
-        revision=args.revision,
+        revision=pinned_revision(args),
+        blocks=args.blocks,
+        final_norm=args.final_norm,
     )
 
 
@@ -176,16 +221,20 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     clock = Clock()
     set_seed(training_args.seed)
     output_dir = Path(str(training_args.output_dir))
+    resume = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
+    if training_args.max_steps > 0:
+        training_args.stage_starts(None, training_args.max_steps)
     model, tokenizer = load_subject_and_tokenizer(args)
     model.to(training_args.device)  # type: ignore[arg-type]
-    layer = ResidualStream(model).num_layers // 2 if args.layer is None else args.layer
-    subject = Subject(model, layer)
+    layer = args.layer
+    if layer is None:
+        layer = ResidualStream(model, blocks=args.blocks, final_norm=args.final_norm).num_layers // 2
     # made before the cache, so that every mistake in its settings is found before the long work
     lens = make_lens(args, model, tokenizer, layer)
 
     with training_args.main_process_first(desc="activation cache"):
         folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
-        cache = make_cache(args, subject, tokenizer, folder, training_args.seed)
+        cache = make_cache(args, lens.subject, tokenizer, folder, training_args.seed)
     clock.lap("corpus_and_cache")
     train, validation = cache.split(args.validation_fraction)
     lens.set_statistics(train.mean, train.rms)
@@ -197,36 +246,70 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
         "validation_rows": len(validation),
     }
     pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    collator = ActivationCollator(pad_token_id, args.num_text_tokens, tokenizer.bos_token_id)
     pair_seed = training_args.seed if training_args.delta_residual != "none" else None
-    validation_rows = ActivationRows(validation)
     trainer = ConsistencyLensTrainer(
         model=lens,
         args=training_args,
         train_dataset=ActivationRows(train, pair_seed),
-        eval_dataset=validation_rows,
-        data_collator=collator,
+        eval_dataset=ActivationRows(validation, pair_seed),
+        data_collator=ActivationCollator(pad_token_id, args.num_text_tokens, tokenizer.bos_token_id),
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(output_dir) if resume in ("True", "true", True) else resume
-    )
+    trainer.train(resume_from_checkpoint=resume)
     lens.eval()
     trainer.save_model()
     clock.lap("training")
-
-    evaluation = EvaluationArguments(
-        rows=args.eval_rows, seed=training_args.seed, disable_tqdm=bool(training_args.disable_tqdm)
-    )
-    evaluator = Evaluator(lens, validation_rows, collator, evaluation)
-    metrics = evaluator() if trainer.is_world_process_zero() else {}
-    samples = collect_samples(lens, validation_rows, collator, count=args.num_samples, seed=training_args.seed)
+    metrics: dict[str, Any] = {}
+    samples: list[Sample] = []
     if trainer.is_world_process_zero():
-        resolved = {"recipe": asdict(args), "training": training_args.to_dict()}
-        write_metrics(output_dir / "metrics.json", metrics, resolved)
-        write_samples(output_dir / "samples.jsonl", samples)
-        clock.lap("evaluation")
-        write_json(output_dir / "log_history.json", trainer.state.log_history)
-        write_json(output_dir / "run.json", {"seconds": sum(clock.laps.values()), "laps": clock.laps, **resolved})
-        write_lens_card(output_dir, lens, metrics, samples)
+        metrics, samples = evaluate_and_write(args, trainer, clock, output_dir)
     return RunResult(lens, output_dir, metrics, samples)
+
+
+def checkpoint_to_resume(wanted: str | None, output_dir: Path) -> str | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means; "true" is the last one of the run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if wanted is None:
+        return None
+    if str(wanted).lower() == "true":
+        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if found is None:
+            raise ValueError(
+                f"resume_from_checkpoint: no checkpoint in {str(output_dir)!r}; leave it out to start anew"
+            )
+        return found
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: {wanted!r} is no checkpoint folder; pass one named checkpoint-<step>"
+        )
+    return wanted
+
+
+def evaluate_and_write(
+    args: RecipeArguments, trainer: ConsistencyLensTrainer, clock: Clock, output_dir: Path
+) -> tuple[dict[str, Any], list[Sample]]:
+    """Measures the lens on held-out rows and writes figures, samples, curves, arguments and card."""
+    training_args = trainer.args
+    rows: Any = trainer.eval_dataset
+    collator: Any = trainer.data_collator
+    quiet = bool(training_args.disable_tqdm)
+    evaluation = EvaluationArguments(rows=args.eval_rows, seed=training_args.seed, disable_tqdm=quiet)
+    metrics = Evaluator(trainer.lens, rows, collator, evaluation)()
+    samples = collect_samples(trainer.lens, rows, collator, count=args.num_samples, seed=training_args.seed)
+    clock.lap("evaluation")
+    resolved = {"recipe": asdict(args), "training": training_args.to_dict()}
+    machine = {"cpu_cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(training_args.device)}
+    seconds = {"seconds": sum(clock.laps.values()), "laps": clock.laps, "machine": machine}
+    write_metrics(output_dir / "metrics.json", metrics, resolved)
+    write_samples(output_dir / "samples.jsonl", samples)
+    write_json(output_dir / "run.json", {**seconds, **resolved})
+    write_json(output_dir / "log_history.json", [without_nan(entry) for entry in trainer.state.log_history])
+    write_lens_card(output_dir, trainer.lens, metrics, samples)
+    return metrics, samples
+
+
+def without_nan(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log entry with None for what is not finite, such as the gradient norm of a skipped step."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}

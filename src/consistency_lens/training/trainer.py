@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 # term -> its sign in the loss
 SIGNS = {"ce": 1.0, "mse": 1.0, "kl": 1.0, "lm": 1.0, "policy": 1.0, "entropy": -1.0}
 REFERENCE_FILE = "reference.safetensors"
+SCALER_FILE = "scaler.json"
 
 
 class ConsistencyLensTrainer(Trainer):
@@ -44,7 +45,7 @@ class ConsistencyLensTrainer(Trainer):
 
     Everything of `Trainer` works as usual. Beside it: each loss term, the temperature, the weights, every learning
     rate, samples and tokens per second and the peak memory are logged; a step whose gradients are not finite is
-    skipped and counted; checkpoints hold no pickle.
+    skipped and counted; checkpoints hold no pickle (but for those that FSDP and DeepSpeed write themselves).
 
     Args:
         model: the lens; its `subject` must be attached or loadable.
@@ -108,6 +109,7 @@ class ConsistencyLensTrainer(Trainer):
         return self._objectives[index]
 
     def make_objective(self, name: str) -> Objective:
+        """An objective by its name, with the settings of the arguments."""
         args = self.args
         if name == "warm_start":
             return WarmStart(own_share=args.own_share)
@@ -118,12 +120,12 @@ class ConsistencyLensTrainer(Trainer):
             reference=self.lm_reference(),
             lm_direction=args.lm_direction,
             delta_residual=args.delta_residual,
-            needs_kl=args.kl_weight != "0",
+            needs_kl=args.has_weight("kl"),
         )
 
     def lm_reference(self) -> Reference | None:
         """What text is held close to: the subject, or the decoder as warm start left it (copied when first needed)."""
-        if self.args.lm_weight == "0":
+        if not self.args.has_weight("lm"):
             return None
         if self.args.lm_reference == "subject":
             return SubjectReference(self.lens.subject)
@@ -141,7 +143,7 @@ class ConsistencyLensTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of the current objective's terms."""
-        number, total = self.state.global_step, max(1, self.state.max_steps)
+        number, total = self.state.global_step, max(1, self.state.max_steps or self.args.max_steps)
         index, _, _ = self.stage_at(min(number, total - 1), total)
         step = Step(self.args.seed, number, self.scheduled(self.args.tau, number, total))
         losses = self.objective_at(index)(model, self.lens, inputs, step)
@@ -193,6 +195,7 @@ class ConsistencyLensTrainer(Trainer):
         return self.optimizer
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trained parameters by clone and kind ("decoder_base", "encoder_projections", ...), with rate and decay."""
         rates = {"decoder": self.args.learning_rate, "encoder": self.args.learning_rate}
         if self.args.encoder_learning_rate is not None:
             rates["encoder"] = self.args.encoder_learning_rate
@@ -265,7 +268,7 @@ class ConsistencyLensTrainer(Trainer):
         if state["global_step"] == start:
             index -= 1  # the checkpoint was written before the first step of this stage
         past_warm_start = any(stage.objective != "warm_start" for stage in self.args.parsed_stages()[: index + 1])
-        if not past_warm_start or self.args.lm_reference != "warm_start" or self.args.lm_weight == "0":
+        if not past_warm_start or self.args.lm_reference != "warm_start" or not self.args.has_weight("lm"):
             return
         path = folder / REFERENCE_FILE
         if not path.is_file():
@@ -290,6 +293,15 @@ class ConsistencyLensTrainer(Trainer):
         else:
             checkpoint.load_optimizer(self.optimizer, Path(resume))
             checkpoint.load_scheduler(self.lr_scheduler, Path(resume))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.accelerator.scaler is not None and self.args.should_save:
+            write_json(Path(output_dir) / SCALER_FILE, self.accelerator.scaler.state_dict())
+
+    def _load_scaler(self, resume: str | None) -> None:
+        path = Path(resume or "") / SCALER_FILE
+        if resume is not None and self.accelerator.scaler is not None and path.is_file():
+            self.accelerator.scaler.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_random_states(Path(output_dir), self.args.process_index)
