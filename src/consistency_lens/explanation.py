@@ -58,9 +58,11 @@ class Explanation(Sequence):
         return len(self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
+        """The same as plain lists and numbers."""
         return asdict(self)
 
     def table(self) -> Table:
+        """A rich table, one row for each token."""
         table = Table(title="KL in nats; FVE 1 = perfect, 0 = the mean activation")
         for column in ("position", "token", "explanation", "FVE", "KL", "next before", "next after"):
             table.add_column(column, justify="right" if column in ("position", "FVE", "KL") else "left")

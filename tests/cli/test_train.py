@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lens_runs import word_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModel
 
@@ -21,7 +21,7 @@ def subject_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("subject")
     model = tiny_model("llama")
     model.save_pretrained(folder)
-    word_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     (folder / "text.txt").write_text(TEXT)
     return folder
 
@@ -139,7 +139,7 @@ def test_a_cache_of_another_layer_is_a_mistake(subject_folder, tmp_path, capsys)
 def test_activations_that_are_not_finite_are_a_mistake(subject_folder, tmp_path, capsys):
     folder = tmp_path / "broken"
     tiny_model("llama").save_pretrained(folder)
-    word_tokenizer(97).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -152,3 +152,9 @@ def test_lora_without_peft_is_a_mistake(subject_folder, tmp_path, capsys, monkey
     monkeypatch.setattr(recipe, "build_activation_cache", None)  # found before the cache is built
     assert main(flags(subject_folder, tmp_path, clones="lora")) == 2
     assert 'pip install "consistency-lens[lora]"' in capsys.readouterr().err
+
+
+def test_a_run_that_only_skips_steps_ends_with_one_line_and_exit_code_1(subject_folder, tmp_path, capsys):
+    arguments = flags(subject_folder, tmp_path, learning_rate=1e30, max_steps=12, max_nonfinite_steps=3)
+    assert main(arguments) == 1
+    assert "3 steps in a row had gradients that are not finite" in capsys.readouterr().err.splitlines()[-1]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from consistency_lens import ConsistencyLensModel, Subject
@@ -19,19 +19,9 @@ from consistency_lens.training.trainer import ConsistencyLensTrainer
 LAYER, NUM_TEXT_TOKENS = 1, 3
 
 
-def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Whole words `w3 w4 ...`, with pad 0, BOS 1 and EOS 2 as in the tiny models."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
-    )
-
-
 def tiny_cache(folder: Path, num_documents: int = 24) -> tuple[Subject, PreTrainedTokenizerFast, ActivationCache]:
     model = tiny_model("llama")
-    tokenizer = word_tokenizer(model.config.vocab_size)
+    tokenizer = tiny_tokenizer()
     random = np.random.default_rng(0)
     documents = [[1, *random.integers(3, 97, random.integers(10, 16)).tolist(), 2] for _ in range(num_documents)]
     corpus = corpus_from_rows({"input_ids": ids, "document": document_hash(ids)} for ids in documents)

@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from ..evaluation.report import metrics_table, samples_table
     from ..training.arguments import ConsistencyLensTrainingArguments
+    from ..training.callbacks import NonfiniteGradientsError
     from ..training.recipe import RecipeArguments, run
     from .parser import parse_arguments
 
@@ -21,9 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), argv)
         result = run(recipe, training)
-    except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    except (ValueError, NonfiniteGradientsError) as error:
+        mistake = isinstance(error, ValueError)
+        message = f"{'error' if mistake else 'failed'}: {error}"
+        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+        return 2 if mistake else 1
     if training.process_index == 0:
         console.print(samples_table(result.samples))
         console.print(metrics_table(result.metrics))

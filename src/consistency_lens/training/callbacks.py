@@ -28,6 +28,10 @@ class LensProgress(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
 
+class NonfiniteGradientsError(RuntimeError):
+    """Raised when a run does nothing but skip steps."""
+
+
 class SkipNonfiniteSteps(TrainerCallback):
     """Drops the update of a step whose gradients hold NaN or infinity, counts it, and stops a run that only does that.
 
@@ -54,7 +58,7 @@ class SkipNonfiniteSteps(TrainerCallback):
         self.in_a_row += 1
         logger.warning("step %d skipped: its gradients are not finite (%d so far)", state.global_step, self.skipped)
         if self.in_a_row >= self.limit:
-            raise RuntimeError(
+            raise NonfiniteGradientsError(
                 f"{self.in_a_row} steps in a row had gradients that are not finite (last: step {state.global_step}); "
                 "lower the learning rates or max_grad_norm, or train in float32"
             )
