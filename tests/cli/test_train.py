@@ -78,6 +78,18 @@ def test_a_lens_finds_its_subject_from_anywhere(subject_folder, tmp_path, monkey
     assert len(AutoModel.from_pretrained(tmp_path / "outputs" / "run").explain("w5 w6 w7")) == 3
 
 
+@pytest.mark.parametrize("clones", ["full", "frozen"])
+def test_a_lens_loads_its_subject_in_the_precision_that_it_was_trained_with(subject_folder, tmp_path, clones):
+    folder = tmp_path / "bf16"
+    tiny_model("llama").bfloat16().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    text = subject_folder / "text.txt"
+    assert main(flags(folder, tmp_path / "run", text_file=text, clones=clones, dtype="float32")) == 0
+    lens = AutoModel.from_pretrained(tmp_path / "run")
+    assert lens.subject.model.dtype == torch.float32
+    assert {parameter.dtype for parameter in lens.parameters()} == {torch.float32}
+
+
 def test_the_saved_lens_loads_and_explains(run_folder):
     explanation = AutoModel.from_pretrained(run_folder).explain("w5 w6 w7 w8 w9")
     assert [row.position for row in explanation] == [1, 2, 3, 4, 5]

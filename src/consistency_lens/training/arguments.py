@@ -100,6 +100,8 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False  # the collator reads columns that `forward` does not name
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained tensor is used in every forward
         stages = self.parsed_stages()
         if any(stage.duration is None for stage in stages[:-1]):
             raise ValueError("stages: every stage but the last needs a duration, e.g. 'warm_start 60%'")
