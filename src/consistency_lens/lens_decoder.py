@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .configuration_consistency_lens import LensDecoderConfig
-from .lens_clone import LensClone, Normaliser, base_from_config, clone_subject, embed_sampled, load_subject
+from .lens_artifact import base_from_config, load_subject
+from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .residual_stream import ResidualStream
 from .straight_through import fold_in, sample_tokens
 

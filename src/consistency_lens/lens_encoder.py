@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configuration_consistency_lens import LensEncoderConfig
-from .lens_clone import LensClone, Normaliser, base_from_config, clone_subject, embed_sampled, load_subject
+from .lens_artifact import base_from_config, load_subject
+from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .lens_decoder import SoftText
 from .residual_stream import ResidualStream, truncated
 from .straight_through import fold_in

@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
 from .explanation import Explanation, explain_text, text_ids
-from .lens_clone import TrainedTensorsModel, encode_prompt, load_subject
+from .lens_artifact import TrainedTensorsModel, load_subject
+from .lens_clone import encode_prompt
 from .lens_decoder import LensDecoder, evaluating
 from .lens_encoder import LensEncoder
 from .residual_stream import ResidualStream
