@@ -170,3 +170,18 @@ def test_a_run_that_only_skips_steps_ends_with_one_line_and_exit_code_1(subject_
     arguments = flags(subject_folder, tmp_path, learning_rate=1e30, max_steps=12, max_nonfinite_steps=3)
     assert main(arguments) == 1
     assert "3 steps in a row had gradients that are not finite" in capsys.readouterr().err.splitlines()[-1]
+
+
+def with_stages(arguments, *stages):
+    return [*arguments, "--stages", *stages]
+
+
+def test_a_stage_may_be_measured_in_epochs(subject_folder, tmp_path):
+    arguments = flags(subject_folder, tmp_path, max_steps=20)
+    assert main(with_stages(arguments, "warm_start 0.5e", "policy_gradient")) == 0
+
+
+def test_stages_longer_than_the_run_are_found_before_the_cache_is_built(subject_folder, tmp_path, capsys):
+    assert main(with_stages(flags(subject_folder, tmp_path), "warm_start 100s", "policy_gradient")) == 2
+    assert "the last would start at step 100 of 4" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()

@@ -29,6 +29,10 @@ def test_mistakes_are_named(tmp_path, settings, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_hundred_skipped_steps_in_a_row_end_a_run_by_default(tmp_path):
+    assert arguments(tmp_path).max_nonfinite_steps == 100
+
+
 def test_stage_starts(tmp_path):
     args = arguments(tmp_path, stages=["warm_start 30%", "gumbel"])
     assert args.stage_starts(steps_per_epoch=10, total_steps=100) == [0, 30]

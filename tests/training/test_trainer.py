@@ -200,7 +200,10 @@ def test_evaluate_gives_a_loss(tmp_path):
 
 def test_bf16_trains_in_full_precision_weights(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=2, bf16=True, stages=["warm_start 1s", "gumbel"])
+    computed_in = set()
+    trainer.lens.encoder.output_map.register_forward_hook(lambda module, inputs, output: computed_in.add(output.dtype))
     trainer.train()
+    assert torch.bfloat16 in computed_in  # the passes that carry gradients really ran under autocast
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in parameters(trainer).values())
 
 
@@ -211,6 +214,8 @@ def test_checkpointing_gives_the_same_loss(tmp_path):
         tmp_path / "b", max_steps=2, stages=["gumbel"], lm_reference="subject", gradient_checkpointing=True
     )
     recomputed.train()
+    assert recomputed.lens.train().decoder.checkpoints_gradients()  # it was on, and off in the other run
+    assert not plain.lens.train().decoder.checkpoints_gradients()
     assert losses(plain) == pytest.approx(losses(recomputed), rel=1e-4)
 
 

@@ -142,6 +142,16 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             raise ValueError("stages: got none; give at least one, e.g. 'warm_start 60%' gumbel")
         return [Stage.parse(text) for text in self.stages]
 
+    def check_stages(self) -> None:
+        """Finds stages that do not fit `max_steps` before there is any data; those in epochs have to wait for it.
+
+        Raises:
+            ValueError: if the stages before the last use up all steps.
+        """
+        in_epochs = any(stage.duration is not None and stage.duration.endswith("e") for stage in self.parsed_stages())
+        if self.max_steps > 0 and not in_epochs:
+            self.stage_starts(None, self.max_steps)
+
     def stage_starts(self, steps_per_epoch: int | None, total_steps: int) -> list[int]:
         """First step of each stage.
 

@@ -222,8 +222,7 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     set_seed(training_args.seed)
     output_dir = Path(str(training_args.output_dir))
     resume = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
-    if training_args.max_steps > 0:
-        training_args.stage_starts(None, training_args.max_steps)
+    training_args.check_stages()
     model, tokenizer = load_subject_and_tokenizer(args)
     model.to(training_args.device)  # type: ignore[arg-type]
     layer = args.layer
@@ -236,24 +235,7 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
         folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
         cache = make_cache(args, lens.subject, tokenizer, folder, training_args.seed)
     clock.lap("corpus_and_cache")
-    train, validation = cache.split(args.validation_fraction)
-    lens.set_statistics(train.mean, train.rms)
-    lens.provenance = {
-        "consistency_lens": __version__,
-        "recipe": asdict(args),
-        "cache": {key: value for key, value in cache.provenance.items() if key not in ("mean", "shards")},
-        "train_rows": len(train),
-        "validation_rows": len(validation),
-    }
-    pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    pair_seed = training_args.seed if training_args.delta_residual != "none" else None
-    trainer = ConsistencyLensTrainer(
-        model=lens,
-        args=training_args,
-        train_dataset=ActivationRows(train, pair_seed),
-        eval_dataset=ActivationRows(validation, pair_seed),
-        data_collator=ActivationCollator(pad_token_id, args.num_text_tokens, tokenizer.bos_token_id),
-    )
+    trainer = make_trainer(args, training_args, lens, cache)
     trainer.train(resume_from_checkpoint=resume)
     lens.eval()
     trainer.save_model()
@@ -263,6 +245,34 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     if trainer.is_world_process_zero():
         metrics, samples = evaluate_and_write(args, trainer, clock, output_dir)
     return RunResult(lens, output_dir, metrics, samples)
+
+
+def make_trainer(
+    args: RecipeArguments,
+    training_args: ConsistencyLensTrainingArguments,
+    lens: ConsistencyLensModel,
+    cache: ActivationCache,
+) -> ConsistencyLensTrainer:
+    """The trainer over both parts of a cache; the lens gets its statistics and its provenance."""
+    train, validation = cache.split(args.validation_fraction)
+    lens.set_statistics(train.mean, train.rms)
+    lens.provenance = {
+        "consistency_lens": __version__,
+        "recipe": asdict(args),
+        "cache": {key: value for key, value in cache.provenance.items() if key not in ("mean", "shards")},
+        "train_rows": len(train),
+        "validation_rows": len(validation),
+    }
+    tokenizer = lens.require_tokenizer()
+    pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    pair_seed = training_args.seed if training_args.delta_residual != "none" else None
+    return ConsistencyLensTrainer(
+        model=lens,
+        args=training_args,
+        train_dataset=ActivationRows(train, pair_seed),
+        eval_dataset=ActivationRows(validation, pair_seed),
+        data_collator=ActivationCollator(pad_token_id, args.num_text_tokens, tokenizer.bos_token_id),
+    )
 
 
 def checkpoint_to_resume(wanted: str | None, output_dir: Path) -> str | None:
