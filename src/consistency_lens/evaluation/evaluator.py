@@ -2,10 +2,9 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from ..data.collator import ActivationCollator
 from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
-from ..subject import Subject, SubjectContext
-from .controls import CONTROLS, Controls, check_names, read_ids
+from .arguments import EvaluationArguments
+from .controls import Controls, read_ids
+from .evaluated import Batch, Rows, check_finite, judge, numbered
 from .metrics import (
     bootstrap_sums,
     distinct_n,
@@ -29,7 +29,6 @@ from .metrics import (
     unit_norm_errors,
 )
 
-Batch = dict[str, Tensor]
 Sums = Mapping[str, Tensor]
 
 # Each metric as a function of sums over rows: its value and its interval come from one formula.
@@ -44,38 +43,6 @@ STATISTICS: dict[str, Callable[[Sums], Tensor]] = {
     "true_text_perplexity": lambda s: (s["tail_nll"] / s["tail_tokens"]).exp(),
     "perplexity_ratio": lambda s: (s["text_nll"] / s["text_tokens"] - s["tail_nll"] / s["tail_tokens"]).exp(),
 }
-
-
-class Rows(Protocol):
-    """Rows of an activation cache, such as `data.activation_cache.ActivationRows`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-@dataclass
-class EvaluationArguments:
-    """How a lens is evaluated.
-
-    Raises:
-        ValueError: for a number below 1 or an unknown control.
-    """
-
-    rows: int = field(default=1024, metadata={"help": "At most this many rows, drawn at random."})
-    batch_size: int = field(default=64, metadata={"help": "Rows in a batch; it does not change the result."})
-    seed: int = field(default=0, metadata={"help": "Of the choice of rows, the random controls and the bootstrap."})
-    num_bootstrap: int = field(default=1000, metadata={"help": "Resamples of the 95% intervals."})
-    controls: list[str] = field(
-        default_factory=lambda: list(CONTROLS), metadata={"help": f"Any of {', '.join(CONTROLS)}."}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "batch_size", "num_bootstrap"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_names(self.controls)
 
 
 class Evaluator:
@@ -216,49 +183,6 @@ class Evaluator:
             },
             "ci95": {name: list(percentile_interval(of_sums(resampled))) for name, of_sums in STATISTICS.items()},
         }
-
-
-def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[SubjectContext, Tensor]:
-    """The subject with A and with each of n reconstructions in its place.
-
-    One pass over the contexts, and one token for each reconstruction: they are all queries at the same position.
-
-    Args:
-        subject: the model being read.
-        batch: from `data.collator.ActivationCollator`, on the subject's device.
-        reconstructions: (B, n, d).
-
-    Returns:
-        The context, read at P alone (K = 1), and the logits (B, n, V) after each replacement.
-    """
-    positions, count = batch["positions"][:, None], reconstructions.shape[1]
-    subject.check_one_token(batch["input_ids"].shape[1] + count)
-    context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
-    repeated = context._replace(positions=positions.expand(-1, count))
-    return context, subject.replaced_logits(repeated, reconstructions)
-
-
-def numbered(batches: list[Batch]) -> Iterator[tuple[slice, Batch]]:
-    """The batches, each with where its rows stand among all rows."""
-    start = 0
-    for batch in batches:
-        stop = start + len(batch["positions"])
-        yield slice(start, stop), batch
-        start = stop
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Checks the rows of a tensor (N, ...).
-
-    Raises:
-        ValueError: if one holds NaN or infinity.
-    """
-    bad = (~torch.isfinite(tensor)).flatten(1).any(-1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
-    if bad.any():
-        raise ValueError(
-            f"evaluation: {name} hold NaN or infinity in {int(bad.sum())} of {len(bad)} rows of a batch; "
-            "run `consistency-lens verify` on the cache, and check the lens's weights"
-        )
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .controls import read_ids
-from .evaluator import Rows, judge
+from .evaluated import Rows, judge
 from .metrics import squared_error
 
 # Documents looked at for each sample that is kept, so that the positions can be spread.

@@ -22,7 +22,8 @@ from ..data.cache_building import build_activation_cache, weights_hash
 from ..data.collator import ActivationCollator
 from ..data.corpus import read_documents, tokenize_documents
 from ..data.generation import sample_documents
-from ..evaluation.evaluator import EvaluationArguments, Evaluator, write_metrics
+from ..evaluation.arguments import EvaluationArguments
+from ..evaluation.evaluator import Evaluator, write_metrics
 from ..evaluation.samples import Sample, collect_samples, write_samples
 from ..hub.cards import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel

@@ -1,0 +1,88 @@
+"""The rows of one evaluation with the lens's texts, and the judgement of reconstructions by the subject."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..modeling_consistency_lens import ConsistencyLensModel
+from ..subject import Subject, SubjectContext
+
+Batch = dict[str, Tensor]
+
+
+class Rows(Protocol):
+    """Rows of an activation cache, such as `data.activation_cache.ActivationRows`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class EvaluatedRows:
+    """What every check of an evaluation looks at.
+
+    Attributes:
+        lens: in evaluation mode, with tokenizer, subject and statistics.
+        batches: the held-out rows, collated, on the CPU; N rows in all.
+        text_ids: (N, T) int64 on the CPU, the lens's greedy texts in the order of the rows.
+    """
+
+    lens: ConsistencyLensModel
+    batches: list[Batch]
+    text_ids: Tensor
+
+    def __iter__(self) -> Iterator[tuple[slice, Batch]]:
+        """The batches on the lens's device, each with where its rows stand among the N."""
+        for rows, batch in numbered(self.batches):
+            yield rows, {name: tensor.to(self.lens.device) for name, tensor in batch.items()}
+
+    def column(self, name: str) -> Tensor:
+        """A column of all rows, (N, ...), such as `activations`, `document` or `tail_ids`."""
+        return torch.cat([batch[name] for batch in self.batches])
+
+
+def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[SubjectContext, Tensor]:
+    """The subject with A and with each of n reconstructions in its place.
+
+    One pass over the contexts, and one token for each reconstruction: they are all queries at the same position.
+
+    Args:
+        subject: the model being read.
+        batch: from `data.collator.ActivationCollator`, on the subject's device.
+        reconstructions: (B, n, d).
+
+    Returns:
+        The context, read at P alone (K = 1), and the logits (B, n, V) after each replacement.
+    """
+    positions, count = batch["positions"][:, None], reconstructions.shape[1]
+    subject.check_one_token(batch["input_ids"].shape[1] + count)
+    context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
+    repeated = context._replace(positions=positions.expand(-1, count))
+    return context, subject.replaced_logits(repeated, reconstructions)
+
+
+def numbered(batches: list[Batch]) -> Iterator[tuple[slice, Batch]]:
+    """The batches, each with where its rows stand among all rows."""
+    start = 0
+    for batch in batches:
+        stop = start + len(batch["positions"])
+        yield slice(start, stop), batch
+        start = stop
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Checks the rows of a tensor (N, ...).
+
+    Raises:
+        ValueError: if one holds NaN or infinity.
+    """
+    bad = (~torch.isfinite(tensor)).flatten(1).any(-1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
+    if bad.any():
+        raise ValueError(
+            f"evaluation: {name} hold NaN or infinity in {int(bad.sum())} of {len(bad)} rows of a batch; "
+            "run `consistency-lens verify` on the cache, and check the lens's weights"
+        )
