@@ -13,7 +13,8 @@ LAYERS = [
     {"residual_stream", "configuration_consistency_lens", "straight_through", "losses", "schedules"}
     | {"optional_packages", "atomic_write"},
     {"subject"},
-    {"lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "modeling_consistency_lens"},
+    {"lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
+    | {"modeling_consistency_lens"},
     {"data"},
     {"evaluation", "hub"},
     {"training", "tuned_lens"},

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from consistency_lens.losses import entropy, functional_target, kl_divergence, normalised_mse, token_cross_entropy
+from consistency_lens.losses import (
+    entropy,
+    functional_target,
+    k3_divergence,
+    kl_divergence,
+    normalised_mse,
+    token_cross_entropy,
+)
 
 
 def random_logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -176,3 +183,16 @@ def test_functional_target_adds_the_residual_of_the_other_activation(detach):
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_k3_is_the_kl_in_the_mean_and_its_gradient_that_of_the_other_direction():
+    torch.manual_seed(0)
+    p_logits, q_logits = torch.randn(6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    chances = log_p.exp().detach()
+    estimates = k3_divergence(log_p, log_q)  # one for each token that might be drawn
+    torch.testing.assert_close((chances * estimates).sum(), kl_divergence(p_logits, q_logits))
+    assert (estimates >= 0).all()
+    (got,) = torch.autograd.grad((chances * estimates).sum(), p_logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(kl_divergence(q_logits, p_logits), p_logits)
+    torch.testing.assert_close(got, expected)

@@ -79,13 +79,15 @@ class LensDecoderConfig(LensCloneConfig):
     Args:
         injection_layers: n; the slot's input of blocks 1..n is overwritten by a projection of its own each (block 0
             reads the slot's embedding).
+        stop_token_id: a text ends before this token; None for texts of always T tokens.
         kwargs: see `LensCloneConfig`.
     """
 
     model_type = "consistency_lens_decoder"
 
-    def __init__(self, injection_layers: int = 0, **kwargs: Any):
+    def __init__(self, injection_layers: int = 0, stop_token_id: int | None = None, **kwargs: Any):
         self.injection_layers = injection_layers
+        self.stop_token_id = stop_token_id
         super().__init__(**kwargs)
 
 

@@ -80,9 +80,14 @@ class Explanation(Sequence):
         return table
 
     def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=150).print(self.table(), markup=False)
-        return stream.getvalue()
+        return printed(self.table())
+
+
+def printed(table: Table) -> str:
+    """A rich table as plain text of at most 150 columns."""
+    stream = io.StringIO()
+    Console(file=stream, width=150).print(table, markup=False)
+    return stream.getvalue()
 
 
 def format_top(top: list[tuple[str, float]]) -> str:

@@ -43,7 +43,7 @@ class LensEncoder(LensClone):
 
         Args:
             text_embeddings: (B, T, d).
-            text_mask: (B, T) bool, False where a text is shorter than T; such texts stand at the right end.
+            text_mask: (B, T) bool, False at what is not to be read: before or after a text that is shorter than T.
 
         Raises:
             ValueError: if there is nothing to read: an empty text without BOS and prompt.

@@ -43,6 +43,21 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, chunk_size: int | None = N
     return rows.view(p_logits.shape[:-1])
 
 
+def k3_divergence(p_log_probability: Tensor, q_log_probability: Tensor) -> Tensor:
+    """An estimate of KL(p || q), in nats, from tokens drawn from p: q/p - 1 - log(q/p).
+
+    Never negative, and right in the mean (Schulman 2020, "Approximating KL divergence", there k3). It needs the
+    probability of one token in place of a whole distribution. As a loss it is not KL(p || q): over the draws of p, its
+    gradient is that of KL(q || p).
+
+    Args:
+        p_log_probability: (...) log p of the drawn tokens.
+        q_log_probability: (...) log q of the same tokens.
+    """
+    gap = q_log_probability - p_log_probability
+    return gap.exp() - 1 - gap
+
+
 def entropy(logits: Tensor, chunk_size: int | None = None) -> Tensor:
     """H = -sum_v p_v log p_v, in nats, with p = softmax(logits); its gradient is `-p * (log p + H)`.
 
@@ -56,13 +71,36 @@ def entropy(logits: Tensor, chunk_size: int | None = None) -> Tensor:
     return _RowLoss.apply(_ENTROPY, chunk_size, logits.reshape(-1, logits.shape[-1])).view(logits.shape[:-1])
 
 
+def token_log_probabilities(logits: Tensor, ids: Tensor, chunk_size: int | None = None) -> Tensor:
+    """log softmax(logits)[id], in nats, of every token.
+
+    Args:
+        logits: (B, T, V), the prediction *of* each token: position t of the logits belongs to position t of `ids`.
+        ids: (B, T) int64.
+        chunk_size: tokens worked on at a time.
+
+    Returns:
+        (B, T) float32, or float64 for such inputs.
+
+    Raises:
+        ValueError: if the shapes do not agree.
+    """
+    if ids.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"token losses need ids and mask of shape {tuple(logits.shape[:-1])}, got {tuple(ids.shape)}; "
+            "drop the prompt's positions from the logits first"
+        )
+    losses = _RowLoss.apply(_CROSS_ENTROPY, chunk_size, logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, 1))
+    return -losses.view(ids.shape)
+
+
 def token_cross_entropy(
     logits: Tensor, ids: Tensor, mask: Tensor | None = None, chunk_size: int | None = None
 ) -> Tensor:
     """-log softmax(logits)[id], in nats a token, averaged over the tokens of each text.
 
     Args:
-        logits: (B, T, V), the prediction *of* each token: position t of the logits belongs to position t of `ids`.
+        logits: (B, T, V), as in `token_log_probabilities`.
         ids: (B, T) int64; what stands at masked positions does not matter.
         mask: (B, T), true at the tokens that count; None for all.
         chunk_size: tokens worked on at a time.
@@ -73,15 +111,21 @@ def token_cross_entropy(
     Raises:
         ValueError: if the shapes do not agree.
     """
-    if ids.shape != logits.shape[:-1] or (mask is not None and mask.shape != ids.shape):
+    if mask is None:
+        return -token_log_probabilities(logits, ids, chunk_size).mean(dim=1)
+    if mask.shape != ids.shape:
         raise ValueError(
-            f"token_cross_entropy needs ids and mask of shape {tuple(logits.shape[:-1])}, got {tuple(ids.shape)} and "
-            f"{None if mask is None else tuple(mask.shape)}; drop the prompt's positions from the logits first"
+            f"token losses need ids and mask of shape {tuple(logits.shape[:-1])}, got {tuple(mask.shape)}; "
+            "mask the tokens of `ids`"
         )
-    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    flat_ids = ids.masked_fill(~keep, 0).reshape(-1, 1)
-    tokens = _RowLoss.apply(_CROSS_ENTROPY, chunk_size, logits.reshape(-1, logits.shape[-1]), flat_ids)
-    return tokens.view(ids.shape).masked_fill(~keep, 0).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
+    keep = mask.bool()
+    losses = -token_log_probabilities(logits, ids.masked_fill(~keep, 0), chunk_size)
+    return masked_mean(losses, keep)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the T tokens of each row of values (B, T) where the mask (B, T) is true: (B,), 0 without any."""
+    return values.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def normalised_mse(target: Tensor, prediction: Tensor, rms: float | Tensor) -> Tensor:

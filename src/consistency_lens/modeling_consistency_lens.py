@@ -5,6 +5,7 @@ Every trainable tensor is used inside a `forward`, so DDP, FSDP and DeepSpeed se
 (`text_ids`) scores given tokens and reconstructs from them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -17,9 +18,10 @@ from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderCo
 from .explanation import Explanation, explain_text, text_ids
 from .lens_artifact import TrainedTensorsModel, load_subject
 from .lens_clone import encode_prompt
-from .lens_decoder import LensDecoder, evaluating
+from .lens_decoder import LensDecoder, SoftText, evaluating
 from .lens_encoder import LensEncoder
 from .residual_stream import ResidualStream
+from .steering import Steering, steer_text, text_direction
 from .subject import Subject
 
 EMBED_SLOT = "<embed>"
@@ -82,6 +84,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
         encoder_prompt: str = TEXT_SLOT,
         trainable_prompt: bool = True,
         injection_layers: int = 0,
+        stop_token_id: int | None = None,
         output_layer: int | None = None,
         revision: str | None = None,
         blocks: str | None = None,
@@ -107,7 +110,12 @@ class ConsistencyLensModel(TrainedTensorsModel):
         }
         prefix, suffix = encode_prompt(decoder_prompt, EMBED_SLOT, tokenizer)
         decoder_config = LensDecoderConfig(
-            **common, prompt=decoder_prompt, prefix_ids=prefix, suffix_ids=suffix, injection_layers=injection_layers
+            **common,
+            prompt=decoder_prompt,
+            prefix_ids=prefix,
+            suffix_ids=suffix,
+            injection_layers=injection_layers,
+            stop_token_id=stop_token_id,
         )
         prefix, suffix = encode_prompt(encoder_prompt, TEXT_SLOT, tokenizer)
         encoder_config = LensEncoderConfig(
@@ -175,9 +183,11 @@ class ConsistencyLensModel(TrainedTensorsModel):
         activations: Tensor,
         text_ids: Tensor | None = None,
         encoder_text_ids: Tensor | None = None,
+        encoder_text_mask: Tensor | None = None,
         noise_keys: Tensor | None = None,
         tau: float = 1.0,
         num_text_tokens: int | None = None,
+        straight_through: bool = False,
     ) -> LensOutput:
         """One pass through every trained tensor, on one of two paths.
 
@@ -185,18 +195,43 @@ class ConsistencyLensModel(TrainedTensorsModel):
             activations: A, (B, d).
             text_ids: (B, T) tokens to score (teacher forcing); None generates softly.
             encoder_text_ids: (B, T') another text for the encoder to read, with `text_ids` only.
+            encoder_text_mask: (B, T') bool, what the encoder reads of that text or of `text_ids`; None: `text_mask`.
             noise_keys: (B,) int64 sampling keys of the rows for soft generation; None is greedy.
             tau: temperature of the straight-through gradient.
+            straight_through: with `text_ids` that the encoder reads itself, lets the reconstruction's gradient pass
+                through the embedding of each token into the logits that the token was drawn from.
             num_text_tokens: T for soft generation; the configuration's if None.
         """
         if text_ids is not None:
             logits = self.decoder(activations, text_ids)
+            if straight_through:
+                embeddings = self.encoder.embed_text(SoftText(text_ids, logits), None, tau)
+                mask = self.text_mask(text_ids) if encoder_text_mask is None else encoder_text_mask
+                return LensOutput(self.encoder(embeddings, mask), text_ids, logits)
             read_ids = text_ids if encoder_text_ids is None else encoder_text_ids
-            return LensOutput(self.encoder(self.encoder.embed_ids(read_ids)), read_ids, logits)
+            return LensOutput(self.read_ids(read_ids, encoder_text_mask), read_ids, logits)
         length = self.config.num_text_tokens if num_text_tokens is None else num_text_tokens
         text = self.decoder.generate_soft(activations, noise_keys, length, tau)
-        reconstruction = self.encoder(self.encoder.embed_text(text, noise_keys, tau))
+        embeddings = self.encoder.embed_text(text, noise_keys, tau)
+        reconstruction = self.encoder(embeddings, self.text_mask(text.token_ids))
         return LensOutput(reconstruction, text.token_ids, text.logits)
+
+    def text_mask(self, text_ids: Tensor) -> Tensor | None:
+        """What of the texts (B, T) is text, (B, T) bool: all before the stop token, and never nothing at all.
+
+        None where the decoder has no stop token: everything counts.
+        """
+        stop = self.config.decoder.stop_token_id
+        if stop is None:
+            return None
+        mask = (text_ids == stop).cumsum(dim=1) == 0
+        mask[:, :1] = True  # an encoder without BOS and prompt could not read an empty text
+        return mask
+
+    def read_ids(self, text_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the encoder makes of texts (B, T): Â, (B, d). `mask` (B, T) says what is read; `text_mask` if None."""
+        mask = self.text_mask(text_ids) if mask is None else mask
+        return self.encoder(self.encoder.embed_ids(text_ids), mask)
 
     def activations(self, text: str) -> Tensor:
         """The activations (S, d) of a text's S tokens at the layer that the lens reads, BOS left out."""
@@ -234,7 +269,9 @@ class ConsistencyLensModel(TrainedTensorsModel):
         if activations.ndim != 2 or len(activations) == 0 or activations.shape[1] != len(self.mean):
             raise ValueError(f"decode: activations must be (B, {len(self.mean)}), got {tuple(activations.shape)}")
         ids = self.decode_ids(activations, num_text_tokens, keys, temperature)
-        return DecodedText(ids, self.require_tokenizer().batch_decode(ids))
+        tokenizer, mask = self.require_tokenizer(), self.text_mask(ids)
+        rows = ids if mask is None else [row[keep] for row, keep in zip(ids, mask, strict=True)]
+        return DecodedText(ids, tokenizer.batch_decode(rows))
 
     @torch.no_grad()
     def encode(self, texts: str | list[str] | Tensor) -> Tensor:
@@ -246,7 +283,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
         if len(texts) == 0 and not isinstance(texts, str):
             raise ValueError("encode: got no texts; pass at least one")
         if isinstance(texts, Tensor):
-            return self.encoder(self.encoder.embed_ids(texts.to(self.device)))
+            return self.read_ids(texts.to(self.device))
         texts = [texts] if isinstance(texts, str) else texts
         tokenizer = self.require_tokenizer()
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -261,6 +298,25 @@ class ConsistencyLensModel(TrainedTensorsModel):
     def explain(self, text: str, positions: list[int] | None = None) -> Explanation:
         """Reads every token of `text` (or the given positions): words, FVE, KL and predictions before and after."""
         return explain_text(self, text, positions)
+
+    def direction(self, original: str, edited: str) -> Tensor:
+        """What an edit of the words changes in the reconstruction: E(edited) - E(original), (d,) float32.
+
+        Raises:
+            ValueError: if a text is empty and neither BOS nor prompt precedes it.
+        """
+        return text_direction(self, original, edited)
+
+    def steer(self, prompt: str, edit: str | Callable[[str], str], position: int = -1, scale: float = 1.0) -> Steering:
+        """Edits the words for one token's activation and lets the subject go on: its predictions before and after.
+
+        `lens.steer("The cat sat", lambda words: words.replace("cat", "dog"))` puts A + scale * (E(edited) - E(words))
+        in the place of A; `edit` may also be the whole edited text.
+
+        Raises:
+            ValueError: see `steering.steer_text`.
+        """
+        return steer_text(self, prompt, edit, position, scale)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; ValueError if the lens has none."""

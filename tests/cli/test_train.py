@@ -69,6 +69,21 @@ def test_clones_that_share_weights_train_and_load(subject_folder, tmp_path, clon
     assert len(AutoModel.from_pretrained(tmp_path).explain("w5 w6 w7")) == 3
 
 
+def test_texts_may_stop_and_be_taxed_and_start_from_summaries(subject_folder, tmp_path):
+    pairs = [{"context": f"w{i} w{i + 1} w{i + 2}", "summary": f"w{i}"} for i in range(5, 12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    settings = {"summaries": tmp_path / "pairs.jsonl", "stop_at_eos": True, "length_penalty": 0.1, "max_steps": 6}
+    stages = ["--stages", "warm_start 4s", "policy_gradient"]
+    assert main([*flags(subject_folder, tmp_path / "run", **settings), *stages]) == 0
+    lens = AutoModel.from_pretrained(tmp_path / "run")
+    assert lens.config.decoder.stop_token_id == 2
+    log = json.loads((tmp_path / "run" / "log_history.json").read_text())
+    assert any("text_length" in entry for entry in log)
+    ids, other = torch.tensor([[5, 2, 7], [5, 7, 7]]), torch.tensor([[5, 2, 9], [5, 7, 7]])
+    with torch.no_grad():  # behind the stop token nothing is read
+        assert torch.equal(lens.read_ids(ids), lens.read_ids(other))
+
+
 def test_a_lens_finds_its_subject_from_anywhere(subject_folder, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "subject").symlink_to(subject_folder)
@@ -115,7 +130,10 @@ def test_sampling_serves_where_there_is_no_text(subject_folder, tmp_path):
         ({"num_text_tokens": 0}, "num_text_tokens must be at least 1"),
         ({"decoder_prompt": "no slot"}, "<embed> exactly once"),
         ({"encoder_prompt": "no slot"}, "<text> exactly once"),
-        ({"min_position": 2}, "min_position must be at least num_text_tokens"),
+        ({"min_position": 0}, "min_position must be at least 1"),
+        ({"length_penalty": 0.5}, "length_penalty: got 0.5, but texts of this lens always have 3 tokens"),
+        ({"summaries": "nowhere.jsonl"}, "summaries: cannot read 'nowhere.jsonl'"),
+        ({"reward": "wit", "stages": "policy_gradient"}, "reward must be one of -mse, -log_mse, -kl, got 'wit'"),
         ({"max_length": 5}, "max_length 5 leaves no position"),
         ({"min_position": 40, "max_length": 60}, "min_position"),
         ({"model": "no/such/folder"}, "cannot load"),

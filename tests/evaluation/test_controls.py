@@ -2,9 +2,10 @@ import pytest
 import torch
 from evaluation_rows import tiny_collator, tiny_rows
 from tiny_lenses import NUM_TEXT_TOKENS, disturb, tiny_lens, tiny_tokenizer
-from tiny_models import VOCAB_SIZE, tiny_model
+from tiny_models import VOCAB_SIZE, WIDTH, tiny_model
 
 from consistency_lens.evaluation.controls import CONTROLS, Controls, rows_of_other_documents
+from consistency_lens.evaluation.residual_vq import ResidualQuantiser
 from consistency_lens.modeling_consistency_lens import ConsistencyLensModel
 
 # The third row's context is shorter than T, BOS aside.
@@ -26,8 +27,15 @@ def text_ids(lens, batch):
     return lens.decode_ids(batch["activations"])
 
 
-def reconstruct(lens, batch, text_ids, name, seed=0):
-    controls = Controls(lens, [name], batch["document"], seed)
+@pytest.fixture(scope="module")
+def quantiser(lens, batch):
+    """One codebook of zero and two of the rows, in the lens's normalised space."""
+    normalised = lens.encoder.normaliser.normalise(batch["activations"])
+    return ResidualQuantiser([torch.stack([torch.zeros(WIDTH), normalised[1], normalised[4]])])
+
+
+def reconstruct(lens, batch, text_ids, name, seed=0, quantiser=None):
+    controls = Controls(lens, [name], batch["document"], seed, quantiser)
     return controls.reconstruct(batch, slice(0, len(LENGTHS)), text_ids)[name]
 
 
@@ -52,6 +60,14 @@ class TestShuffled:
         controls = Controls(lens, ["shuffled"], batch["document"])
         shuffled = controls.reconstruct(batch, slice(2, 4), text_ids)["shuffled"]
         torch.testing.assert_close(shuffled, lens.encode(text_ids[controls.partners[2:4]]))
+
+    def test_a_text_ends_before_the_stop_token(self, batch, text_ids):
+        lens = disturb(tiny_lens(stop_token_id=50))
+        texts = text_ids.clone()
+        texts[:, 2] = 50
+        shuffled = Controls(lens, ["shuffled"], batch["document"])
+        read = shuffled.reconstruct(batch, slice(0, 2), texts)["shuffled"]
+        torch.testing.assert_close(read, lens.encoder(lens.encoder.embed_ids(texts[shuffled.partners[:2], :2])))
 
     def test_one_document_is_an_error(self, lens):
         with pytest.raises(ValueError, match="needs rows of two documents at least, got 3 rows of one"):
@@ -117,12 +133,25 @@ class TestMeanAndUntrained:
         assert untrained.encoder.base.get_input_embeddings().weight.data_ptr() == table.data_ptr()
 
 
+class TestResidualVQ:
+    def test_is_the_quantised_activation_in_the_units_of_the_subject(self, lens, batch, text_ids, quantiser):
+        quantised = reconstruct(lens, batch, text_ids, "residual_vq", quantiser=quantiser)
+        torch.testing.assert_close(quantised[[1, 4]], batch["activations"][[1, 4]])
+        errors = (quantised - batch["activations"]).norm(dim=1)
+        assert (errors <= (lens.mean - batch["activations"]).norm(dim=1) + 1e-4).all()
+
+    def test_needs_a_quantiser(self, lens, batch):
+        with pytest.raises(ValueError, match="needs a quantiser, got None"):
+            Controls(lens, ["residual_vq"], batch["document"])
+
+
 def test_an_unknown_control_is_an_error(lens, batch):
-    with pytest.raises(ValueError, match="'median' is not a control; choose from mean, shuffled"):
+    with pytest.raises(ValueError, match="controls: got the unknown name 'median'; choose from mean, shuffled"):
         Controls(lens, ["median"], batch["document"])
 
 
-def test_all_controls_give_one_reconstruction_a_row(lens, batch, text_ids):
-    controls = Controls(lens, list(CONTROLS), batch["document"]).reconstruct(batch, slice(0, len(LENGTHS)), text_ids)
-    assert list(controls) == list(CONTROLS)
-    assert all(of_name.shape == batch["activations"].shape for of_name in controls.values())
+def test_all_controls_give_one_reconstruction_a_row(lens, batch, text_ids, quantiser):
+    controls = Controls(lens, list(CONTROLS), batch["document"], quantiser=quantiser)
+    reconstructions = controls.reconstruct(batch, slice(0, len(LENGTHS)), text_ids)
+    assert list(reconstructions) == list(CONTROLS)
+    assert all(of_name.shape == batch["activations"].shape for of_name in reconstructions.values())

@@ -8,14 +8,18 @@ import torch
 from evaluation_rows import BOS, tiny_collator, tiny_rows
 from tiny_lenses import LAYER, NUM_TEXT_TOKENS, disturb, tiny_lens
 from tiny_models import random_tokens, tiny_model
+from transformers import HfArgumentParser
 
 from consistency_lens.data.activation_cache import ActivationRows
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.corpus import corpus_from_rows, document_hash
-from consistency_lens.evaluation import CONTROLS, EvaluationArguments, Evaluator, write_metrics
+from consistency_lens.evaluation import CHECKS, CONTROLS, EvaluationArguments, Evaluator, write_metrics
+from consistency_lens.evaluation.arguments import FITTED
+from consistency_lens.evaluation.evaluated import training_sample
 from consistency_lens.evaluation.evaluator import STATISTICS
 from consistency_lens.evaluation.metrics import (
     cosine,
+    distinct_n,
     fve,
     fve_nrm,
     kl_recovered,
@@ -28,6 +32,10 @@ from consistency_lens.subject import Subject
 
 # Some contexts are shorter than T.
 LENGTHS = (12, 9, 3, 7, 12, 8, 4, 15, 11, 6)
+TRAINING_LENGTHS = (12, 9, 7, 14) * 10
+UNFITTED_CONTROLS = [name for name in CONTROLS if name not in FITTED]
+# What the checks are asked to do, so that they take no time.
+SHORT_CHECKS = {"fresh_encoder_steps": 3, "best_of": 2, "check_rows": 4}
 TIMES = ("seconds", "samples_per_second")
 
 
@@ -41,9 +49,15 @@ def rows(lens):
     return tiny_rows(lens.subject, *LENGTHS)
 
 
-def evaluate(lens, rows, /, **arguments):
+@pytest.fixture(scope="module")
+def train_rows(lens):
+    # of other documents than the rows above, which come first
+    return tiny_rows(lens.subject, *LENGTHS, *TRAINING_LENGTHS)[len(LENGTHS) :]
+
+
+def evaluate(lens, rows, /, train_rows=None, **arguments):
     arguments = EvaluationArguments(**({"disable_tqdm": True, "num_bootstrap": 50} | arguments))
-    return Evaluator(lens, rows, tiny_collator(), arguments)()
+    return Evaluator(lens, rows, tiny_collator(), arguments, train_rows)()
 
 
 def without_times(metrics):
@@ -64,10 +78,10 @@ class TestResult:
         metrics = evaluate(lens, rows)
         assert set(metrics) == {
             "fve", "fve_nrm", "cosine", "kl", "kl_recovered", "top1_agreement", "text_perplexity",
-            "true_text_perplexity", "perplexity_ratio", "distinct_2", "rows", "documents", "controls", "ci95",
-            "seconds", "samples_per_second",
+            "true_text_perplexity", "perplexity_ratio", "distinct_2", "unused_token_share", "true_unused_token_share",
+            "rows", "documents", "controls", "ci95", "seconds", "samples_per_second",
         }  # fmt: skip
-        assert list(metrics["controls"]) == list(CONTROLS)
+        assert list(metrics["controls"]) == UNFITTED_CONTROLS
         assert all(set(of_name) == {"fve", "kl_recovered"} for of_name in metrics["controls"].values())
         assert (metrics["rows"], metrics["documents"]) == (10, 5)
         assert metrics[Evaluator.primary_metric] == metrics["fve"]
@@ -103,6 +117,44 @@ class TestResult:
 
     def test_the_mean_explains_and_recovers_nothing(self, lens, rows):
         assert evaluate(lens, rows)["controls"]["mean"] == {"fve": 0, "kl_recovered": 0}
+
+    def test_an_encoder_that_gives_back_the_activation_explains_and_recovers_all(self, rows, monkeypatch):
+        lens = disturb(tiny_lens())
+        activations = torch.tensor(np.stack([row["activation"] for row in rows]))
+        order = torch.tensor([row["position"] for row in rows]).argsort(stable=True)
+        # The texts are the numbers of the rows, which the encoder looks up.
+        texts = order[:, None].expand(-1, NUM_TEXT_TOKENS)
+        monkeypatch.setattr(lens, "decode_ids", lambda _: texts)
+        monkeypatch.setattr(lens.encoder, "embed_ids", lambda ids: ids)
+        monkeypatch.setattr(lens.encoder, "forward", lambda ids, mask=None: activations[ids[:, 0]])
+        metrics = evaluate(lens, rows, controls=["mean", "shuffled"], batch_size=len(rows))
+        ones = ("fve", "fve_nrm", "cosine", "kl_recovered", "top1_agreement")
+        assert {name: metrics[name] for name in ones} == pytest.approx(dict.fromkeys(ones, 1), abs=1e-5)
+        assert metrics["controls"]["shuffled"]["fve"] < 0
+
+    def test_unused_tokens_are_counted_among_ordinary_ones(self, lens, rows):
+        metrics = evaluate(lens, rows)
+        ordinary = set(range(3, 97))
+        tails = {token for row in rows for token in row["input_ids"][1:][-NUM_TEXT_TOKENS:]}
+        assert metrics["true_unused_token_share"] == pytest.approx(len(ordinary - tails) / len(ordinary))
+        texts = lens.decode_ids(tiny_collator()(rows)["activations"]).flatten().tolist()
+        assert metrics["unused_token_share"] == pytest.approx(len(ordinary - set(texts)) / len(ordinary))
+
+    def test_a_text_ends_before_the_stop_token(self, rows):
+        plain = disturb(tiny_lens())
+        activations = tiny_collator()(rows)["activations"]
+        stop = int(plain.decode_ids(activations)[0, 2])
+        lens = disturb(tiny_lens(stop_token_id=stop))
+        ids = lens.decode_ids(activations)
+        mask = lens.text_mask(ids)
+        assert not mask.all()
+        metrics = evaluate(lens, rows)
+        assert metrics["text_perplexity"] == pytest.approx(
+            float(perplexity(text_nll(lens.subject, ids, mask), mask)), rel=1e-4
+        )
+        assert metrics["distinct_2"] == distinct_n(ids, 2, mask) != distinct_n(ids, 2)
+        reconstruction = lens.encoder(lens.encoder.embed_ids(ids), mask).detach()
+        assert metrics["fve"] == pytest.approx(float(fve(activations, reconstruction, lens.mean)), rel=1e-4)
 
     def test_intervals_surround_a_resample_of_documents(self, lens, rows):
         metrics = evaluate(lens, rows, num_bootstrap=400)
@@ -150,6 +202,88 @@ class TestChoices:
         assert (metrics["rows"], metrics["documents"]) == (12, 6)
 
 
+class TestTrainingRows:
+    def test_bring_the_control_that_is_fitted_to_them(self, lens, rows, train_rows):
+        metrics = evaluate(lens, rows, train_rows)
+        assert list(metrics["controls"]) == list(CONTROLS)
+        assert metrics["controls"]["residual_vq"]["fve"] > 0
+
+    def test_change_nothing_else(self, lens, rows, train_rows):
+        fitted, plain = evaluate(lens, rows, train_rows), evaluate(lens, rows)
+        fitted["controls"].pop("residual_vq")
+        fitted, plain = flat(fitted), flat(plain)
+        assert fitted.keys() == plain.keys()
+        for name, value in plain.items():
+            np.testing.assert_allclose(fitted[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+    def test_are_drawn_up_to_the_limit_in_order(self, train_rows):
+        first, again, other = (training_sample(train_rows, tiny_collator(), 12, seed) for seed in (0, 0, 1))
+        assert {name: len(tensor) for name, tensor in first.items()} == {
+            "activations": 12, "tail_ids": 12, "tail_mask": 12
+        }  # fmt: skip
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(first["activations"], other["activations"])
+        whole = training_sample(train_rows, tiny_collator(), 1000, seed=0)
+        expected = torch.tensor(np.stack([row["activation"] for row in train_rows]))
+        assert torch.equal(whole["activations"], expected)
+
+    def test_that_are_not_finite_are_an_error(self, lens, rows, train_rows):
+        train_rows = copy.deepcopy(train_rows)
+        train_rows[7]["activation"][0] = float("inf")
+        with pytest.raises(ValueError, match="activations of the training rows hold NaN or infinity in 1 of 40 rows"):
+            evaluate(lens, rows, train_rows)
+
+    @pytest.mark.parametrize("train_rows", [None, []])
+    @pytest.mark.parametrize("asked", [{"controls": ["mean", "residual_vq"]}, {"checks": ["linear_probe"]}])
+    def test_that_are_missing_are_an_error_before_any_work(self, lens, rows, train_rows, asked):
+        name = [*asked.values()][0][-1]
+        with pytest.raises(ValueError, match=f"{name} is fitted to training rows, got none; pass `train_rows`"):
+            Evaluator(lens, rows, tiny_collator(), EvaluationArguments(**asked), train_rows)
+
+
+@pytest.fixture(scope="module")
+def checked(lens, rows, train_rows):
+    """The metrics with all checks."""
+    return evaluate(lens, rows, train_rows, checks=list(CHECKS), **SHORT_CHECKS)
+
+
+class TestChecks:
+    def test_stand_beside_the_metrics_and_can_be_written(self, checked, tmp_path):
+        assert all(isinstance(checked[name], dict) for name in CHECKS)
+        assert len(checked["linear_probe"]["probe_accuracy"]) == NUM_TEXT_TOKENS
+        assert set(checked["private_code"]) == {"word_shuffle", "fresh_encoder"}
+        assert list(checked["best_of_n"]) == ["1", "2"]
+        assert checked["ablation"]["rows"] == SHORT_CHECKS["check_rows"]
+        write_metrics(tmp_path / "metrics.json", checked, {})
+
+    def test_only_the_asked_ones_are_run(self, lens, rows):
+        metrics = evaluate(lens, rows, checks=["ablation"], **SHORT_CHECKS)
+        assert [name for name in CHECKS if name in metrics] == ["ablation"]
+
+    def test_change_no_metric(self, lens, rows, train_rows, checked):
+        checked, plain = flat(checked), flat(evaluate(lens, rows, train_rows))
+        assert plain.keys() <= checked.keys()
+        assert all(np.array_equal(checked[name], value) for name, value in plain.items())
+
+    def test_do_not_depend_on_the_batch_size(self, lens, rows, train_rows, checked):
+        other = evaluate(lens, rows, train_rows, checks=["linear_probe", "private_code"], batch_size=3, **SHORT_CHECKS)
+        for check in ("linear_probe", "private_code"):
+            whole, threes = flat(checked[check]), flat(other[check])
+            for name, value in whole.items():
+                np.testing.assert_allclose(threes[name], value, rtol=1e-3, atol=1e-4, err_msg=f"{check} {name}")
+
+    def test_leave_no_trace(self, lens, rows, train_rows):
+        state = torch.random.get_rng_state()
+        before = copy.deepcopy(lens.state_dict())
+        evaluate(lens, rows, train_rows, checks=list(CHECKS), **SHORT_CHECKS)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in lens.state_dict().items())
+
+    def test_an_unknown_one_is_an_error(self):
+        with pytest.raises(ValueError, match="checks: got the unknown name 'spelling'; choose from linear_probe"):
+            EvaluationArguments(checks=["ablation", "spelling"])
+
+
 class TestOneTokenPass:
     @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
     def test_several_replacements_at_one_position_do_not_see_each_other(self, family):
@@ -186,14 +320,26 @@ class TestErrors:
         with pytest.raises(ValueError, match=f"num_text_tokens=9, the lens {NUM_TEXT_TOKENS}"):
             Evaluator(lens, rows, collator)
 
-    @pytest.mark.parametrize("name", ["rows", "batch_size", "num_bootstrap"])
+    @pytest.mark.parametrize(
+        "name",
+        ["rows", "batch_size", "num_bootstrap", "training_rows", "best_of", "check_rows", "fresh_encoder_steps"],
+    )
     def test_numbers_below_1(self, name):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             EvaluationArguments(**{name: 0})
 
+    @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+    def test_a_learning_rate_that_is_not_positive(self, rate):
+        with pytest.raises(ValueError, match=f"fresh_encoder_learning_rate must be positive, got {rate}"):
+            EvaluationArguments(fresh_encoder_learning_rate=rate)
+
     def test_unknown_control(self):
-        with pytest.raises(ValueError, match="'median' is not a control"):
+        with pytest.raises(ValueError, match="controls: got the unknown name 'median'"):
             EvaluationArguments(controls=["mean", "median"])
+
+    def test_every_argument_has_a_help_that_can_be_shown(self):
+        text = HfArgumentParser(EvaluationArguments).format_help()
+        assert all(f"--{name}" in text for name in asdict(EvaluationArguments()))
 
     def test_lens_without_tokenizer(self, rows):
         lens = tiny_lens()

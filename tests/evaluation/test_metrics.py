@@ -17,6 +17,7 @@ from consistency_lens.evaluation.metrics import (
     start_token,
     text_nll,
     top1_agreement,
+    unused_token_share,
 )
 from consistency_lens.subject import Subject
 
@@ -104,6 +105,19 @@ class TestOtherMetrics:
     def test_distinct_n_of_shorter_texts(self):
         assert distinct_n(torch.tensor([[1], [1]]), 2) == 1
 
+    def test_distinct_n_leaves_out_what_is_no_text(self):
+        ids = torch.tensor([[1, 2, 9, 9], [1, 2, 9, 9]])
+        mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+        # 12 | 12 29
+        assert distinct_n(ids, 2, mask) == pytest.approx(2 / 3)
+        assert distinct_n(ids, 2, torch.zeros_like(mask)) == 1
+
+    def test_unused_token_share_is_of_the_vocabulary(self):
+        ids, vocabulary = torch.tensor([[3, 4], [4, 9]]), torch.tensor([3, 4, 5, 6, 7])
+        assert unused_token_share(ids, vocabulary) == pytest.approx(3 / 5)
+        assert unused_token_share(ids, vocabulary, torch.tensor([[0, 1], [1, 1]])) == pytest.approx(4 / 5)
+        assert unused_token_share(vocabulary[None], vocabulary) == 0
+
 
 class TestTextNLL:
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -144,6 +158,23 @@ class TestBootstrap:
         for seed in range(runs):
             low, high = bootstrap_interval(mean_of, *correlated_rows(40, 3, seed), num_resamples=300, seed=seed)
             covered += low <= 0 <= high
+        assert 0.88 <= covered / runs <= 0.99
+
+    def test_95_percent_intervals_of_fve_cover_as_often(self):
+        runs, num_documents, rows_each, truth = 200, 40, 3, 0.6
+        documents = torch.arange(num_documents).repeat_interleave(rows_each)
+        covered = 0
+        for seed in range(runs):
+            generator = torch.Generator().manual_seed(seed)
+            # Some documents are far from the mean and hard to explain: rows of one are alike.
+            scale = torch.randn(num_documents, generator=generator).exp()[documents]
+            variance = scale * torch.rand(len(documents), generator=generator)
+            left = 2 * (1 - truth) * torch.rand(len(documents), generator=generator)
+            columns = {"variance": variance, "error": left * variance}
+            low, high = bootstrap_interval(
+                lambda s: 1 - s["error"] / s["variance"], columns, documents, num_resamples=300, seed=seed
+            )
+            covered += low <= truth <= high
         assert 0.88 <= covered / runs <= 0.99
 
     def test_is_by_document(self):

@@ -1,11 +1,20 @@
 import json
 
 import pytest
+import torch
 from evaluation_rows import tiny_collator, tiny_rows
 from tiny_lenses import disturb, tiny_lens, tiny_tokenizer
+from transformers import GenerationConfig
 
 from consistency_lens.evaluation import collect_samples, write_samples
-from consistency_lens.evaluation.samples import choose_rows, marked_context
+from consistency_lens.evaluation import samples as samples_module
+from consistency_lens.evaluation.samples import (
+    CONTINUATION_TOKENS,
+    TrackedSamples,
+    choose_rows,
+    continuations,
+    marked_context,
+)
 
 LENGTHS = (12, 9, 6, 7, 12, 8, 4, 15, 11, 6)
 
@@ -60,6 +69,84 @@ class TestCollectSamples:
         lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [line["explanation"] for line in lines] == [sample.explanation for sample in samples]
         assert lines[0]["context"].endswith("»")
+
+
+class TestTrackedSamples:
+    def test_the_same_rows_are_read_with_the_lens_of_now(self, rows):
+        lens = disturb(tiny_lens())
+        tracked = TrackedSamples(lens, rows, tiny_collator())
+        before = tracked.read()
+        assert before == tracked.read() == collect_samples(lens, rows, tiny_collator())
+        disturb(lens, scale=0.5)
+        after = tracked.read()
+        assert [sample.context for sample in after] == [sample.context for sample in before]
+        assert [sample.fve for sample in after] != [sample.fve for sample in before]
+
+    def test_batches_do_not_matter(self, lens, rows, monkeypatch):
+        whole = collect_samples(lens, rows, tiny_collator())
+        monkeypatch.setattr(samples_module, "BATCH", 2)
+        split = collect_samples(lens, rows, tiny_collator())
+        for one, other in zip(whole, split, strict=True):
+            assert (one.context, one.continuation, one.explanation) == (
+                other.context, other.continuation, other.explanation,
+            )  # fmt: skip
+            assert (one.fve, one.kl) == pytest.approx((other.fve, other.kl), rel=1e-4)
+
+    def test_a_text_ends_at_the_stop_token(self, lens, rows):
+        whole = collect_samples(lens, rows, tiny_collator())
+        stop = whole[0].explanation.split()[2]
+        stopping = disturb(tiny_lens(stop_token_id=lens.tokenizer.convert_tokens_to_ids(stop)))
+        for sample, before in zip(collect_samples(stopping, rows, tiny_collator()), whole, strict=True):
+            words = before.explanation.split()
+            ended = words[: words.index(stop)] if stop in words else words
+            assert sample.explanation.split() == (ended or [stop])  # a text is never empty
+            text = sample.context.replace("«", "").replace("»", "")
+            explanation = stopping.explain(text, positions=[sample.position])[0]
+            assert sample.fve == pytest.approx(explanation.fve, rel=1e-4)
+            assert len(ended) == len(words) or sample.fve != before.fve
+
+
+class TestContinuations:
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
+    def test_are_the_greedy_ones_of_each_context_alone(self, family):
+        lens = tiny_lens(family)
+        rows = tiny_rows(lens.subject, 12, 9, 3)
+        # settings that a published model may bring along
+        lens.subject.model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=1.5, num_beams=3)
+        expected = [greedy(lens, row["input_ids"]) for row in rows]
+        assert continuations(lens, tiny_collator()(rows)) == expected
+        assert len(set(expected)) > 1 or family == "gemma3"  # the contexts are read
+
+    def test_end_before_eos(self):
+        lens = tiny_lens()
+        rows = tiny_rows(lens.subject, 12, 9, 3)
+        words = [text.split() for text in continuations(lens, tiny_collator()(rows))]
+        assert [len(of_row) for of_row in words] == [CONTINUATION_TOKENS] * 3
+        lens.tokenizer.eos_token = words[0][4]
+        ended = continuations(lens, tiny_collator()(rows))[0].split()
+        assert ended == words[0][: words[0].index(words[0][4])]
+
+    def test_stay_within_the_positions_of_the_subject(self):
+        lens = tiny_lens("gpt2", model={"max_position_embeddings": 14})
+        rows = tiny_rows(lens.subject, 12, 9)
+        assert [len(text.split()) for text in continuations(lens, tiny_collator()(rows))] == [2, 2]
+        assert continuations(lens, tiny_collator()(tiny_rows(lens.subject, 14))) == [""]
+
+    def test_draw_nothing(self, lens, rows):
+        state = torch.random.get_rng_state()
+        continuations(lens, tiny_collator()(rows))
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def greedy(lens, ids):
+    """The continuation of one context by whole passes, a token at a time."""
+    ids, start = list(ids), len(ids)
+    for _ in range(CONTINUATION_TOKENS):
+        token = int(lens.subject.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token == lens.tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return lens.tokenizer.decode(ids[start:])
 
 
 def test_positions_are_spread():

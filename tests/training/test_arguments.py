@@ -20,6 +20,13 @@ def arguments(tmp_path, **settings):
         ({"lm_direction": "up"}, "lm_direction must be one of"),
         ({"delta_residual": "yes"}, "delta_residual must be one of"),
         ({"own_share": 1.5}, "own_share must lie in 0..1"),
+        ({"shorter_share": -0.5}, "shorter_share must lie in 0..1"),
+        ({"group_size": 1}, "group_size must be at least 2, got 1"),
+        ({"reward": "fluency"}, "reward must be one of -mse, -log_mse, -kl, got 'fluency'"),
+        ({"lm_estimator": "k2"}, "lm_estimator must be one of exact, k3"),
+        ({"length_penalty": -1.0}, "length_penalty must be 0 or more"),
+        ({"stages": ["warm_start"], "warm_start_patience": 1}, "no stage follows a warm start"),
+        ({"warm_start_patience": 1, "warm_start_check_steps": 0}, "warm_start_check_steps at least 1"),
         ({"learning_rate_schedule": ["1"]}, "give one each"),
     ],
 )

@@ -7,15 +7,19 @@ from lens_runs import tiny_cache, tiny_lens
 from consistency_lens.data.activation_cache import ActivationRows
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.losses import kl_divergence
+from consistency_lens.modeling_consistency_lens import LensOutput
+from consistency_lens.straight_through import fold_in, sample_tokens
 from consistency_lens.training.objectives import (
     Gumbel,
     PolicyGradient,
     Step,
     SubjectReference,
+    Tails,
     WarmStart,
     freeze_copy,
     functional_kl,
     group_advantage,
+    uniform,
 )
 
 
@@ -27,22 +31,56 @@ def setting(tmp_path_factory):
     return subject, tiny_lens(subject, tokenizer, cache), batch
 
 
-def test_warm_start_reads_own_texts_in_the_rows_that_their_keys_name(setting):
-    _, lens, batch = setting
-    objective, step, read = WarmStart(own_share=0.5), Step(seed=0, number=3), []
+def spied(lens, seen):
+    """The lens as a model that keeps what it is called with."""
 
-    def spy(**inputs):
-        read.append(inputs["encoder_text_ids"])
+    def model(**inputs):
+        seen.append(inputs)
         return lens(**inputs)
 
-    objective(spy, lens, batch, step)
-    own = (step.keys(batch["rows"]) & 0xFFFF) < 0.5 * 2**16
+    return model
+
+
+def test_warm_start_reads_own_texts_in_the_rows_that_their_keys_name(setting):
+    _, lens, batch = setting
+    objective, step, seen = WarmStart(own_share=0.5), Step(seed=0, number=3), []
+    objective(spied(lens, seen), lens, batch, step)
+    own = uniform(step.keys(batch["rows"]), 1) < 0.5
     assert 0 < own.sum() < len(own)
-    assert torch.equal(read[0][~own], batch["tail_ids"][~own])
-    assert not torch.equal(read[0][own], batch["tail_ids"][own])
+    read = seen[0]["encoder_text_ids"]
+    assert torch.equal(read[~own], batch["tail_ids"][~own])
+    assert not torch.equal(read[own], batch["tail_ids"][own])
     half = {name: tensor[4:] for name, tensor in batch.items()}
-    objective(spy, lens, half, step)
-    assert torch.equal(read[1], read[0][4:])  # a row reads the same text in any batch
+    objective(spied(lens, seen), lens, half, step)
+    assert torch.equal(seen[1]["encoder_text_ids"], read[4:])  # a row reads the same text in any batch
+
+
+def test_warm_start_with_shorter_tails_reads_the_last_tokens_of_each_length(setting):
+    _, lens, batch = setting
+    seen, lengths = [], []
+    for number in range(8):
+        WarmStart(shorter_share=1.0)(spied(lens, seen), lens, batch, Step(0, number))
+        mask = seen[-1]["encoder_text_mask"]
+        assert torch.equal(seen[-1]["text_ids"], batch["tail_ids"])  # a decoder without a stop token predicts them all
+        assert mask[:, -1].all() and (mask.int().diff(dim=1) >= 0).all()
+        lengths += mask.sum(dim=1).tolist()
+    assert set(lengths) == {1, 2, 3} and max(lengths.count(n) for n in (1, 2, 3)) < len(lengths) / 2
+
+
+def test_a_tail_begins_at_index_0_whatever_its_length():
+    batch = {
+        "tail_ids": torch.tensor([[0, 0, 5], [7, 8, 9]]),
+        "tail_mask": torch.tensor([[0, 0, 1], [1, 1, 1]]).bool(),
+    }
+    limits = torch.tensor([3, 2])
+    tails = Tails.of(batch, limits, stop_token_id=None)
+    assert tails.ids[0, 0] == 5 and tails.ids[1].tolist() == [7, 8, 9]
+    assert tails.mask.tolist() == [[True, False, False], [True] * 3]
+    assert tails.read_mask.tolist() == [[True, False, False], [False, True, True]]
+    stopped = Tails.of(batch, limits, stop_token_id=2)
+    assert stopped.ids[0, :2].tolist() == [5, 2] and stopped.ids[1].tolist() == [8, 9, 2]
+    assert stopped.mask.tolist() == [[True, True, False], [True] * 3]
+    assert stopped.read_mask.tolist() == [[True, False, False], [True, True, False]]
 
 
 def test_the_kl_term_is_zero_for_the_activation_itself(setting):
@@ -96,22 +134,193 @@ def test_equal_rewards_give_no_advantage():
     assert torch.equal(group_advantage(torch.full((4,), -0.3), 4), torch.zeros(4))
 
 
-def test_the_policy_term_is_the_score_function_of_the_samples(setting):
-    """Its gradient is -mean(advantage x grad log p(text)), with rewards -mse that carry no gradient."""
-    _, lens, batch = setting
+class Toy(torch.nn.Module):
+    """A lens over words that are one-hot vectors: logits by position from the activation, and the first token's
+    one-hot as reconstruction (of `words` of them, scaled)."""
+
+    def __init__(self, words: int, length: int = 1):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(length, words, words))
+        self.words, self.length, self.rms = words, length, 1.0
+        self.forced: torch.Tensor | None = None
+
+    def logits(self, activations):
+        return torch.einsum("bw,lwv->blv", activations, self.weight)
+
+    def decode_ids(self, activations, keys=None):
+        if self.forced is not None:
+            return self.forced
+        flat = self.logits(activations).flatten(0, 1).detach()
+        each = torch.stack([fold_in(keys, t) for t in range(self.length)], dim=1).flatten()
+        return sample_tokens(flat, each).view(-1, self.length)
+
+    def text_mask(self, ids):
+        return None
+
+    def forward(self, activations, text_ids, encoder_text_mask=None, straight_through=False, tau=1.0):
+        reconstruction = torch.nn.functional.one_hot(text_ids[:, -1], self.words).float() * self.scale(text_ids)
+        return LensOutput(reconstruction, text_ids, self.logits(activations))
+
+    def scale(self, text_ids):
+        """A factor that makes the reward depend on every token."""
+        return 1.0 - 0.3 * text_ids[:, :-1].float().sum(dim=1, keepdim=True)
+
+
+def test_policy_gradient_finds_the_word_of_every_one_hot_activation():
+    words, toy = 16, Toy(16)
+    objective = PolicyGradient(reference=None, group_size=8)
+    optimizer = torch.optim.Adam(toy.parameters(), lr=0.1)
+    batch = {"activations": torch.eye(words), "rows": torch.arange(words)}
+    for number in range(150):
+        optimizer.zero_grad()
+        objective(toy, toy, batch, Step(0, number)).terms["policy"].backward()
+        optimizer.step()
+    # the expected reward is -2/words times the chance of a wrong word; its optimum is 0, a guess gets -2/words
+    right = toy.logits(torch.eye(words))[:, 0].softmax(-1).diagonal()
+    assert right.mean() > 0.95
+
+
+def test_the_expected_gradient_is_that_of_the_expected_reward():
+    """By enumeration of all groups of two texts of two tokens over two words; centring on the group's own mean
+    leaves (G - 1) / G of the gradient."""
+    torch.manual_seed(0)
+    words, length, group_size = 2, 2, 2
+    toy = Toy(words, length).double()
+    torch.nn.init.normal_(toy.weight)
+    batch = {"activations": torch.eye(words)[:1].double(), "rows": torch.arange(1)}
+    texts = [torch.tensor(text) for text in itertools.product(range(words), repeat=length)]
+
+    def log_probability(text):
+        return toy.logits(batch["activations"])[0].log_softmax(-1).gather(-1, text[:, None]).sum()
+
+    def reward(text):
+        return -((batch["activations"] - toy(batch["activations"], text[None]).reconstruction) ** 2).mean()
+
+    expected_reward = sum(log_probability(text).exp() * reward(text) for text in texts)
+    (analytic,) = torch.autograd.grad(expected_reward, toy.weight)
+    objective = PolicyGradient(reference=None, group_size=group_size, scale_advantage=False)
+    found = torch.zeros_like(analytic)
+    for group in itertools.product(texts, repeat=group_size):
+        toy.forced = torch.stack(group)
+        chance = sum(log_probability(text) for text in group).exp().detach()
+        loss = objective(toy, toy, batch, Step(0, 0)).terms["policy"]
+        found -= chance * torch.autograd.grad(loss, toy.weight)[0]
+    assert analytic.abs().max() > 1e-3
+    # the term divides a text's log-probability by T
+    torch.testing.assert_close(found * length * group_size / (group_size - 1), analytic, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reward", ["-mse", "-log_mse", "-kl"])
+def test_the_policy_term_is_the_score_function_of_the_samples(setting, reward):
+    """Its gradient is -mean(advantage x grad log p(text)), with rewards that carry no gradient."""
+    subject, lens, batch = setting
     step, group_size = Step(0, 1), 4
-    terms = PolicyGradient(reference=None, group_size=group_size)(lens, lens, batch, step).terms
-    (got,) = torch.autograd.grad(terms["policy"], lens.decoder.projection.bias)
+    objective = PolicyGradient(reference=None, group_size=group_size, reward=reward, subject=subject)
+    losses = objective(lens, lens, batch, step)
+    (got,) = torch.autograd.grad(losses.terms["policy"], lens.decoder.projection.bias)
 
     activations = batch["activations"].repeat_interleave(group_size, dim=0)
     keys = torch.stack([step.keys(batch["rows"], draw) for draw in range(group_size)], dim=1).flatten()
     ids = lens.decode_ids(activations, keys=keys)
     log_p = lens.decoder(activations, ids).log_softmax(-1).gather(-1, ids[..., None])[..., 0].mean(1)
     error = ((activations - lens.encode(ids)) / lens.rms).square().mean(1)
+    if reward == "-kl":
+        whole = {name: tensor.repeat_interleave(group_size, dim=0) for name, tensor in batch.items()}
+        error = functional_kl(subject, whole, lens.encode(ids))
+    error = error.log() if reward == "-log_mse" else error
     expected_loss = -(group_advantage(-error, group_size) * log_p).mean()
     (expected,) = torch.autograd.grad(expected_loss, lens.decoder.projection.bias)
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(losses.metrics["reward"], -error.mean(), atol=1e-5, rtol=1e-5)
     assert got.abs().max() > 0
+
+
+def test_equal_texts_have_no_advantage_and_move_nothing(setting):
+    _, lens, batch = setting
+
+    class Silent:  # every sample of an activation is the same text
+        text_mask, rms = lens.text_mask, lens.rms
+
+        def decode_ids(self, activations, keys):
+            return torch.full((len(activations), 3), 5)
+
+    losses = PolicyGradient(reference=None, group_size=2)(lens, Silent(), batch, Step(0, 0))
+    assert losses.metrics["zero_advantage_share"] == 1 and losses.terms["policy"] == 0
+    (gradient,) = torch.autograd.grad(losses.terms["policy"], lens.decoder.projection.bias)
+    assert not gradient.any()
+
+
+def test_prefix_budgets_are_one_for_each_group_and_credit_no_unread_token(setting):
+    _, lens, batch = setting
+    seen, lengths = [], []
+    for number in range(6):
+        step = Step(0, number)
+        objective = PolicyGradient(reference=None, group_size=2, prefix_budgets=True)
+        losses = objective(spied(lens, seen), lens, batch, step)
+        mask = seen[-1]["encoder_text_mask"]
+        assert mask[:, 0].all() and (mask.int().diff(dim=1) <= 0).all() and torch.equal(mask[::2], mask[1::2])
+        lengths += mask[::2].sum(dim=1).tolist()
+        output = lens(**seen[-1])
+        log_p = output.logits.log_softmax(-1).gather(-1, seen[-1]["text_ids"][..., None])[..., 0]
+        error = ((batch["activations"].repeat_interleave(2, 0) - output.reconstruction) / lens.rms).square().mean(1)
+        expected = -(group_advantage(-error, 2) * (log_p * mask).mean(1)).mean()
+        torch.testing.assert_close(losses.terms["policy"], expected, atol=1e-5, rtol=1e-4)
+    assert set(lengths) == {1, 2, 3}
+
+
+def test_a_length_penalty_rewards_the_text_that_stops_first(setting):
+    _, lens, batch = setting
+    ids = torch.tensor([[5, 5, 5], [5, 2, 7]])
+
+    class Stopping:
+        rms = lens.rms
+
+        def decode_ids(self, activations, keys):
+            return ids.repeat(len(activations) // 2, 1)
+
+        def text_mask(self, ids):
+            return (ids == 2).cumsum(1) == 0
+
+    def advantage_of_the_short(penalty):
+        objective = PolicyGradient(reference=None, group_size=2, length_penalty=penalty, scale_advantage=False)
+        objective.rewards = lambda batch, reconstruction, mse: torch.zeros(2 * len(batch["rows"]))
+        return objective(lens, Stopping(), batch, Step(0, 0))
+
+    free, taxed = advantage_of_the_short(0.0), advantage_of_the_short(0.3)
+    assert free.terms["policy"] == 0 and taxed.metrics["text_length"] == 2
+    # rewards -0.3 and -0.1 about their mean, and of the short text only its word and its stop are scored
+    log_p = lens.decoder(batch["activations"].repeat_interleave(2, 0), ids.repeat(8, 1)).log_softmax(-1)
+    log_p = log_p.gather(-1, ids.repeat(8, 1)[..., None])[..., 0]
+    score = torch.stack([log_p[::2].sum(1) / 3, log_p[1::2, :2].sum(1) / 3])
+    torch.testing.assert_close(taxed.terms["policy"], (0.1 * score[0] - 0.1 * score[1]).mean() / 2)
+
+
+def test_both_estimators_of_the_lm_term_agree_in_the_mean(setting):
+    _, lens, batch = setting
+    reference = freeze_copy(lens.decoder)
+    with torch.no_grad():
+        reference.projection.bias.add_(0.5)
+    values = {
+        estimator: torch.stack(
+            [
+                PolicyGradient(reference, 4, lm_estimator=estimator)(lens, lens, batch, Step(0, number)).terms["lm"]
+                for number in range(40)
+            ]
+        ).detach()
+        for estimator in ("exact", "k3")
+    }
+    assert values["exact"].mean() > 1e-3
+    difference = values["k3"] - values["exact"]
+    assert difference.std() > 0 and difference.mean().abs() < 4 * difference.std() / 40**0.5
+
+
+def test_straight_through_lets_the_error_reach_the_decoder(setting):
+    _, lens, batch = setting
+    for straight_through in (False, True):
+        objective = PolicyGradient(reference=None, group_size=2, straight_through=straight_through)
+        losses = objective(lens, lens, batch, Step(0, 0))
+        (gradient,) = torch.autograd.grad(losses.terms["mse"], lens.decoder.projection.bias, allow_unused=True)
+        assert (gradient is not None and bool(gradient.any())) == straight_through
 
 
 def test_samples_of_one_activation_differ_and_belong_to_their_row(setting):

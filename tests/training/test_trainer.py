@@ -161,9 +161,9 @@ def test_nothing_but_skipped_steps_stops_the_run(tmp_path):
 @pytest.mark.parametrize("clones", CLONES, ids=lambda clones: clones["training"])
 @pytest.mark.parametrize("save_at", [2, 3, 4])
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, save_at, clones):
-    whole = tiny_trainer(tmp_path / "whole", clones, stages=["warm_start 3s", "gumbel"])
+    stages = ["warm_start 3s", "gumbel 1s", "policy_gradient"]
+    whole = tiny_trainer(tmp_path / "whole", clones, stages=stages)
     whole.train()
-    stages = ["warm_start 3s", "gumbel"]
     tiny_trainer(tmp_path / "cut", clones, stages=stages, save_strategy="steps", save_steps=save_at).train()
     checkpoint = tmp_path / "cut" / "run" / f"checkpoint-{save_at}"
     resumed = tiny_trainer(tmp_path / "cut", clones, stages=stages)
@@ -171,6 +171,63 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, save_at, clones):
     assert losses(resumed)[save_at:] == losses(whole)[save_at:]
     for name, tensor in parameters(whole).items():
         assert torch.equal(tensor, parameters(resumed)[name]), name
+
+
+EARLY = {"stages": ["warm_start 6s", "gumbel 2s", "policy_gradient"], "warm_start_patience": 1}
+
+
+@pytest.mark.parametrize(("readings", "length"), [([0.1, 0.3, 0.4], 6), ([0.3, 0.2], 4)])
+def test_warm_start_ends_when_held_out_rows_are_read_no_better(tmp_path, readings, length):
+    rates = ["constant 1", "constant 0.5", "constant 0.1"]
+    trainer = tiny_trainer(tmp_path, max_steps=9, warm_start_check_steps=2, learning_rate_schedule=rates, **EARLY)
+    coming = iter(readings)
+    trainer.warm_start_end.held_out_fve = lambda: next(coming)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    expected = [1] * length + [2] * 2 + [3] * (7 - length)
+    assert [entry["stage"] for entry in entries] == expected
+    factors = {1: 1e-3, 2: 0.5e-3, 3: 0.1e-3}
+    rates = [entry["learning_rate"] for entry in entries]
+    # the first step after an early end was given its rate before that end
+    expected_rates = [factors[stage] for stage in expected]
+    expected_rates[length] = rates[length]
+    assert rates == pytest.approx(expected_rates)
+    assert [entry["held_out_fve"] for entry in entries if "held_out_fve" in entry] == pytest.approx(readings)
+
+
+def test_the_held_out_reading_is_the_fve_of_greedy_texts(tmp_path):
+    trainer = tiny_trainer(tmp_path, **EARLY)
+    activations, lens = trainer.warm_start_end.activations, trainer.lens
+    reconstruction = lens.encode(lens.decode(activations).token_ids)
+    error, variance = (activations - reconstruction).square().sum(), (activations - lens.mean).square().sum()
+    assert trainer.warm_start_end.held_out_fve() == pytest.approx(float(1 - error / variance), abs=1e-5)
+    assert lens.training is False or lens.decoder.training  # the mode is as it was
+
+
+@pytest.mark.parametrize("save_at", [1, 3, 5, 7])
+def test_all_stages_resume_though_warm_start_ended_early(tmp_path, save_at):
+    """The check after step 4 may be in vain or not; either way the resumed run does the same."""
+    settings = {**EARLY, "max_steps": 9, "warm_start_check_steps": 2, "learning_rate": 0.05}
+    whole = tiny_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    tiny_trainer(tmp_path / "cut", save_strategy="steps", save_steps=save_at, **settings).train()
+    resumed = tiny_trainer(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "run" / f"checkpoint-{save_at}"))
+    assert losses(resumed)[save_at:] == losses(whole)[save_at:]
+    assert resumed.warm_start_end.ends == whole.warm_start_end.ends
+    for name, tensor in parameters(whole).items():
+        assert torch.equal(tensor, parameters(resumed)[name]), name
+
+
+def test_a_length_penalty_needs_a_stop_token(tmp_path):
+    with pytest.raises(ValueError, match="length_penalty: got 0.1, but texts of this lens always have 3 tokens"):
+        tiny_trainer(tmp_path / "a", stages=["warm_start 3s", "policy_gradient"], length_penalty=0.1)
+    trainer = tiny_trainer(
+        tmp_path / "b", {"stop_token_id": 2}, stages=["warm_start 3s", "policy_gradient"], length_penalty=0.1,
+        shorter_share=1.0,
+    )  # fmt: skip
+    trainer.train()
+    assert 0 < trainer.state.log_history[-2]["text_length"] <= 3
 
 
 def test_a_missing_reference_is_an_error(tmp_path):
@@ -231,7 +288,7 @@ keep = KeepGradients()
 trainer = tiny_trainer(
     folder / f"rank{os.environ['RANK']}",
     max_steps=2, per_device_train_batch_size=batch, stages=[stage], lm_reference="subject", max_grad_norm=0.0,
-    own_share=0.5, optim="sgd", learning_rate=0.01,
+    own_share=0.5, optim="sgd", learning_rate=0.01, **eval(sys.argv[5]),
 )
 trainer.add_callback(keep)
 trainer.train()
@@ -241,8 +298,16 @@ if trainer.is_world_process_zero():
 """
 
 
-@pytest.mark.parametrize("stage", ["warm_start", "gumbel", "policy_gradient"])
-def test_two_processes_give_the_gradients_of_one(tmp_path, stage):
+ONE_STAGE = [
+    ("warm_start", {"shorter_share": 0.5}),
+    ("gumbel", {}),
+    ("policy_gradient", {}),
+    ("policy_gradient", {"prefix_budgets": True, "straight_through": True, "lm_estimator": "k3", "reward": "-kl"}),
+]
+
+
+@pytest.mark.parametrize(("stage", "settings"), ONE_STAGE, ids=["warm_start", "gumbel", "policy", "policy_options"])
+def test_two_processes_give_the_gradients_of_one(tmp_path, stage, settings):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     tests = Path(__file__).parent
@@ -250,7 +315,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, stage):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     for processes, batch in ((1, 8), (2, 4)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        arguments = [str(script), str(tmp_path), paths, str(batch), stage]
+        arguments = [str(script), str(tmp_path), paths, str(batch), stage, repr(settings)]
         done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / f"gradients{n}.safetensors") for n in (1, 2))

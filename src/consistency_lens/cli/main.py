@@ -4,7 +4,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {"train": "train a lens from a recipe (--config examples/recipes/tiny_stories.yaml)"}
+COMMANDS = {
+    "train": "train a lens from a recipe (--config examples/recipes/tiny_stories.yaml)",
+    "eval": "evaluate a saved lens on held-out documents (--lens outputs/tiny_stories)",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,8 @@ class ActivationCollator:
     | document | (B,) int64 | document hashes |
     | tail_ids, tail_mask | (B, T) int64, bool | the last T tokens of the context, P's included; left-padded |
 
+    The tail of a row with `text_ids` of its own (`data.summaries`) is the first T of those.
+
     Raises:
         ValueError: if `num_text_tokens` is below 1 or `pad_token_id` is None.
     """
@@ -52,10 +54,13 @@ class ActivationCollator:
         attention_mask = np.zeros((len(rows), longest), dtype=np.int64)
         tail_ids = np.full((len(rows), self.num_text_tokens), self.pad_token_id, dtype=np.int64)
         tail_mask = np.zeros((len(rows), self.num_text_tokens), dtype=bool)
-        for index, context in enumerate(contexts):
+        for index, (row, context) in enumerate(zip(rows, contexts, strict=True)):
             input_ids[index, : len(context)] = context
             attention_mask[index, : len(context)] = 1
-            tail = context[int(context[0] == self.bos_token_id) :][-self.num_text_tokens :]
+            if "text_ids" in row:
+                tail = row["text_ids"][: self.num_text_tokens]
+            else:
+                tail = context[int(context[0] == self.bos_token_id) :][-self.num_text_tokens :]
             start = self.num_text_tokens - len(tail)
             tail_ids[index, start:] = tail
             tail_mask[index, start:] = True

@@ -1,18 +1,21 @@
 """Controls: what a reconstruction is worth without the words, with other words, or without training.
 
-A number of a lens means something only beside these. Each control but `mean` is a text that the encoder reads in place
-of the decoder's (`untrained` reads its own with an encoder of its own), so that each answers one question.
+A number of a lens means something only beside these. Each control but `mean` and `residual_vq` is a text that the
+encoder reads in place of the decoder's (`untrained` reads its own with an encoder of its own), so that each answers
+one question.
 Shapes: N rows in the evaluation, B rows in a batch, T text tokens, d width.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .metrics import start_token
+from .residual_vq import ResidualQuantiser
 
 # name -> what the reconstruction is made from
 CONTROLS = {
@@ -23,6 +26,7 @@ CONTROLS = {
     "context_tail": "the true last tokens of the context",
     "current_token_only": "the current token alone",
     "untrained": "the text of an untrained lens, by its own encoder",
+    "residual_vq": "the bits of a text, not as language",
 }
 
 
@@ -36,13 +40,22 @@ class Controls:
         names: which controls, of `CONTROLS`.
         documents: (N,) int64, the document of each row.
         seed: of the random tokens and the shuffling.
+        quantiser: for `residual_vq`, fitted to normalised activations of training rows, on the lens's device.
 
     Raises:
-        ValueError: for a name that is no control, or for `shuffled` if all rows are of one document.
+        ValueError: for a name that is no control, for `shuffled` if all rows are of one document, or for `residual_vq`
+            without a quantiser.
     """
 
-    def __init__(self, lens: ConsistencyLensModel, names: Sequence[str], documents: Tensor, seed: int = 0) -> None:
-        check_names(names)
+    def __init__(
+        self,
+        lens: ConsistencyLensModel,
+        names: Sequence[str],
+        documents: Tensor,
+        seed: int = 0,
+        quantiser: ResidualQuantiser | None = None,
+    ) -> None:
+        check_names("controls", names, CONTROLS)
         self.lens = lens
         generator = torch.Generator().manual_seed(seed)
         shape = (len(documents), lens.config.num_text_tokens)
@@ -54,6 +67,7 @@ class Controls:
             "context_tail": self._context_tail,
             "current_token_only": self._current_token_only,
             "untrained": self._untrained,
+            "residual_vq": self._residual_vq,
         }
         self.methods = {name: methods[name] for name in names}
         if "shuffled" in names:
@@ -63,6 +77,10 @@ class Controls:
             self.random_ids = allowed[torch.randint(len(allowed), shape, generator=generator)]
         if "untrained" in names:
             self.untrained = untrained_lens(lens)
+        if "residual_vq" in names:
+            if quantiser is None:
+                raise ValueError("residual_vq control: needs a quantiser, got None; fit one to training rows")
+            self.quantiser = quantiser
 
     @torch.no_grad()
     def reconstruct(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> dict[str, Tensor]:
@@ -101,22 +119,28 @@ class Controls:
     def _untrained(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
         return read_ids(self.untrained, self.untrained.decode_ids(batch["activations"]))
 
+    def _residual_vq(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+        normaliser = self.lens.encoder.normaliser
+        return normaliser.denormalise(self.quantiser(normaliser.normalise(batch["activations"])))
 
-def check_names(names: Sequence[str]) -> None:
-    """Checks that `names` are controls.
+
+def check_names(argument: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Checks that the names given for an argument are known ones.
 
     Raises:
         ValueError: if one is not.
     """
-    unknown = [name for name in names if name not in CONTROLS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"controls: {unknown[0]!r} is not a control; choose from {', '.join(CONTROLS)}")
+        raise ValueError(f"{argument}: got the unknown name {unknown[0]!r}; choose from {', '.join(known)}")
 
 
 def read_ids(lens: ConsistencyLensModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What the lens's encoder makes of texts (B, T), Â (B, d); `mask` (B, T) is false where a text is shorter."""
-    encoder = lens.encoder
-    return encoder(encoder.embed_ids(ids.to(lens.device)), mask)
+    """What the lens's encoder makes of texts (B, T), Â (B, d).
+
+    `mask` (B, T) is false where a text is shorter; without it a text ends at the decoder's stop token, if it has one.
+    """
+    return lens.read_ids(ids.to(lens.device), mask)
 
 
 def rows_of_other_documents(documents: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,8 +157,8 @@ def rows_of_other_documents(documents: Tensor, generator: torch.Generator) -> Te
     _, group, sizes = documents.unique(return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise ValueError(
-            f"shuffled control: needs rows of two documents at least, got {len(documents)} rows of one; "
-            "add documents or leave it out of `controls`"
+            f"shuffled texts: needs rows of two documents at least, got {len(documents)} rows of one; "
+            "add documents, or leave `shuffled` out of `controls` and `linear_probe` out of `checks`"
         )
     # Rows of a document stand together in `order`: steps from its end, round the circle, stop before they reach it.
     fractions = torch.rand(len(documents), generator=generator, dtype=torch.float64)
@@ -157,9 +181,18 @@ def untrained_lens(lens: ConsistencyLensModel) -> ConsistencyLensModel:
     for part in (config.decoder, config.encoder):
         # At the start all training modes give the same function (LoRA begins at zero); frozen clones share weights.
         part.training = "frozen"
-    # New layers draw their weights before they are overwritten: a training run that evaluates must not notice.
-    with torch.random.fork_rng(devices=[]):
+    with forked_random_state(lens.device):
         fresh = ConsistencyLensModel.from_artifact_config(config, lens.subject.model, {})
     fresh.tokenizer = lens.tokenizer
     fresh.set_statistics(lens.mean, lens.rms)
     return fresh.to(lens.device).eval()  # type: ignore[arg-type]
+
+
+@contextmanager
+def forked_random_state(device: torch.device) -> Iterator[None]:
+    """Puts the random state of the CPU and of a lens's device back afterwards.
+
+    New layers draw their weights before they are overwritten: a training run that evaluates must not notice.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -6,11 +6,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from ..data.collator import ActivationCollator
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..subject import Subject, SubjectContext
 
 Batch = dict[str, Tensor]
+
+# What training rows are drawn for, and how many are read at a time.
+TRAINING_COLUMNS = ("activations", "tail_ids", "tail_mask")
+TRAINING_BATCH = 1024
 
 
 class Rows(Protocol):
@@ -44,6 +50,17 @@ class EvaluatedRows:
         """A column of all rows, (N, ...), such as `activations`, `document` or `tail_ids`."""
         return torch.cat([batch[name] for batch in self.batches])
 
+    @property
+    def text_mask(self) -> Tensor:
+        """What of the texts is text, (N, T) bool: what stands before the decoder's stop token, where it has one."""
+        mask = self.lens.text_mask(self.text_ids)
+        return torch.ones_like(self.text_ids, dtype=torch.bool) if mask is None else mask
+
+    def texts(self) -> list[str]:
+        """The lens's texts as strings, each up to its stop token where the decoder has one."""
+        kept = [ids[mask] for ids, mask in zip(self.text_ids, self.text_mask, strict=True)]
+        return self.lens.require_tokenizer().batch_decode(kept)
+
 
 def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[SubjectContext, Tensor]:
     """The subject with A and with each of n reconstructions in its place.
@@ -72,6 +89,31 @@ def numbered(batches: list[Batch]) -> Iterator[tuple[slice, Batch]]:
         stop = start + len(batch["positions"])
         yield slice(start, stop), batch
         start = stop
+
+
+def training_sample(rows: Any, collator: ActivationCollator, count: int, seed: int) -> Batch:
+    """At most `count` random rows as one batch, in the order of the cache, without their contexts.
+
+    Args:
+        rows: `Rows` of training documents.
+        collator: for the lens's T.
+        count: how many.
+        seed: of the choice.
+
+    Returns:
+        `activations`, `tail_ids` and `tail_mask`, as the collator makes them.
+
+    Raises:
+        ValueError: if an activation is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(rows), generator=generator)[:count].sort().values.tolist()
+    # A loader reads the rows of a batch together. It draws a seed for its workers, here not from the global state.
+    loader = DataLoader(rows, TRAINING_BATCH, sampler=chosen, collate_fn=collator, generator=generator)
+    parts = [{name: batch[name] for name in TRAINING_COLUMNS} for batch in loader]
+    sample = {name: torch.cat([part[name] for part in parts]) for name in TRAINING_COLUMNS}
+    check_finite("the activations of the training rows", sample["activations"])
+    return sample
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

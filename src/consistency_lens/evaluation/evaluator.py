@@ -1,8 +1,9 @@
-"""The evaluation of a lens on held-out rows: metrics, controls and intervals, as they go into `metrics.json`."""
+"""The evaluation of a lens on held-out rows: metrics, controls and checks, as they go into `metrics.json`."""
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from ..data.collator import ActivationCollator
 from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
+from .ablation import ablation
 from .arguments import EvaluationArguments
-from .controls import Controls, read_ids
-from .evaluated import Batch, Rows, check_finite, judge, numbered
+from .best_of_n import best_of_n
+from .controls import Controls, ordinary_tokens, read_ids
+from .evaluated import Batch, EvaluatedRows, Rows, check_finite, judge, training_sample
+from .linear_probe import linear_probe
 from .metrics import (
     bootstrap_sums,
     distinct_n,
@@ -27,7 +31,11 @@ from .metrics import (
     squared_error,
     text_nll,
     unit_norm_errors,
+    unused_token_share,
 )
+from .private_code import private_code
+from .residual_vq import ResidualQuantiser
+from .steering import edit_and_steer
 
 Sums = Mapping[str, Tensor]
 
@@ -48,16 +56,20 @@ STATISTICS: dict[str, Callable[[Sums], Tensor]] = {
 class Evaluator:
     """Measures a lens on rows that it was not trained on: `Evaluator(lens, rows, collator)()` gives the metrics.
 
-    Texts are greedy. Every row costs one pass of the subject over its context, and one token for each reconstruction.
+    Texts are greedy. Every row costs one pass of the subject over its context, and one token for each reconstruction;
+    checks come on top of that.
 
     Args:
         lens: with its tokenizer, subject and statistics. It is in evaluation mode while it is measured.
         rows: held-out rows of a cache that was made for this lens.
         collator: for the lens's T.
         arguments: the defaults if None.
+        train_rows: rows of other documents, for the controls and checks that are fitted to such (`residual_vq`,
+            `linear_probe`, `private_code`).
 
     Raises:
-        ValueError: if there are no rows, or the collator's T is not the lens's.
+        ValueError: if there are no rows, the collator's T is not the lens's, or a control or a check that is asked
+            for needs training rows and there are none.
     """
 
     primary_metric = "fve"
@@ -69,6 +81,7 @@ class Evaluator:
         rows: Rows,
         collator: ActivationCollator,
         arguments: EvaluationArguments | None = None,
+        train_rows: Rows | None = None,
     ) -> None:
         if len(rows) == 0:
             raise ValueError("evaluation: got no rows; hold out more documents")
@@ -79,8 +92,10 @@ class Evaluator:
             )
         self.lens = lens
         self.rows = rows
+        self.train_rows: Rows = [] if train_rows is None else train_rows
         self.collator = collator
         self.arguments = arguments if arguments is not None else EvaluationArguments()
+        self.controls = self.arguments.chosen_controls(len(self.train_rows) > 0)
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Any]:
@@ -91,12 +106,17 @@ class Evaluator:
         """
         start = time.perf_counter()
         with evaluating(self.lens):
-            batches = self.batches()
-            documents = torch.cat([batch["document"] for batch in batches])
-            text_ids, columns = self.measure(batches, documents)
-        metrics = self.summarise(columns, documents, text_ids)
+            evaluated = self.read()
+            metrics = self.summarise(evaluated, self.measure(evaluated)) | self.run_checks(evaluated)
         seconds = time.perf_counter() - start
-        return metrics | {"seconds": seconds, "samples_per_second": len(documents) / seconds}
+        return metrics | {"seconds": seconds, "samples_per_second": metrics["rows"] / seconds}
+
+    def read(self) -> EvaluatedRows:
+        """The chosen rows with the lens's texts. All texts come first: the shuffled control reads those of others."""
+        lens, batches = self.lens, self.batches()
+        bar = tqdm(batches, unit="batch", desc="texts", disable=self.arguments.disable_tqdm)
+        texts = [lens.decode_ids(batch["activations"].to(lens.device)).cpu() for batch in bar]
+        return EvaluatedRows(lens, batches, torch.cat(texts))
 
     def batches(self) -> list[Batch]:
         """The chosen rows, collated. Rows of like length share a batch, which saves the passes over padding."""
@@ -112,33 +132,43 @@ class Evaluator:
             check_finite("the activations of the cache", batch["activations"])
         return batches
 
-    def measure(self, batches: list[Batch], documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The decoder's texts (N, T), and for every row the addends (N,) of the sums that the metrics are made of."""
+    @cached_property
+    def training(self) -> Batch:
+        """The training rows that `residual_vq` and `linear_probe` are fitted to."""
+        return training_sample(self.train_rows, self.collator, self.arguments.training_rows, self.arguments.seed)
+
+    @cached_property
+    def quantiser(self) -> ResidualQuantiser:
+        """That of `residual_vq`: it depends on the lens's statistics alone, not on what is trained."""
         lens, arguments = self.lens, self.arguments
+        vectors = lens.encoder.normaliser.normalise(self.training["activations"].to(lens.device))
+        vocab_size = lens.subject.model.config.get_text_config().vocab_size
+        return ResidualQuantiser.fit(
+            vectors, lens.config.num_text_tokens, vocab_size, arguments.seed, arguments.disable_tqdm
+        )
+
+    def measure(self, evaluated: EvaluatedRows) -> dict[str, Tensor]:
+        """For every row the addends (N,) of the sums that the metrics are made of."""
         # KL recovered is measured from the mean, asked for or not.
-        names = list(dict.fromkeys(["mean", *arguments.controls]))
-        controls = Controls(lens, names, documents, arguments.seed)
-        texts: list[Tensor] = []
+        names = list(dict.fromkeys(["mean", *self.controls]))
+        quantiser = self.quantiser if "residual_vq" in names else None
+        controls = Controls(self.lens, names, evaluated.column("document"), self.arguments.seed, quantiser)
         columns: dict[str, list[Tensor]] = defaultdict(list)
-        with tqdm(total=2 * len(documents), unit="row", desc="evaluation", disable=arguments.disable_tqdm) as bar:
-            # All texts come first: the shuffled control reads those of other batches.
-            for batch in batches:
-                texts.append(lens.decode_ids(batch["activations"].to(lens.device)))
-                bar.update(len(batch["activations"]))
-            text_ids = torch.cat(texts)
-            for rows, batch in numbered(batches):
-                batch = {name: tensor.to(lens.device) for name, tensor in batch.items()}
-                reconstructions = {"lens": read_ids(lens, text_ids[rows])}
-                reconstructions |= controls.reconstruct(batch, rows, text_ids)
-                for name, values in self.row_values(batch, text_ids[rows], reconstructions).items():
-                    columns[name].append(values.cpu().double())
-                bar.update(len(batch["activations"]))
+        text_ids, text_mask = evaluated.text_ids.to(self.lens.device), evaluated.text_mask.to(self.lens.device)
+        count, silent = len(evaluated.batches), self.arguments.disable_tqdm
+        for rows, batch in tqdm(evaluated, total=count, unit="batch", desc="evaluation", disable=silent):
+            reconstructions = {"lens": read_ids(self.lens, text_ids[rows])}
+            reconstructions |= controls.reconstruct(batch, rows, text_ids)
+            for name, values in self.row_values(batch, text_ids[rows], text_mask[rows], reconstructions).items():
+                columns[name].append(values.cpu().double())
         joined = {name: torch.cat(values) for name, values in columns.items()}
         # The mean direction is that of all rows, so these two cannot be summed batch by batch.
         unit_norm = unit_norm_errors(joined.pop("target"), joined.pop("prediction"))
-        return text_ids.cpu(), joined | dict(zip(("unit_norm_error", "unit_norm_variance"), unit_norm, strict=True))
+        return joined | dict(zip(("unit_norm_error", "unit_norm_variance"), unit_norm, strict=True))
 
-    def row_values(self, batch: Batch, text_ids: Tensor, reconstructions: dict[str, Tensor]) -> dict[str, Tensor]:
+    def row_values(
+        self, batch: Batch, text_ids: Tensor, text_mask: Tensor, reconstructions: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Addends (B,) of one batch, and its A and Â (B, d) as `target` and `prediction`."""
         subject = self.lens.subject
         # Errors are taken on the CPU: they are in float64, which not every device has.
@@ -152,8 +182,8 @@ class Evaluator:
             "variance": squared_error(target, mean),
             "cosine": torch.cosine_similarity(target.double(), prediction.double(), dim=-1),
             "agreement": original.argmax(-1) == logits[:, 0].argmax(-1),
-            "text_nll": text_nll(subject, text_ids).sum(-1),
-            "text_tokens": torch.full_like(batch["positions"], text_ids.shape[1]),
+            "text_nll": text_nll(subject, text_ids, text_mask).sum(-1),
+            "text_tokens": text_mask.sum(-1),
             "tail_nll": text_nll(subject, batch["tail_ids"], batch["tail_mask"]).sum(-1),
             "tail_tokens": batch["tail_mask"].sum(-1),
         }
@@ -164,14 +194,18 @@ class Evaluator:
             check_finite(name, tensor)
         return values
 
-    def summarise(self, columns: dict[str, Tensor], documents: Tensor, text_ids: Tensor) -> dict[str, Any]:
+    def summarise(self, evaluated: EvaluatedRows, columns: dict[str, Tensor]) -> dict[str, Any]:
         """Metrics, controls and intervals from the rows' addends."""
-        arguments = self.arguments
+        arguments, documents = self.arguments, evaluated.column("document")
+        text_ids, text_mask, vocabulary = evaluated.text_ids, evaluated.text_mask, ordinary_tokens(self.lens)
+        tail_ids, tail_mask = evaluated.column("tail_ids"), evaluated.column("tail_mask")
         sums = {name: column.sum() for name, column in columns.items()}
         resampled = bootstrap_sums(columns, documents, arguments.num_bootstrap, arguments.seed)
         return {
             **{name: float(statistic(sums)) for name, statistic in STATISTICS.items()},
-            "distinct_2": distinct_n(text_ids, 2),
+            "distinct_2": distinct_n(text_ids, 2, text_mask),
+            "unused_token_share": unused_token_share(text_ids, vocabulary, text_mask),
+            "true_unused_token_share": unused_token_share(tail_ids, vocabulary, tail_mask),
             "rows": len(documents),
             "documents": len(documents.unique()),
             "controls": {
@@ -179,10 +213,30 @@ class Evaluator:
                     "fve": float(share_recovered(sums[f"error.{name}"], sums["variance"])),
                     "kl_recovered": float(share_recovered(sums[f"kl.{name}"], sums["kl.mean"])),
                 }
-                for name in arguments.controls
+                for name in self.controls
             },
             "ci95": {name: list(percentile_interval(of_sums(resampled))) for name, of_sums in STATISTICS.items()},
         }
+
+    def run_checks(self, evaluated: EvaluatedRows) -> dict[str, Any]:
+        """Name -> result of each check that is asked for."""
+        arguments, seed = self.arguments, self.arguments.seed
+        calls: dict[str, Callable[[], dict[str, Any]]] = {
+            "linear_probe": lambda: linear_probe(evaluated, self.training, seed),
+            "private_code": lambda: private_code(
+                evaluated,
+                self.train_rows,
+                self.collator,
+                arguments.fresh_encoder_steps,
+                arguments.fresh_encoder_learning_rate,
+                seed,
+                arguments.disable_tqdm,
+            ),
+            "best_of_n": lambda: best_of_n(evaluated, arguments.best_of, seed),
+            "ablation": lambda: ablation(evaluated, seed, arguments.check_rows),
+            "steering": lambda: edit_and_steer(evaluated, seed, arguments.check_rows),
+        }
+        return {name: calls[name]() for name in arguments.checks}
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:

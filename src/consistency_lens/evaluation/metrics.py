@@ -85,15 +85,37 @@ def perplexity(nll: Tensor, mask: Tensor | None = None) -> Tensor:
     return nll.mean().exp() if mask is None else nll[mask.bool()].mean().exp()
 
 
-def distinct_n(ids: Tensor, n: int) -> float:
+def distinct_n(ids: Tensor, n: int, mask: Tensor | None = None) -> float:
     """Distinct n-grams / n-grams over all texts (N, T) together (Li et al. 2016); 1 where texts are shorter than n.
 
     It falls as N grows: compare only texts of one number and length.
+
+    Args:
+        ids: (N, T) int64.
+        n: tokens in an n-gram.
+        mask: (N, T), true at the tokens of a text. None for all.
     """
     if ids.shape[1] < n:
         return 1.0
     grams = ids.unfold(1, n, 1).flatten(0, 1)
-    return len(grams.unique(dim=0)) / len(grams)
+    if mask is not None:
+        grams = grams[mask.unfold(1, n, 1).flatten(0, 1).all(dim=1)]
+    return len(grams.unique(dim=0)) / len(grams) if len(grams) else 1.0
+
+
+def unused_token_share(ids: Tensor, vocabulary: Tensor, mask: Tensor | None = None) -> float:
+    """The share of a vocabulary that no text uses.
+
+    It falls as N grows, and N texts of T tokens cannot use more than N T tokens: it says something of a lens only
+    beside the same number for as much true text.
+
+    Args:
+        ids: (N, T) int64.
+        vocabulary: (n,) token ids, each once.
+        mask: (N, T), true at the tokens of a text. None for all.
+    """
+    used = ids if mask is None else ids[mask.bool()]
+    return 1 - float(torch.isin(vocabulary, used).double().mean())
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Tables of metrics and samples, for the terminal and for Markdown; nothing is printed here."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -22,36 +23,64 @@ METRICS = {
     "true_text_perplexity": ("perplexity of true text", 2),
     "perplexity_ratio": ("perplexity ratio", 2),
     "distinct_2": ("distinct bigrams", 3),
+    "unused_token_share": ("tokens unused", 3),
+    "true_unused_token_share": ("unused in true text", 3),
 }
 METRIC_COLUMNS = ("metric", "value", "95% interval")
 CONTROL_COLUMNS = ("reconstructed from", "FVE", "KL recovered")
+# names in `metrics.json` -> what people read
+READERS = {
+    "word_shuffle": "its words in another order, its own encoder",
+    "fresh_encoder": "the lens's text, an encoder that has read true text alone",
+}
+STEPS = {
+    "random_token": "the last token exchanged for a random one",
+    "random_direction": "a random direction of that length",
+}
+SAMPLE_COLUMNS = ("P", "context", "continuation", "explanation", "FVE", "KL", "next before", "next after")
+WORDS_SHOWN = 3
 CONTEXT_WIDTH = 36  # characters of a context that a table of 150 columns has room for
+SAMPLES_TITLE = "Held-out samples: the lens's words for the token between « and »; KL in nats"
 
 
-def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """The metrics with their intervals and, beside them, every control."""
+class CheckTable(NamedTuple):
+    """What one check of an evaluation found, for people."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> Group:
+    """The metrics with their intervals and, beside them, every control; below them the checks that were run."""
     left = rich_table(METRIC_COLUMNS, metric_rows(metrics))
     right = rich_table(CONTROL_COLUMNS, control_rows(metrics))
     grid = Table.grid(padding=(0, 3))
     grid.title = caption(metrics)
     grid.add_row(left, right)
-    return grid
+    parts: list[Table | str] = [grid]
+    for check in check_tables(metrics):
+        parts += [f"\n{check.title}:", rich_table(check.columns, check.rows)]
+    return Group(*parts)
 
 
 def metrics_markdown(metrics: Mapping[str, Any]) -> str:
-    """The same as two Markdown tables."""
-    tables = (
+    """The same as Markdown tables."""
+    parts = [
         markdown_table(METRIC_COLUMNS, metric_rows(metrics)),
         markdown_table(CONTROL_COLUMNS, control_rows(metrics)),
-    )
-    return "\n\n".join((*tables, f"{caption(metrics)}.")) + "\n"
+        f"{caption(metrics)}.",
+    ]
+    for check in check_tables(metrics):
+        parts += [f"{check.title}:", markdown_table(check.columns, check.rows)]
+    return "\n\n".join(parts) + "\n"
 
 
-def samples_table(samples: Sequence[Sample]) -> Table:
+def samples_table(samples: Sequence[Sample], title: str = SAMPLES_TITLE) -> Table:
     """One row a sample, for a terminal of 150 columns; contexts are shortened to their end."""
-    table = Table(title="Held-out samples: the lens's words for the token between « and »; KL in nats")
+    table = Table(title=title)
     table.add_column("P", justify="right")
-    table.add_column("context", max_width=CONTEXT_WIDTH + 1)
+    table.add_column("context → how the subject goes on", max_width=CONTEXT_WIDTH + 1)
     table.add_column("explanation", max_width=CONTEXT_WIDTH)
     for name in ("FVE", "KL"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -60,7 +89,7 @@ def samples_table(samples: Sequence[Sample]) -> Table:
     for sample in samples:
         cells = (
             str(sample.position),
-            shortened(sample.context, CONTEXT_WIDTH),
+            f"{shortened(sample.context, CONTEXT_WIDTH)}\n→ {one_line(sample.continuation)}",
             one_line(sample.explanation),
             f"{sample.fve:.2f}",
             f"{sample.kl:.2f}",
@@ -72,15 +101,32 @@ def samples_table(samples: Sequence[Sample]) -> Table:
     return table
 
 
+def samples_markdown(samples: Sequence[Sample]) -> str:
+    """One row a sample, whole contexts."""
+    rows = [
+        [f"{value:.2f}" if isinstance(value, float) else str(value) for value in sample_values(sample)]
+        for sample in samples
+    ]
+    return markdown_table(SAMPLE_COLUMNS, rows, numbers=False) + "\n"
+
+
+def sample_values(sample: Sample) -> list[int | float | str]:
+    """A sample's `SAMPLE_COLUMNS`, numbers as numbers."""
+    texts = [sample.context, sample.continuation, sample.explanation]
+    tops = [format_top(sample.top_before), format_top(sample.top_after)]
+    return [sample.position, *texts, sample.fve, sample.kl, *tops]
+
+
 def caption(metrics: Mapping[str, Any]) -> str:
     rows, documents = metrics["rows"], metrics["documents"]
     return f"{rows:,} held-out rows of {documents:,} documents; intervals by bootstrap over documents"
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Label, value and 95% interval of each metric."""
+    """Label, value and 95% interval of each metric that was measured."""
     rows: list[tuple[str, ...]] = []
-    for name, (label, decimals) in METRICS.items():
+    measured = {name: shown for name, shown in METRICS.items() if name in metrics}
+    for name, (label, decimals) in measured.items():
         interval = metrics["ci95"].get(name)
         span = "" if interval is None else " to ".join(f"{end:.{decimals}f}" for end in interval)
         rows.append((label, f"{metrics[name]:.{decimals}f}", span))
@@ -95,19 +141,94 @@ def control_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(label, f"{of['fve']:.3f}", f"{of['kl_recovered']:.3f}") for label, of in compared.items()]
 
 
+def check_tables(metrics: Mapping[str, Any]) -> list[CheckTable]:
+    """The tables of those checks that were run, as `metrics.json` has them."""
+    return [table(metrics) for name, table in CHECK_TABLES.items() if name in metrics]
+
+
+def best_of_n_table(metrics: Mapping[str, Any]) -> CheckTable:
+    rows = [(count, *numbers(of, "fve", "kl_recovered")) for count, of in metrics["best_of_n"].items()]
+    return CheckTable("The best of n sampled texts, picked by their squared error", ("n", "FVE", "KL recovered"), rows)
+
+
+def private_code_table(metrics: Mapping[str, Any]) -> CheckTable:
+    code = metrics["private_code"]
+    rows = [
+        ("the lens's text, its own encoder", *numbers(metrics, "fve", "kl_recovered"), "1.000"),
+        *((label, *numbers(code[name], "fve", "kl_recovered", "share_of_fve")) for name, label in READERS.items()),
+    ]
+    return CheckTable(
+        "Whether the words say the same to another reader", ("reader", "FVE", "KL recovered", "share of the FVE"), rows
+    )
+
+
+def linear_probe_table(metrics: Mapping[str, Any]) -> CheckTable:
+    probe = metrics["linear_probe"]
+    names = ("probe_accuracy", "named_by_text", "named_by_shuffled_text")
+    rows = [
+        ("P" if offset == 0 else f"P - {offset}", *(f"{share:.3f}" for share in shares), f"{count:,}")
+        for offset, (*shares, count) in enumerate(zip(*(probe[name] for name in (*names, "rows")), strict=True))
+    ]
+    columns = ("token at", "linear probe", "the lens's text", "another row's text", "rows")
+    return CheckTable("How often a linear probe of A, and the text, name a token of the context", columns, rows)
+
+
+def ablation_table(metrics: Mapping[str, Any]) -> CheckTable:
+    words, sentences = metrics["ablation"]["words"], metrics["ablation"]["sentences"]
+    labels = ["the last word", *(f"the word {n} before the last" for n in range(1, len(words["drop_from_end"])))]
+    from_end = zip(labels, words["drop_from_end"], words["count_from_end"], strict=False)
+    greatest = ((f"“{of['word']}”", of["mean_drop"], of["count"]) for of in words["greatest"][:WORDS_SHOWN])
+    rows = [
+        ("a word", *numbers(words, "mean_drop", "mean_kl_increase"), f"{words['count']:,}"),
+        ("the word of a text that counts most", *numbers(words, "mean_top_drop"), "", ""),
+        *((label, f"{drop:.3f}", "", f"{count:,}") for label, drop, count in (*from_end, *greatest)),
+        ("a sentence", *numbers(sentences, "mean_drop", "mean_kl_increase"), f"{sentences['count']:,}"),
+    ]
+    columns = ("left out", "FVE lost", "KL gained, nats", "times")
+    return CheckTable("What the reconstruction loses without parts of the text", columns, rows)
+
+
+def steering_table(metrics: Mapping[str, Any]) -> CheckTable:
+    steps = {"the last token exchanged for a donor's": metrics["steering"]}
+    steps |= {STEPS.get(name, name): of for name, of in metrics["steering"]["controls"].items()}
+    names = ("target_logprob_change", "own_top_logprob_change", "target_rises")
+    return CheckTable(
+        "What an edit of the words does to the subject's prediction (mean change of log p in nats)",
+        ("step along", "donor's next token", "own next token", "donor's rises"),
+        [(label, *numbers(of, *names)) for label, of in steps.items()],
+    )
+
+
+def numbers(of: Mapping[str, float], *names: str) -> tuple[str, ...]:
+    return tuple(f"{of[name]:.3f}" for name in names)
+
+
+# name of a check in `metrics.json` -> its table
+CHECK_TABLES: dict[str, Callable[[Mapping[str, Any]], CheckTable]] = {
+    "best_of_n": best_of_n_table,
+    "private_code": private_code_table,
+    "linear_probe": linear_probe_table,
+    "ablation": ablation_table,
+    "steering": steering_table,
+}
+
+
 def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table()
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        # As Text, since a model's words may look like rich's markup.
+        table.add_row(*(Text(cell) for cell in row))
     return table
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in columns[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows))
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table whose first column is text, as are the others without `numbers`."""
+    rule = ["---", *("---:" if numbers else "---" for _ in columns[1:])]
+    escaped = ([cell.replace("|", "\\|").replace("\n", "⏎") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *escaped))
 
 
 def one_line(text: str) -> str:

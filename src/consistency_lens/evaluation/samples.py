@@ -1,7 +1,7 @@
 """Sample rows for people to read: a context, the lens's words for its last token, and what the words were worth."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..atomic_write import write_text
 from ..data.collator import ActivationCollator
@@ -17,12 +17,13 @@ from ..explanation import top_tokens
 from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
-from .controls import read_ids
-from .evaluated import Rows, judge
+from .evaluated import Batch, Rows, judge
 from .metrics import squared_error
 
 # Documents looked at for each sample that is kept, so that the positions can be spread.
 CANDIDATES = 8
+BATCH = 32  # samples read side by side
+CONTINUATION_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Sample:
         context: the text up to the token at P, that token between « and ».
         explanation: the lens's text.
         true_tail: the true last T tokens of the context.
+        continuation: how the subject goes on after the context, greedily.
         fve: 1 - |A - Â|² / |A - mean|² of this one activation.
         kl: KL(p(.|A) || p(.|Â)) in nats.
         top_before, top_after: the subject's likeliest next tokens with their probabilities, with A and with Â.
@@ -45,17 +47,17 @@ class Sample:
     context: str
     explanation: str
     true_tail: str
+    continuation: str
     fve: float
     kl: float
     top_before: list[tuple[str, float]]
     top_after: list[tuple[str, float]]
 
 
-@torch.no_grad()
-def collect_samples(
-    lens: ConsistencyLensModel, rows: Rows, collator: ActivationCollator, count: int = 12, seed: int = 0
-) -> list[Sample]:
-    """Reads rows of different documents with greedy text, from early to late positions.
+class TrackedSamples:
+    """A fixed choice of rows of different documents, from early to late positions, to be read as the lens changes.
+
+    What the lens has no part in, the continuations above all, is computed once.
 
     Args:
         lens: with its tokenizer and subject.
@@ -67,30 +69,100 @@ def collect_samples(
     Raises:
         ValueError: if there are no rows, or `count` is below 1.
     """
-    if len(rows) == 0 or count < 1:
-        raise ValueError(f"samples: got {len(rows)} rows and count={count}; both must be at least 1")
-    chosen = choose_rows(rows, count, seed)
-    batch = {name: tensor.to(lens.device) for name, tensor in collator(chosen).items()}
-    with evaluating(lens):
+
+    def __init__(
+        self, lens: ConsistencyLensModel, rows: Rows, collator: ActivationCollator, count: int = 12, seed: int = 0
+    ) -> None:
+        if len(rows) == 0 or count < 1:
+            raise ValueError(f"samples: got {len(rows)} rows and count={count}; both must be at least 1")
+        self.lens = lens
+        chosen = choose_rows(rows, count, seed)
+        self.batches = [collator(chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH)]
+        tokenizer = lens.require_tokenizer()
+        self.fixed: list[dict[str, Any]] = []
+        for batch in self.batches:
+            tails = zip(batch["tail_ids"], batch["tail_mask"], strict=True)
+            contexts = zip(batch["input_ids"], batch["positions"].tolist(), strict=True)
+            columns = {
+                "document": batch["document"].tolist(),
+                "position": batch["positions"].tolist(),
+                "context": [marked_context(tokenizer, ids, position) for ids, position in contexts],
+                "true_tail": [str(tokenizer.decode(ids[mask])) for ids, mask in tails],
+                "continuation": continuations(lens, batch),
+            }
+            self.fixed += as_rows(columns)
+
+    @torch.no_grad()
+    def read(self) -> list[Sample]:
+        """The rows in the lens's words of now, by greedy text."""
+        with evaluating(self.lens):
+            read = [row for batch in self.batches for row in self._read(batch)]
+        return [Sample(**fixed, **row) for fixed, row in zip(self.fixed, read, strict=True)]
+
+    def _read(self, batch: Batch) -> list[dict[str, Any]]:
+        """What the lens makes of the rows of a batch: the other half of a sample's attributes."""
+        lens, tokenizer = self.lens, self.lens.require_tokenizer()
+        batch = {name: tensor.to(lens.device) for name, tensor in batch.items()}
         decoded = lens.decode(batch["activations"])
-        reconstructions = read_ids(lens, decoded.token_ids)
-    context, logits = judge(lens.subject, batch, reconstructions[:, None])
-    before, after = context.logits[:, 0], logits[:, 0]
-    activations = batch["activations"].cpu()
-    error = squared_error(activations, reconstructions.cpu())
-    tokenizer = lens.require_tokenizer()
-    columns = (
-        batch["document"].tolist(),
-        batch["positions"].tolist(),
-        [marked_context(tokenizer, row["input_ids"], int(row["position"])) for row in chosen],
-        decoded.texts,
-        [str(tokenizer.decode(ids[mask])) for ids, mask in zip(batch["tail_ids"], batch["tail_mask"], strict=True)],
-        (1 - error / squared_error(activations, lens.mean.cpu())).tolist(),
-        kl_divergence(before, after).tolist(),
-        top_tokens(before, tokenizer),
-        top_tokens(after, tokenizer),
+        reconstructions = lens.encode(decoded.token_ids)
+        context, logits = judge(lens.subject, batch, reconstructions[:, None])
+        before, after = context.logits[:, 0], logits[:, 0]
+        activations = batch["activations"].cpu()
+        error = squared_error(activations, reconstructions.cpu())
+        columns = {
+            "explanation": decoded.texts,
+            "fve": (1 - error / squared_error(activations, lens.mean.cpu())).tolist(),
+            "kl": kl_divergence(before, after).tolist(),
+            "top_before": top_tokens(before, tokenizer),
+            "top_after": top_tokens(after, tokenizer),
+        }
+        return as_rows(columns)
+
+
+def collect_samples(
+    lens: ConsistencyLensModel, rows: Rows, collator: ActivationCollator, count: int = 12, seed: int = 0
+) -> list[Sample]:
+    """Reads rows of different documents with greedy text; see `TrackedSamples` for arguments and errors."""
+    return TrackedSamples(lens, rows, collator, count, seed).read()
+
+
+@torch.no_grad()
+def continuations(lens: ConsistencyLensModel, batch: Batch) -> list[str]:
+    """How the subject itself goes on after each context, greedily, up to EOS or `CONTINUATION_TOKENS`.
+
+    Args:
+        lens: with its tokenizer and subject.
+        batch: from `data.collator.ActivationCollator`, of B rows.
+
+    Returns:
+        B texts; empty where the longest context leaves the subject no position.
+    """
+    model, tokenizer = lens.subject.model, lens.require_tokenizer()
+    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    longest = input_ids.shape[1]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # ALiBi models have none
+    count = CONTINUATION_TOKENS if limit is None else min(CONTINUATION_TOKENS, limit - longest)
+    if count < 1:
+        return [""] * len(input_ids)
+    # Generation appends at the right end, so padding has to stand on the left.
+    order = attention_mask.argsort(dim=1, stable=True)
+    eos = tokenizer.eos_token_id
+    # What is left unset here would come from the model's own settings for generation, such as a repetition penalty.
+    settings = GenerationConfig(
+        max_new_tokens=count, do_sample=False, num_beams=1, repetition_penalty=1.0, eos_token_id=eos, pad_token_id=eos
     )
-    return [Sample(*values) for values in zip(*columns, strict=True)]
+    output = model.generate(
+        input_ids.gather(1, order).to(lens.device),
+        attention_mask=attention_mask.gather(1, order).to(lens.device),
+        generation_config=settings,
+    )
+    rows = output[:, longest:].tolist()
+    return [str(tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids)) for ids in rows]
+
+
+def as_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Columns of one length as one dict a row."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def choose_rows(rows: Rows, count: int, seed: int) -> list[dict[str, Any]]:

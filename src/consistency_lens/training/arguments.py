@@ -10,6 +10,8 @@ OBJECTIVES = ("warm_start", "gumbel", "policy_gradient")
 LM_REFERENCES = ("subject", "warm_start")
 LM_DIRECTIONS = ("forward", "reverse")
 DELTA_RESIDUALS = ("none", "detached", "full")
+REWARDS = ("-mse", "-log_mse", "-kl")
+LM_ESTIMATORS = ("exact", "k3")
 SCHEDULED = (
     "tau",
     "kl_weight",
@@ -71,6 +73,23 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
     )
     policy_weight: str = field(default="1", metadata={"help": "Weight of the policy-gradient term."})
     group_size: int = field(default=4, metadata={"help": "Policy gradient: texts sampled for each activation."})
+    reward: str = field(
+        default="-mse",
+        metadata={"help": f"Policy gradient: one of {', '.join(REWARDS)}; on the command line --reward=-mse."},
+    )
+    scale_advantage: bool = field(
+        default=True, metadata={"help": "Policy gradient: divide centred rewards by the spread of their group."}
+    )
+    prefix_budgets: bool = field(
+        default=False, metadata={"help": "Policy gradient: the encoder reads the first t tokens, t drawn per group."}
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "Policy gradient: what a text of T tokens loses of its reward."}
+    )
+    straight_through: bool = field(
+        default=False,
+        metadata={"help": "Policy gradient: the squared error reaches the decoder too, token by token."},
+    )
     tau: str = field(default="1", metadata={"help": "Gumbel: temperature of the straight-through gradient."})
     lm_reference: str = field(
         default="warm_start", metadata={"help": "What text is held close to.", "choices": LM_REFERENCES}
@@ -81,6 +100,10 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             "help": "forward: KL(reference || decoder); reverse: KL(decoder || reference).",
             "choices": LM_DIRECTIONS,
         },
+    )
+    lm_estimator: str = field(
+        default="exact",
+        metadata={"help": "Policy gradient: the lm term over the vocabulary, or k3 from the sampled tokens."},
     )
     delta_residual: str = field(
         default="none",
@@ -93,6 +116,17 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
         default=0.25,
         metadata={"help": "Warm start: share of rows whose text the encoder gets from the decoder itself."},
     )
+    shorter_share: float = field(
+        default=0.0,
+        metadata={"help": "Warm start: share of rows with a tail of only t tokens, t uniform in 1..T."},
+    )
+    warm_start_patience: int = field(
+        default=0,
+        metadata={
+            "help": "Ends warm start early after this many checks without a better held-out reconstruction; 0: never."
+        },
+    )
+    warm_start_check_steps: int = field(default=100, metadata={"help": "Steps from one such check to the next."})
     max_nonfinite_steps: int = field(
         default=100, metadata={"help": "Stop after this many steps in a row with gradients that are not finite."}
     )
@@ -114,17 +148,31 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             ("lm_reference", LM_REFERENCES),
             ("lm_direction", LM_DIRECTIONS),
             ("delta_residual", DELTA_RESIDUALS),
+            ("reward", REWARDS),
+            ("lm_estimator", LM_ESTIMATORS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}; a group of one has no advantage")
-        if not 0 <= self.own_share <= 1:
-            raise ValueError(f"own_share must lie in 0..1, got {self.own_share}")
+        for name in ("own_share", "shorter_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.length_penalty < 0:
+            raise ValueError(f"length_penalty must be 0 or more, got {self.length_penalty}")
+        if self.warm_start_patience < 0 or self.warm_start_check_steps < 1:
+            raise ValueError(
+                f"warm_start_patience must be 0 or more and warm_start_check_steps at least 1, got "
+                f"{self.warm_start_patience} and {self.warm_start_check_steps}"
+            )
         if self.learning_rate_schedule is not None and len(self.learning_rate_schedule) != len(stages):
             raise ValueError(
                 f"learning_rate_schedule: got {len(self.learning_rate_schedule)} for {len(stages)} stages; "
                 "give one each"
+            )
+        if self.warm_start_patience > 0 and not any(stage.objective == "warm_start" for stage in stages[:-1]):
+            raise ValueError(
+                f"warm_start_patience: got {self.warm_start_patience}, but no stage follows a warm start; set it to 0"
             )
         if stages[0].objective != "warm_start" and self.lm_reference == "warm_start" and self.has_weight("lm"):
             raise ValueError(

@@ -5,15 +5,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 SHOWN = ("stage", "ce", "policy", "kl", "lm", "mse", "skipped_steps")
+EVALUATED = {
+    "eval_fve": "FVE",
+    "eval_shuffled_fve": "shuffled",
+    "eval_kl_recovered": "KL recovered",
+    "eval_perplexity_ratio": "perplexity ratio",
+}
 
 
 class LensProgress(ProgressCallback):
-    """The trainer's progress bar with the loss terms at its end, in place of a line for every log."""
+    """The trainer's progress bar: the loss terms stand at its end, and an evaluation has a line of its own."""
 
     def on_log(
         self,
@@ -23,9 +29,14 @@ class LensProgress(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.training_bar is not None and logs is not None and "loss" in logs:
+        if self.training_bar is None or logs is None:
+            return
+        if "loss" in logs:
             shown = {name: f"{logs[name]:.3g}" for name in SHOWN if logs.get(name)}
             self.training_bar.set_postfix(shown)
+        if "eval_fve" in logs:
+            figures = ", ".join(f"{label} {logs[name]:.3f}" for name, label in EVALUATED.items() if name in logs)
+            self.training_bar.write(f"step {state.global_step}, held out: {figures}")
 
 
 class NonfiniteGradientsError(RuntimeError):
@@ -74,3 +85,8 @@ def gradients_are_finite(model: torch.nn.Module) -> bool:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
     return bool(finite)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether no process holds the whole lens, so that it cannot be read outside the training step."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

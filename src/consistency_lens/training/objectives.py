@@ -7,28 +7,32 @@ terms unweighted, and names them as the weights in `ConsistencyLensTrainingArgum
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..evaluation.evaluated import judge
 from ..evaluation.metrics import start_token
 from ..losses import (
     entropy,
     functional_target,
+    k3_divergence,
     kl_divergence,
+    masked_mean,
     normalised_mse,
     token_cross_entropy,
+    token_log_probabilities,
 )
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
-from ..straight_through import row_keys
+from ..straight_through import fold_in, row_keys
 from ..subject import Subject
 
 Batch = dict[str, Tensor]
 # (activations (B, d), text ids (B, T)) -> the reference's logits (B, T, V) for each token of the text
 Reference = Callable[[Tensor, Tensor], Tensor]
 
-ADVANTAGE_EPS = 1e-4  # in units of normalised squared error
+ADVANTAGE_EPS = 1e-4  # in units of the reward
 
 
 @dataclass
@@ -74,27 +78,63 @@ class WarmStart:
 
     The decoder predicts the last T tokens of the context from the activation at their end (cross-entropy, `ce`); the
     encoder regresses the activation (`mse`) from those tokens and, for `own_share` of the rows, from the decoder's own
-    samples, so that it has read the texts that it will be given later.
+    samples, so that it has read the texts that it will be given later. For `shorter_share` of the rows the tail has
+    only t tokens, t uniform in 1..T: the encoder reads no more than these, and a decoder with a stop token learns to
+    write them and to stop.
     """
 
     own_share: float = 0.0
+    shorter_share: float = 0.0
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
-        activations, tail_ids = batch["activations"], batch["tail_ids"]
+        activations, length = batch["activations"], batch["tail_ids"].shape[1]
         keys = step.keys(batch["rows"])
-        # which rows read an own text belongs to the row and the step, not to how the batch is split over processes
-        own = (keys & 0xFFFF) < self.own_share * 2**16
-        encoder_ids = tail_ids.clone()
+        # what a row reads belongs to the row and the step, not to how the batch is split over processes
+        shorter, own = uniform(keys, 0) < self.shorter_share, uniform(keys, 1) < self.own_share
+        limits = torch.where(shorter, 1 + (uniform(keys, 2) * length).long(), length)
+        tails = Tails.of(batch, limits, lens.config.decoder.stop_token_id)
+        read_ids, read_mask = tails.ids.clone(), tails.read_mask.clone()
         if own.any():
-            encoder_ids[own] = lens.decode_ids(activations[own], keys=keys[own])
-        output = model(activations=activations, text_ids=tail_ids, encoder_text_ids=encoder_ids)
+            read_ids[own] = lens.decode_ids(activations[own], keys=keys[own])
+            read_mask[own] = last_true(text_mask(lens, read_ids[own]), limits[own])
+        output = model(
+            activations=activations, text_ids=tails.ids, encoder_text_ids=read_ids, encoder_text_mask=read_mask
+        )
         mse = normalised_mse(activations, output.reconstruction, lens.rms)
-        terms = {"ce": token_cross_entropy(output.logits, tail_ids, batch["tail_mask"]).mean(), "mse": mse.mean()}
+        terms = {"ce": token_cross_entropy(output.logits, tails.ids, tails.mask).mean(), "mse": mse.mean()}
         metrics = {
             "mse_true_text": mse[~own].sum() / (~own).sum().clamp(min=1),
             "mse_own_text": mse[own].sum() / own.sum().clamp(min=1),
         }
         return Losses(terms, metrics)
+
+
+class Tails(NamedTuple):
+    """The tails of a batch as texts, which begin at index 0: `ids` (B, T), `mask` (B, T) true at what the decoder
+    predicts, a stop token included, and `read_mask` (B, T) true at what the encoder reads."""
+
+    ids: Tensor
+    mask: Tensor
+    read_mask: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, limits: Tensor, stop_token_id: int | None) -> "Tails":
+        """The last `limits` (B,) tokens of each tail. Without a stop token the decoder still predicts the whole tail,
+        for its texts always have T tokens."""
+        tail_ids, available = batch["tail_ids"], batch["tail_mask"].sum(dim=1)
+        kept = available if stop_token_id is None else available.minimum(limits)
+        index = torch.arange(tail_ids.shape[1], device=tail_ids.device)
+        ids = tail_ids.gather(1, (index + (len(index) - kept)[:, None]).clamp(max=len(index) - 1))
+        mask = index < kept[:, None]
+        if stop_token_id is None:
+            return cls(ids, mask, last_true(mask, limits))
+        return cls(ids.masked_fill(index == kept[:, None], stop_token_id), index <= kept[:, None], mask)
+
+
+def last_true(mask: Tensor, count: Tensor) -> Tensor:
+    """Keeps the last `count` (B,) true places of each row of a mask (B, T)."""
+    from_end = mask.flip(1).cumsum(dim=1).flip(1)
+    return mask & (from_end <= count[:, None])
 
 
 @dataclass
@@ -137,9 +177,10 @@ class Gumbel:
             )
             logits, ids = output.logits[: len(activations)], output.text_ids[: len(activations)]
 
+        drawn = drawn_tokens(text_mask(lens, ids))
         terms = {
             "mse": normalised_mse(activations, reconstruction, lens.rms).mean(),
-            "entropy": entropy(logits).mean(),
+            "entropy": masked_mean(entropy(logits), drawn).mean(),
         }
         if self.needs_kl:
             terms["kl"] = functional_kl(self.subject, batch, judged).mean()
@@ -147,7 +188,7 @@ class Gumbel:
             with torch.no_grad():
                 reference = self.reference(activations, ids)
             pair = (reference, logits) if self.lm_direction == "forward" else (logits, reference)
-            terms["lm"] = kl_divergence(*pair).mean()
+            terms["lm"] = masked_mean(kl_divergence(*pair), drawn).mean()
         return Losses(terms)
 
 
@@ -155,47 +196,135 @@ class Gumbel:
 class PolicyGradient:
     """Group-relative policy gradient (GRPO, Shao et al. 2024, arXiv:2402.03300), one update a rollout.
 
-    For each activation the decoder samples `group_size` texts (no gradient, with the KV cache); one teacher-forced
-    pass scores them and lets the encoder read them. Reward: `-mse` of the reconstruction, normalised within the group
-    to an advantage. `policy`: -advantage x mean log-probability of the text. `mse`: the encoder regresses on the same
-    samples.
-    `lm`: KL(decoder || reference) at every token, exact over the vocabulary.
+    For each activation the decoder samples G texts (no gradient, with the KV cache); one teacher-forced pass scores
+    them and lets the encoder read them. `policy`: -advantage x log-probability of the text / T, the advantage being
+    the reward against those of the group. `mse`: the encoder regresses on the same samples. `lm`: the divergence
+    KL(decoder || reference) at every token of the text.
 
     Args:
         reference: what the text is held close to; None without an `lm` term.
         group_size: G, at least 2.
+        reward: "-mse" or "-log_mse" of the reconstruction (normalised), or "-kl", what the subject makes of it.
+        subject: the model being read, for the reward "-kl".
+        scale_advantage: whether rewards are divided by the spread of their group; if not, they are only centred.
+        lm_estimator: "exact" over the vocabulary, or "k3" from the sampled tokens (`losses.k3_divergence`).
+        prefix_budgets: the encoder reads only the first t tokens, t uniform in 1..T for each group, so that the
+            important words come first.
+        length_penalty: what a text of T tokens loses of its reward, shorter ones in proportion; it takes a decoder
+            with a stop token.
+        straight_through: lets `mse` also reach the decoder, through the embedding of each sampled token. This tells
+            which other token would have been better, which the reward of a whole text does not; it is biased, for it
+            is linear and leaves out what the later tokens would have been.
     """
 
     reference: Reference | None
     group_size: int = 4
+    reward: str = "-mse"
+    subject: Subject | None = None
+    scale_advantage: bool = True
+    lm_estimator: str = "exact"
+    prefix_budgets: bool = False
+    length_penalty: float = 0.0
+    straight_through: bool = False
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
         activations = batch["activations"].repeat_interleave(self.group_size, dim=0)
-        draws = [step.keys(batch["rows"], draw) for draw in range(self.group_size)]
-        ids = lens.decode_ids(activations, keys=torch.stack(draws, dim=1).flatten())
-        output = model(activations=activations, text_ids=ids)
+        texts = self.sample(lens, batch, step)
+        output = model(
+            activations=activations,
+            text_ids=texts.ids,
+            encoder_text_mask=texts.read,
+            straight_through=self.straight_through,
+            tau=step.tau,
+        )
         mse = normalised_mse(activations, output.reconstruction, lens.rms)
-        advantage = group_advantage(-mse.detach(), self.group_size)
-        log_probability = -token_cross_entropy(output.logits, ids)
-        terms = {"policy": -(advantage * log_probability).mean(), "mse": mse.mean()}
+        rewards = self.rewards(batch, output.reconstruction.detach(), mse.detach())
+        rewards = rewards - self.length_penalty * texts.text.float().mean(dim=1)
+        advantage = group_advantage(rewards, self.group_size, self.scale_advantage)
+        log_probabilities = token_log_probabilities(output.logits, texts.ids)
+        # divided by T and not by the text's own length, which would favour long texts where the advantage is negative
+        score = log_probabilities.masked_fill(~texts.credited, 0).mean(dim=1)
+        terms = {"policy": -(advantage * score).mean(), "mse": mse.mean()}
         if self.reference is not None:
             with torch.no_grad():
-                reference = self.reference(activations, ids)
-            terms["lm"] = kl_divergence(output.logits, reference).mean()
+                reference = self.reference(activations, texts.ids)
+            if self.lm_estimator == "exact":
+                divergence = kl_divergence(output.logits, reference)
+            else:
+                divergence = k3_divergence(log_probabilities, token_log_probabilities(reference, texts.ids))
+            terms["lm"] = masked_mean(divergence, texts.drawn).mean()
         with torch.no_grad():
-            groups = mse.view(-1, self.group_size)
+            spread = rewards.view(-1, self.group_size).std(dim=1)
             metrics = {
-                "entropy": entropy(output.logits).mean(),
-                "reward_spread": groups.std(dim=1).mean(),
-                "zero_advantage_share": (groups.std(dim=1) < ADVANTAGE_EPS).float().mean(),
+                "entropy": masked_mean(entropy(output.logits), texts.drawn).mean(),
+                "reward": rewards.mean(),
+                "reward_spread": spread.mean(),
+                "zero_advantage_share": (spread < ADVANTAGE_EPS).float().mean(),
+                "text_length": texts.text.float().sum(dim=1).mean(),
             }
         return Losses(terms, metrics)
 
+    def sample(self, lens: ConsistencyLensModel, batch: Batch, step: Step) -> "SampledTexts":
+        """G texts for each row of the batch, those of a row one after the other."""
+        keys = torch.stack([step.keys(batch["rows"], draw) for draw in range(self.group_size)], dim=1)
+        ids = lens.decode_ids(batch["activations"].repeat_interleave(self.group_size, dim=0), keys=keys.flatten())
+        text = text_mask(lens, ids)
+        drawn = drawn_tokens(text)
+        if not self.prefix_budgets:
+            return SampledTexts(ids, text, drawn, text, drawn)
+        budgets = 1 + (uniform(keys[:, 0], 0) * ids.shape[1]).long()
+        within = torch.arange(ids.shape[1], device=ids.device) < budgets.repeat_interleave(self.group_size)[:, None]
+        return SampledTexts(ids, text, drawn, text & within, drawn & within)
 
-def group_advantage(rewards: Tensor, group_size: int) -> Tensor:
-    """(r - mean) / (std + eps) within each group of consecutive rewards (B * G,); 0 where all are equal."""
+    def rewards(self, batch: Batch, reconstruction: Tensor, mse: Tensor) -> Tensor:
+        """The reward of each text, (B * G,), from its reconstruction (B * G, d) and the error of that."""
+        if self.reward == "-mse":
+            return -mse
+        if self.reward == "-log_mse":
+            return -mse.log()
+        assert self.subject is not None
+        groups = reconstruction.view(-1, self.group_size, reconstruction.shape[-1])
+        context, logits = judge(self.subject, batch, groups)
+        return -kl_divergence(context.logits.expand_as(logits), logits).flatten()
+
+
+class SampledTexts(NamedTuple):
+    """Texts `ids` (N, T), and masks (N, T): `text`, what lies before a stop token; `drawn`, what the decoder drew,
+    the stop token included; `read`, what the encoder reads; `credited`, what the reward depends on."""
+
+    ids: Tensor
+    text: Tensor
+    drawn: Tensor
+    read: Tensor
+    credited: Tensor
+
+
+def text_mask(lens: ConsistencyLensModel, ids: Tensor) -> Tensor:
+    """What of the texts (B, T) is text, as `lens.text_mask` says it, but always a mask."""
+    mask = lens.text_mask(ids)
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+
+
+def drawn_tokens(text: Tensor) -> Tensor:
+    """The tokens (B, T) that a decoder drew: its text, by the mask (B, T) of that, and the stop token behind it."""
+    return torch.cat([torch.ones_like(text[:, :1]), text[:, :-1]], dim=1)
+
+
+def group_advantage(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
+    """(r - mean) / (std + eps) within each group of consecutive rewards (B * G,); 0 where all are equal.
+
+    Without `scale` the rewards are only centred: then the gradient is, in the mean, (G - 1) / G of that of the
+    expected reward (Liu et al. 2025, arXiv:2503.20783, on what the division does).
+    """
     groups = rewards.view(-1, group_size)
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + ADVANTAGE_EPS)).flatten()
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + ADVANTAGE_EPS) if scale else centred).flatten()
+
+
+def uniform(keys: Tensor, salt: int) -> Tensor:
+    """One number in [0, 1) for each key (B,); another `salt` gives independent ones."""
+    # far from the counters of a text's tokens, which are folded into the same keys
+    return (fold_in(keys, (1 << 32) + salt) & 0xFFFFFF).float() / 2**24
 
 
 def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Tensor:

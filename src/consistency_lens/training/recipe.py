@@ -6,10 +6,12 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
+from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file
@@ -19,23 +21,31 @@ from .. import __version__
 from ..atomic_write import write_json
 from ..data.activation_cache import ActivationCache, ActivationRows
 from ..data.cache_building import build_activation_cache, weights_hash
-from ..data.collator import ActivationCollator
 from ..data.corpus import read_documents, tokenize_documents
 from ..data.generation import sample_documents
-from ..evaluation.arguments import EvaluationArguments
+from ..data.summaries import SummaryRows, read_summaries
+from ..evaluation.arguments import CHECKS, EvaluationArguments
+from ..evaluation.controls import check_names
 from ..evaluation.evaluator import Evaluator, write_metrics
 from ..evaluation.samples import Sample, collect_samples, write_samples
+from ..evaluation.saved_lens import collator_for
 from ..hub.cards import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from ..subject import Subject
 from .arguments import ConsistencyLensTrainingArguments
-from .trainer import ConsistencyLensTrainer
+from .evaluation_callback import EvaluateLens
+from .sample_tables import SampleTables
+from .trainer import ConsistencyLensTrainer, check_settings
 
 logger = logging.getLogger(__name__)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+AT_LEAST_ONE = ("positions_per_sequence", "num_documents", "min_position", "eval_rows", "num_samples") + (
+    "interim_eval_rows",
+    "tracked_samples",
+)
 
 
 @dataclass
@@ -55,6 +65,7 @@ class RecipeArguments:
     decoder_prompt: str = field(default="<embed>", metadata={"help": "Prompt with the slot <embed>."})
     encoder_prompt: str = field(default="<text>", metadata={"help": "Prompt with the slot <text>."})
     injection_layers: int = field(default=0, metadata={"help": "Inject A into the slot's input of blocks 1..n too."})
+    stop_at_eos: bool = field(default=False, metadata={"help": "A text may end before T tokens, at an EOS."})
     output_layer: int | None = field(default=None, metadata={"help": "Blocks of the encoder; default layer + 1."})
     blocks: str | None = field(default=None, metadata={"help": "Path of the blocks in an unknown architecture."})
     final_norm: str | None = field(default=None, metadata={"help": "Path of the final norm, likewise."})
@@ -62,6 +73,10 @@ class RecipeArguments:
     text_file: str | None = field(
         default=None,
         metadata={"help": "Documents divided by lines of <|endoftext|>; unset: the subject writes its own."},
+    )
+    summaries: str | None = field(
+        default=None,
+        metadata={"help": "Pairs of context and summary (file or Hub id): warm start learns to write these."},
     )
     num_documents: int = field(default=4000, metadata={"help": "Documents to sample where there is no text file."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a document; the rest is cut."})
@@ -74,7 +89,15 @@ class RecipeArguments:
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of the documents held out."})
 
     eval_rows: int = field(default=1024, metadata={"help": "Held-out activations in the final evaluation."})
+    eval_checks: list[str] = field(
+        default_factory=list, metadata={"help": f"Checks of the final evaluation, any of {', '.join(CHECKS)}."}
+    )
     num_samples: int = field(default=12, metadata={"help": "Sample rows shown and written at the end."})
+    interim_eval_rows: int = field(
+        default=256, metadata={"help": "Held-out activations that are measured whenever eval_strategy says so."}
+    )
+    sample_steps: int = field(default=500, metadata={"help": "Steps between sample tables; 0: none."})
+    tracked_samples: int = field(default=128, metadata={"help": "Held-out activations in the sample tables."})
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -83,19 +106,16 @@ class RecipeArguments:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.cache_dtype not in ("float16", "float32"):
             raise ValueError(f"cache_dtype must be float16 or float32, got {self.cache_dtype!r}")
-        for name in ("positions_per_sequence", "num_documents", "eval_rows", "num_samples"):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sample_steps < 0:
+            raise ValueError(f"sample_steps must be 0 (no tables) or more, got {self.sample_steps}")
+        check_names("eval_checks", self.eval_checks, CHECKS)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}; try 0.1")
         if self.num_text_tokens < 1:
             raise ValueError(f"num_text_tokens must be at least 1, got {self.num_text_tokens}; 8 is a good start")
-        if self.min_position < self.num_text_tokens:
-            # every context then holds a whole tail of T tokens after BOS
-            raise ValueError(
-                f"min_position must be at least num_text_tokens, got {self.min_position} < {self.num_text_tokens}; "
-                "raise it"
-            )
         if self.max_length < self.min_position + 2:
             raise ValueError(
                 f"max_length {self.max_length} leaves no position after min_position {self.min_position}; raise it"
@@ -195,6 +215,8 @@ def make_cache(args: RecipeArguments, subject: Subject, tokenizer: Any, folder: 
 
 def make_lens(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, layer: int) -> ConsistencyLensModel:
     """A new lens for the subject; the statistics of its training rows come later."""
+    if args.stop_at_eos and tokenizer.eos_token_id is None:
+        raise ValueError("stop_at_eos: the subject's tokenizer has no EOS token; set it to false")
     lora = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": args.lora_targets}
     return ConsistencyLensModel.from_subject(
         model,
@@ -206,6 +228,7 @@ def make_lens(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, lay
         decoder_prompt=args.decoder_prompt,
         encoder_prompt=args.encoder_prompt,
         injection_layers=args.injection_layers,
+        stop_token_id=tokenizer.eos_token_id if args.stop_at_eos else None,
         output_layer=args.output_layer,
         revision=pinned_revision(args),
         blocks=args.blocks,
@@ -231,12 +254,17 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
         layer = ResidualStream(model, blocks=args.blocks, final_norm=args.final_norm).num_layers // 2
     # made before the cache, so that every mistake in its settings is found before the long work
     lens = make_lens(args, model, tokenizer, layer)
+    check_settings(lens, training_args)
+    summaries = read_summaries(args.summaries) if args.summaries else None
+    if summaries is not None and training_args.delta_residual != "none":
+        raise ValueError("summaries: their rows have no second activation; set delta_residual to none")
 
     with training_args.main_process_first(desc="activation cache"):
         folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
         cache = make_cache(args, lens.subject, tokenizer, folder, training_args.seed)
     clock.lap("corpus_and_cache")
-    trainer = make_trainer(args, training_args, lens, cache)
+    rows = split_rows(args, training_args, lens, cache, summaries)
+    trainer = make_trainer(args, training_args, lens, rows)
     trainer.train(resume_from_checkpoint=resume)
     lens.eval()
     trainer.save_model()
@@ -244,36 +272,74 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     metrics: dict[str, Any] = {}
     samples: list[Sample] = []
     if trainer.is_world_process_zero():
-        metrics, samples = evaluate_and_write(args, trainer, clock, output_dir)
+        metrics, samples = evaluate_and_write(args, trainer, rows, clock, output_dir)
     return RunResult(lens, output_dir, metrics, samples)
 
 
-def make_trainer(
+class SplitRows(NamedTuple):
+    """The rows of a run: `train`, what is trained on; `true_text`, those of them whose tails are true text (all but
+    summaries); `held_out`, of other documents."""
+
+    train: Any
+    true_text: ActivationRows
+    held_out: ActivationRows
+
+
+def split_rows(
     args: RecipeArguments,
     training_args: ConsistencyLensTrainingArguments,
     lens: ConsistencyLensModel,
     cache: ActivationCache,
-) -> ConsistencyLensTrainer:
-    """The trainer over both parts of a cache; the lens gets its statistics and its provenance."""
-    train, validation = cache.split(args.validation_fraction)
+    summaries: Dataset | None = None,
+) -> SplitRows:
+    """The rows of a cache by document, summaries joined; the lens gets its statistics and its provenance."""
+    train, held_out = cache.split(args.validation_fraction)
     lens.set_statistics(train.mean, train.rms)
     lens.provenance = {
         "consistency_lens": __version__,
         "recipe": asdict(args),
         "cache": {key: value for key, value in cache.provenance.items() if key not in ("mean", "shards")},
         "train_rows": len(train),
-        "validation_rows": len(validation),
+        "validation_rows": len(held_out),
     }
-    tokenizer = lens.require_tokenizer()
-    pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     pair_seed = training_args.seed if training_args.delta_residual != "none" else None
-    return ConsistencyLensTrainer(
+    true_text = ActivationRows(train, pair_seed)
+    rows: Any = true_text
+    if summaries is not None:
+        tokenizer = lens.require_tokenizer()
+        extra = SummaryRows(summaries, lens.subject, tokenizer, args.max_length, first_row=len(cache))
+        rows = ConcatDataset([true_text, extra])
+    return SplitRows(rows, true_text, ActivationRows(held_out, pair_seed))
+
+
+def make_trainer(
+    args: RecipeArguments,
+    training_args: ConsistencyLensTrainingArguments,
+    lens: ConsistencyLensModel,
+    rows: SplitRows,
+) -> ConsistencyLensTrainer:
+    """The trainer; during training it looks at a fixed few of the held-out rows."""
+    count = min(args.interim_eval_rows, len(rows.held_out))
+    few = np.random.default_rng(training_args.seed).choice(len(rows.held_out), count, replace=False)
+    trainer = ConsistencyLensTrainer(
         model=lens,
         args=training_args,
-        train_dataset=ActivationRows(train, pair_seed),
-        eval_dataset=ActivationRows(validation, pair_seed),
-        data_collator=ActivationCollator(pad_token_id, args.num_text_tokens, tokenizer.bos_token_id),
+        train_dataset=rows.train,
+        eval_dataset=Subset(rows.held_out, few.tolist()),
+        data_collator=collator_for(lens),
     )
+    watch_held_out_rows(args, trainer)
+    return trainer
+
+
+def watch_held_out_rows(args: RecipeArguments, trainer: ConsistencyLensTrainer) -> None:
+    """Adds to a trainer what reads held-out rows during training: sample tables, and the figures of an evaluation."""
+    if args.sample_steps > 0:
+        trainer.add_callback(SampleTables(trainer, args.sample_steps, args.tracked_samples))
+    rows: Any = trainer.eval_dataset
+    collator: Any = trainer.data_collator
+    arguments = EvaluationArguments(rows=args.interim_eval_rows, controls=["mean", "shuffled"], disable_tqdm=True)
+    trainer.add_callback(EvaluateLens(trainer, Evaluator(trainer.lens, rows, collator, arguments)))
 
 
 def checkpoint_to_resume(wanted: str | None, output_dir: Path) -> str | None:
@@ -299,16 +365,18 @@ def checkpoint_to_resume(wanted: str | None, output_dir: Path) -> str | None:
 
 
 def evaluate_and_write(
-    args: RecipeArguments, trainer: ConsistencyLensTrainer, clock: Clock, output_dir: Path
+    args: RecipeArguments, trainer: ConsistencyLensTrainer, rows: SplitRows, clock: Clock, output_dir: Path
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Measures the lens on held-out rows and writes figures, samples, curves, arguments and card."""
-    training_args = trainer.args
-    rows: Any = trainer.eval_dataset
+    training_args, held_out = trainer.args, rows.held_out
     collator: Any = trainer.data_collator
-    quiet = bool(training_args.disable_tqdm)
-    evaluation = EvaluationArguments(rows=args.eval_rows, seed=training_args.seed, disable_tqdm=quiet)
-    metrics = Evaluator(trainer.lens, rows, collator, evaluation)()
-    samples = collect_samples(trainer.lens, rows, collator, count=args.num_samples, seed=training_args.seed)
+    evaluation = EvaluationArguments(
+        rows=args.eval_rows,
+        checks=args.eval_checks,
+        disable_tqdm=bool(training_args.disable_tqdm),
+    )
+    metrics = Evaluator(trainer.lens, held_out, collator, evaluation, rows.true_text)()
+    samples = collect_samples(trainer.lens, held_out, collator, count=args.num_samples, seed=evaluation.seed)
     clock.lap("evaluation")
     resolved = {"recipe": asdict(args), "training": training_args.to_dict()}
     machine = {"cpu_cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(training_args.device)}

@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, SkipNonfiniteSteps
 from .objectives import (
     Gumbel,
-    Losses,
     Objective,
     PolicyGradient,
     Reference,
@@ -31,6 +31,7 @@ from .objectives import (
     WarmStart,
     freeze_copy,
 )
+from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 SIGNS = {"ce": 1.0, "mse": 1.0, "kl": 1.0, "lm": 1.0, "policy": 1.0, "entropy": -1.0}
 REFERENCE_FILE = "reference.safetensors"
 SCALER_FILE = "scaler.json"
+WARM_START_FILE = "warm_start.json"
 
 
 class ConsistencyLensTrainer(Trainer):
@@ -62,6 +64,11 @@ class ConsistencyLensTrainer(Trainer):
         self.can_return_loss = True
         self.label_names = []
         self.lens = model
+        check_settings(model, args)
+        self.warm_start_end: WarmStartEnd | None = None
+        if args.warm_start_patience > 0:
+            self.warm_start_end = self.make_warm_start_end()
+            self.add_callback(self.warm_start_end)
         self.skipper = SkipNonfiniteSteps(args.max_nonfinite_steps)
         self.add_callback(self.skipper)
         if not args.disable_tqdm:
@@ -73,6 +80,7 @@ class ConsistencyLensTrainer(Trainer):
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._counts: dict[str, int] = defaultdict(int)
         self._since = (0, 0, time.perf_counter())  # samples and tokens handled, and when counting began
+        self._training_since: float | None = None
 
     # --- stages and schedules
 
@@ -86,9 +94,41 @@ class ConsistencyLensTrainer(Trainer):
         return max(1, rows // batch if self.args.dataloader_drop_last else -(-rows // batch))
 
     def stage_bounds(self, total_steps: int) -> list[tuple[int, int]]:
-        """(first step, step after the last) of each stage."""
+        """(first step, step after the last) of each stage; after one that ended early the next begin sooner."""
         starts = self.args.stage_starts(self.steps_per_epoch() or total_steps, total_steps)
+        for index, end in sorted(self.warm_start_end.ends.items() if self.warm_start_end else ()):
+            if index + 1 < len(starts):
+                sooner = starts[index + 1] - end
+                starts[index + 1 :] = [start - sooner for start in starts[index + 1 :]]
         return list(zip(starts, [*starts[1:], total_steps], strict=True))
+
+    def make_warm_start_end(self) -> WarmStartEnd:
+        """What ends warm start early.
+
+        Raises:
+            ValueError: without held-out rows, or where a process holds only a part of the lens.
+        """
+        rows: Any = self.eval_dataset
+        if not rows:
+            raise ValueError("warm_start_patience: needs held-out rows, got no eval_dataset; pass one or set it to 0")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("warm_start_patience: cannot read with a sharded lens; set it to 0")
+        count = min(len(rows), HELD_OUT_ROWS)
+        activations = torch.tensor(np.stack([rows[i]["activation"] for i in range(count)]), dtype=torch.float32)
+
+        def warm_start_at(step: int) -> tuple[int, int] | None:
+            index, start, _ = self.stage_at(step, self.state.max_steps)
+            return (index, start) if self.args.parsed_stages()[index].objective == "warm_start" else None
+
+        return WarmStartEnd(
+            self.lens,
+            activations,
+            warm_start_at,
+            # not logged at once, for that would take the place of the step's own log
+            lambda reading: self.remember({"held_out_fve": reading}),
+            check_steps=self.args.warm_start_check_steps,
+            patience=self.args.warm_start_patience,
+        )
 
     def stage_at(self, step: int, total_steps: int) -> tuple[int, int, int]:
         """(index, first step, length) of the stage that `step` lies in."""
@@ -112,9 +152,19 @@ class ConsistencyLensTrainer(Trainer):
         """An objective by its name, with the settings of the arguments."""
         args = self.args
         if name == "warm_start":
-            return WarmStart(own_share=args.own_share)
+            return WarmStart(own_share=args.own_share, shorter_share=args.shorter_share)
         if name == "policy_gradient":
-            return PolicyGradient(self.lm_reference(), group_size=args.group_size)
+            return PolicyGradient(
+                reference=self.lm_reference(),
+                group_size=args.group_size,
+                reward=args.reward,
+                subject=self.lens.subject,
+                scale_advantage=args.scale_advantage,
+                lm_estimator=args.lm_estimator,
+                prefix_budgets=args.prefix_budgets,
+                length_penalty=args.length_penalty,
+                straight_through=args.straight_through,
+            )
         return Gumbel(
             subject=self.lens.subject,
             reference=self.lm_reference(),
@@ -150,22 +200,29 @@ class ConsistencyLensTrainer(Trainer):
         weights = {name: self.scheduled(getattr(self.args, f"{name}_weight"), number, total) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
         if model.training:
-            self.remember(losses, weights, inputs, step)
+            self._training_since = self._training_since or time.perf_counter()
+            settings = {"tau": step.tau, **{f"{name}_weight": weight for name, weight in weights.items()}}
+            self.remember({**losses.terms, **losses.metrics, **settings})
+            self.count(inputs)
         return (loss, {}) if return_outputs else loss
 
-    def remember(self, losses: Losses, weights: dict[str, float], inputs: dict[str, Tensor], step: Step) -> None:
-        """Adds a batch's values to the running means that `log` reports; no host sync."""
-        settings: dict[str, Any] = {"tau": step.tau, **{f"{name}_weight": weight for name, weight in weights.items()}}
-        for name, value in {**losses.terms, **losses.metrics, **settings}.items():
+    def remember(self, values: dict[str, Any]) -> None:
+        """Adds values to the running means that `log` reports; no host sync."""
+        for name, value in values.items():
             self._sums[name] += value.detach().float() if isinstance(value, Tensor) else value
             self._counts[name] += 1
+
+    def count(self, inputs: dict[str, Tensor]) -> None:
+        """Counts the samples and tokens of a batch, for the speed that `log` reports."""
         samples, tokens, since = self._since
         # padding counts: it is what the machine works on, and counting real tokens would sync with the device
         tokens += inputs["input_ids"].numel() + len(inputs["activations"]) * self.lens.config.num_text_tokens
         self._since = (samples + len(inputs["activations"]), tokens, since)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the lens's own figures to what `Trainer` logs during training."""
+        """Adds the lens's own figures, and the seconds since the first step, to what `Trainer` logs."""
+        if self._training_since is not None:
+            logs["seconds"] = time.perf_counter() - self._training_since
         if self._counts and "loss" in logs and self.optimizer is not None:
             names = sorted(self._sums)
             means = torch.stack([self._sums[name] / self._counts[name] for name in names])
@@ -222,16 +279,12 @@ class ConsistencyLensTrainer(Trainer):
         if schedules is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            bounds = self.stage_bounds(num_training_steps)
-            resolved = [
-                Schedule.parse(text).resolve(self.steps_per_epoch(), end - start)
-                for text, (start, end) in zip(schedules, bounds, strict=True)
-            ]
 
             def factor(step: int) -> float:
-                index, start, _ = self.stage_at(step, num_training_steps)
+                index, start, length = self.stage_at(step, num_training_steps)
+                schedule = Schedule.parse(schedules[index]).resolve(self.steps_per_epoch(), length)
                 # a schedule's warm-up is 0 at its first step, which would waste that step
-                return resolved[index](step - start + 1)
+                return schedule(step - start + 1)
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
             self._created_lr_scheduler = True
@@ -254,6 +307,8 @@ class ConsistencyLensTrainer(Trainer):
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise ValueError(f"checkpoint: no {weights.name} in {str(folder)!r}; pass a checkpoint-<step> folder")
+        if self.warm_start_end is not None:
+            self.warm_start_end.load_state(json.loads((folder / WARM_START_FILE).read_text(encoding="utf-8")))
         self.load_reference(folder)
         self.lens.load_trained_tensors(load_file(weights))
 
@@ -282,6 +337,8 @@ class ConsistencyLensTrainer(Trainer):
         elif self.args.should_save:
             checkpoint.save_optimizer(self.optimizer, Path(output_dir))
             checkpoint.save_scheduler(self.lr_scheduler, Path(output_dir))
+            if self.warm_start_end is not None:
+                write_json(Path(output_dir) / WARM_START_FILE, self.warm_start_end.state())
             if self._reference is not None:
                 write_tensors(Path(output_dir) / REFERENCE_FILE, self._reference.trained_tensors())
 
@@ -309,6 +366,19 @@ class ConsistencyLensTrainer(Trainer):
     def _load_rng_state(self, resume: str | None) -> None:
         if resume is not None and not checkpoint.load_random_states(Path(resume), self.args.process_index):
             logger.warning("no random states of process %d in %s; sampling restarts", self.args.process_index, resume)
+
+
+def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
+    """Checks that the arguments fit the lens.
+
+    Raises:
+        ValueError: for a length penalty on texts that cannot stop.
+    """
+    if args.length_penalty > 0 and lens.config.decoder.stop_token_id is None:
+        raise ValueError(
+            f"length_penalty: got {args.length_penalty}, but texts of this lens always have "
+            f"{lens.config.num_text_tokens} tokens; give it a stop token (stop_at_eos)"
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,181 @@
+"""The evaluation of a saved lens on the documents that its training held out: the work of `consistency-lens eval`."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ..configuration_consistency_lens import ConsistencyLensConfig
+from ..data.activation_cache import ActivationCache, ActivationRows
+from ..data.collator import ActivationCollator
+from ..hub.cards import write_lens_card
+from ..modeling_consistency_lens import ConsistencyLensModel
+from .arguments import CHECKS, EvaluationArguments
+from .evaluator import Evaluator, write_metrics
+from .samples import Sample, collect_samples, write_samples
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class SavedLensArguments:
+    """Which lens is evaluated, on which activations, and where the figures go."""
+
+    lens: str = field(default="", metadata={"help": "Folder or Hub id of the lens."})
+    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the lens on the Hub."})
+    cache: str | None = field(
+        default=None, metadata={"help": "Folder of the activation cache; default: the one that the lens came from."}
+    )
+    validation_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the documents held out; default: as in the lens's training."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of metrics.json and samples.jsonl; default: the lens's."}
+    )
+    num_samples: int = field(default=12, metadata={"help": "Sample rows shown and written."})
+    device: str | None = field(
+        default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Precision of the subject's weights; default: as in training."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.lens:
+            raise ValueError("lens: got none; pass the folder or Hub id of a lens, e.g. --lens outputs/tiny_stories")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        if self.output_dir is None and not Path(self.lens).is_dir():
+            raise ValueError(f"output_dir: the lens {self.lens!r} is no folder to write into; pass --output_dir")
+
+
+@dataclass
+class WholeEvaluationArguments(EvaluationArguments):
+    """How a finished lens is evaluated: with every check."""
+
+    checks: list[str] = field(
+        default_factory=lambda: list(CHECKS),
+        metadata={"help": f"Any of {', '.join(CHECKS)}, each takes its time; or none. By default all."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.checks == ["none"]:
+            self.checks = []
+        super().__post_init__()
+
+
+def evaluate_saved_lens(
+    args: SavedLensArguments, evaluation: EvaluationArguments
+) -> tuple[dict[str, Any], list[Sample], Path]:
+    """Measures a saved lens on held-out rows; writes figures and samples, and renews the card of a lens's own folder.
+
+    On the rows and with the seed of the training's own evaluation the figures are the same.
+
+    Returns:
+        The metrics, the samples and the folder that they were written to.
+
+    Raises:
+        ValueError: if lens or cache are not to be found, or do not belong together.
+    """
+    lens = load_lens(args)
+    cache = open_cache(args, lens)
+    train, validation = (ActivationRows(part) for part in cache.split(validation_fraction(args, lens)))
+    collator = collator_for(lens)
+    metrics = Evaluator(lens, validation, collator, evaluation, train_rows=train)()
+    samples = collect_samples(lens, validation, collator, count=args.num_samples, seed=evaluation.seed)
+    folder = Path(args.output_dir or args.lens)
+    resolved = {"lens": asdict(args) | {"cache": str(cache.path)}, "evaluation": asdict(evaluation)}
+    write_metrics(folder / "metrics.json", metrics, {**resolved, "recipe": recipe_of(lens)})
+    write_samples(folder / "samples.jsonl", samples)
+    if folder.resolve() == Path(args.lens).resolve():
+        write_lens_card(folder, lens, metrics, samples)
+    return metrics, samples, folder
+
+
+def load_lens(args: SavedLensArguments) -> ConsistencyLensModel:
+    """The lens with its subject, on its device.
+
+    Raises:
+        ValueError: if there is none at `args.lens`.
+    """
+    device = device_of(args)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    try:
+        config = AutoConfig.from_pretrained(args.lens, revision=args.revision)
+        if not isinstance(config, ConsistencyLensConfig):
+            raise ValueError(
+                f"lens: {args.lens!r} is a {config.model_type} model; pass the folder or Hub id of a lens"
+            )
+        lens = ConsistencyLensModel.from_pretrained(args.lens, config=config, revision=args.revision, dtype=dtype)
+    except OSError as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"lens: cannot load {args.lens!r}; pass the folder or Hub id of a lens ({cause})") from error
+    return lens.to(device)  # type: ignore[arg-type]
+
+
+def device_of(args: SavedLensArguments) -> torch.device:
+    """The device that is asked for, or a GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device: got {name!r}, which is not to be had here; try cpu") from error
+
+
+def open_cache(args: SavedLensArguments, lens: ConsistencyLensModel) -> ActivationCache:
+    """The cache that the arguments name, or the one that the lens was trained on, checked against the lens.
+
+    Raises:
+        ValueError: if it is not to be found, or has another subject, layer or width (with both values).
+    """
+    name = f"activations-layer{lens.config.layer}"
+    if args.cache is not None:
+        places = [Path(args.cache)]
+    else:
+        recorded = recipe_of(lens).get("cache_dir")
+        places = [Path(args.lens) / "data" / name, *([Path(recorded) / name] if recorded else [])]
+    path = next((place for place in places if place.is_dir()), None)
+    if path is None:
+        raise ValueError(
+            f"cache: no activation cache at {' or '.join(repr(str(place)) for place in places)}; pass --cache, or "
+            "build one for this lens"
+        )
+    return ActivationCache.open(
+        path, subject_name=lens.config.base_model_name_or_path, layer=lens.config.layer, width=len(lens.mean)
+    )
+
+
+def validation_fraction(args: SavedLensArguments, lens: ConsistencyLensModel) -> float:
+    """The share of the documents that the training held out: by their hash, so that these are the same documents.
+
+    Raises:
+        ValueError: if neither the arguments nor the lens's provenance know it.
+    """
+    fraction = args.validation_fraction
+    fraction = recipe_of(lens).get("validation_fraction") if fraction is None else fraction
+    if fraction is None:
+        raise ValueError(
+            f"validation_fraction: the lens {args.lens!r} has no record of its training; pass the share of documents "
+            "that was held out, e.g. --validation_fraction 0.1"
+        )
+    return fraction
+
+
+def recipe_of(lens: ConsistencyLensModel) -> dict[str, Any]:
+    """What the lens was trained from, as its provenance has it; empty where there is none."""
+    return (lens.provenance or {}).get("recipe", {})
+
+
+def collator_for(lens: ConsistencyLensModel) -> ActivationCollator:
+    """The collator for a lens's tokenizer and T."""
+    tokenizer = lens.require_tokenizer()
+    pad_token_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    return ActivationCollator(pad_token_id, lens.config.num_text_tokens, tokenizer.bos_token_id)

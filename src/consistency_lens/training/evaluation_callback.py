@@ -1,0 +1,75 @@
+"""The evaluation of a lens while it is trained."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..evaluation.evaluator import Evaluator
+from .callbacks import is_sharded
+from .trainer import ConsistencyLensTrainer
+
+logger = logging.getLogger(__name__)
+
+# What the trainer measures itself, or what says nothing of the lens.
+LEFT_OUT = ("rows", "documents", "seconds", "samples_per_second")
+
+
+class EvaluateLens(TrainerCallback):
+    """Runs an evaluator whenever the trainer evaluates, as `eval_strategy` says.
+
+    Its figures are logged as `eval_fve`, `eval_kl_recovered`, `eval_shuffled_fve`, ..., and join those that
+    `Trainer.evaluate` returns, so `metric_for_best_model: fve`, `load_best_model_at_end` and early stopping know them.
+
+    Args:
+        trainer: whose lens the evaluator measures.
+        evaluator: over held-out rows; a few hundred of them and few controls keep it short.
+    """
+
+    def __init__(self, trainer: ConsistencyLensTrainer, evaluator: Evaluator) -> None:
+        self.trainer = trainer
+        self.evaluator = evaluator
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if is_sharded(self.trainer) and state.is_world_process_zero:
+            logger.warning("evaluation: only the loss, as FSDP or DeepSpeed spreads the weights over processes")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if metrics is None or is_sharded(self.trainer):
+            return
+        # One process measures and tells the others, so that all agree on which checkpoint is the best.
+        figures = [self.figures(state.global_step) if state.is_world_process_zero else {}]
+        if args.world_size > 1:
+            broadcast_object_list(figures)
+        metrics.update(figures[0])
+        if figures[0]:
+            self.trainer.log(dict(figures[0]))
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What the evaluator finds, by the names of the log; nothing where the lens is not finite."""
+        try:
+            return logged(self.evaluator())
+        except ValueError as error:
+            # The trainer skips steps that are not finite and stops when there is nothing else.
+            logger.warning("step %d: not evaluated: %s", step, error)
+            return {}
+
+
+def logged(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The single numbers of metrics, and of each control but the mean, where all are 0, under the trainer's names."""
+    values = {name: value for name, value in metrics.items() if isinstance(value, float) and name not in LEFT_OUT}
+    for control, of_control in metrics["controls"].items():
+        if control != "mean":
+            values |= {f"{control}_{name}": value for name, value in of_control.items()}
+    return {f"eval_{name}": value for name, value in values.items()}
