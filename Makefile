@@ -4,6 +4,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+JOBS ?= 1
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 # Large logits are otherwise mapped and unmapped by glibc at every step, which costs several times the arithmetic.
@@ -14,15 +15,16 @@ export MALLOC_TRIM_THRESHOLD_ = 8589934592
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help venv demo test test-slow lint format bench cards clean
+.PHONY: help venv demo best objectives test test-slow lint format bench cards clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       train and evaluate the lens of the embedded story model (outputs/tiny_stories)'
+	@echo 'make best       the best lens of that model, three seeds, up to half an hour each;  make objectives: compare objectives'
 	@echo 'make test       run the tests;  make test-slow: the slow ones too'
 	@echo 'make lint       check style and types;  make format: mend what can be mended'
 	@echo 'make bench      run the benchmarks (tests/benchmarks/results)'
-	@echo 'make cards      write the demo lens into README.md and model_cards/ (after make demo)'
+	@echo 'make cards      write what was measured into README.md and model_cards/ (after make demo, best, objectives)'
 	@echo 'make clean      remove .venv, caches and build leftovers; outputs stay'
 
 venv: $(INSTALLED)
@@ -35,6 +37,9 @@ $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 
 demo: $(INSTALLED)
 	$(LAUNCH) examples/train_lens.py --config examples/recipes/tiny_stories.yaml
+
+best objectives: $(INSTALLED)
+	$(BIN)/python model_cards/measure.py $@ --jobs $(JOBS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

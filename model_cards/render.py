@@ -1,15 +1,19 @@
-"""Renders what the repository shows of the demo's lens: its card, its figures, the README's picture and table.
+"""Renders what the repository shows of the embedded model's lenses: card, figures, pictures and tables of the README.
 
-    make demo && make cards
+    make demo && make best && make objectives && make cards
 
-reads outputs/tiny_stories and writes model_cards/tiny_stories/ and the part of README.md between the markers
-`<!-- demo:begin -->` and `<!-- demo:end -->`. Every number comes from the run's own files.
+reads outputs/tiny_stories, model_cards/best.json and model_cards/objectives.json (see measure.py), and writes
+model_cards/ and the parts of README.md between its markers, such as `<!-- demo:begin -->` and `<!-- demo:end -->`.
+Every number comes from the runs' own files.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import matplotlib
 
@@ -18,15 +22,27 @@ import matplotlib.pyplot as plt
 from transformers import AutoModel
 
 from consistency_lens import Explanation
-from consistency_lens.evaluation.report import metrics_markdown
+from consistency_lens.evaluation.report import control_rows, markdown_table, metrics_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
-CAPTION = "Colour: FVE from 0 (dark) to 1 (bright). Positions before {} were not trained on."
+CARDS = ROOT / "model_cards"
+CAPTION = "Colour: FVE from 0 (dark) to 1 (bright)."
 SENTENCE = "Once upon a time there was a little dog named Max. He loved to play in the park"
 
+# label -> what of a run's figures it shows, and its decimals
+Column = tuple[Callable[[dict[str, Any]], float], int]
+HEADLINE: dict[str, Column] = {
+    "FVE": (lambda m: m["fve"], 3),
+    "KL recovered": (lambda m: m["kl_recovered"], 3),
+    "perplexity ratio": (lambda m: m["perplexity_ratio"], 2),
+    "shuffled, FVE": (lambda m: m["controls"]["shuffled"]["fve"], 3),
+}
+FRESH: dict[str, Column] = {
+    "fresh encoder, share of FVE": (lambda m: m["private_code"]["fresh_encoder"]["share_of_fve"], 2)
+}
 
-def draw(explanation: Explanation, caption: str, path: Path) -> None:
+
+def draw(explanation: Explanation, path: Path) -> None:
     """A picture of an explanation: each token, its words, its FVE as colour, the predictions before and after."""
     rows = list(explanation)
     colours = matplotlib.colormaps["cividis"]
@@ -50,9 +66,8 @@ def draw(explanation: Explanation, caption: str, path: Path) -> None:
         cells = (text, f"{row.fve:.2f}", f"{row.kl:.2f}", shown(row.top_before), shown(row.top_after))
         for x, cell in zip(list(columns.values())[1:], cells, strict=True):
             axes.text(x, y, cell, fontsize=10, va="center")
-    axes.text(0.0, len(rows) + 0.3, caption, fontsize=8, color="dimgray", va="center")
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+    axes.text(0.0, len(rows) + 0.3, CAPTION, fontsize=8, color="dimgray", va="center")
+    save(figure, path)
 
 
 def shown(top: list[tuple[str, float]]) -> str:
@@ -60,33 +75,111 @@ def shown(top: list[tuple[str, float]]) -> str:
     return f"{token.strip() or repr(token)} {probability:.0%}"
 
 
-def readme_block(metrics: dict) -> str:
-    """The measured part of the README."""
-    run = json.loads((ROOT / "model_cards/tiny_stories/run.json").read_text(encoding="utf-8"))
-    machine = f"{run['machine']['threads']} threads of a machine with {run['machine']['cpu_cores']} cores"
+def draw_curves(runs: dict[str, Any], path: Path) -> None:
+    """Held-out FVE over the minutes of training, one line a run."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    for (label, run), style in zip(runs.items(), ("-", ":", "-.", "-", "--"), strict=False):
+        minutes, fve = [seconds / 60 for _, seconds, _ in run["curve"]], [value for *_, value in run["curve"]]
+        axes.plot(minutes, fve, style, label=label, linewidth=2)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set_xlabel("minutes of training, evaluation included")
+    axes.set_ylabel("FVE, held out")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def machine_of(run: dict[str, Any]) -> str:
+    return f"{run['machine']['threads']} threads of a machine with {run['machine']['cpu_cores']} cores"
+
+
+def demo_block(run: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """What `make demo` came to."""
     return (
-        f"{BEGIN}\n<!-- written by model_cards/render.py from outputs/tiny_stories -->\n"
         f"Measured by `make demo` on held-out documents. Sampling the corpus, caching, training and evaluation took "
-        f"{run['seconds'] / 60:.1f} minutes with {machine}:\n\n{metrics_markdown(metrics)}{END}"
+        f"{run['seconds'] / 60:.1f} minutes with {machine_of(run)}:\n\n{metrics_markdown(metrics)}"
     )
+
+
+def best_block(runs: dict[str, Any]) -> str:
+    """The best recipe over its seeds."""
+    columns = HEADLINE | FRESH
+    metrics = [run["metrics"] for run in runs.values()]
+    minutes = [run["seconds"] / 60 for run in runs.values()]
+    rows = [
+        [label, *(f"{read(of):.{decimals}f}" for read, decimals in columns.values()), f"{took:.1f}"]
+        for label, of, took in zip(runs, metrics, minutes, strict=True)
+    ]
+    values = [[read(of) for of in metrics] for read, _ in columns.values()]
+    spread = [
+        f"{mean(of):.{decimals}f} ± {stdev(of):.{decimals}f}"
+        for of, (_, decimals) in zip(values, columns.values(), strict=True)
+    ]
+    rows.append(["mean ± standard deviation", *spread, f"{mean(minutes):.1f}"])
+    first = next(iter(runs.values()))
+    controls = markdown_table(("reconstructed from", "FVE", "KL recovered"), control_rows(first["metrics"]))
+    return (
+        f"Measured by `make best`, each seed with a corpus of its own; T = {first['num_text_tokens']}, with "
+        f"{machine_of(first)}:\n\n"
+        f"{markdown_table(('', *columns, 'minutes'), rows)}\n\nThe controls of the first:\n\n{controls}\n"
+    )
+
+
+def objectives_block(runs: dict[str, Any]) -> str:
+    """Each objective on its own, for about the same time."""
+    rows = [
+        [
+            label,
+            *(f"{read(run['metrics']):.{decimals}f}" for read, decimals in HEADLINE.values()),
+            f"{run['laps']['training'] / 60:.1f}",
+        ]
+        for label, run in runs.items()
+    ]
+    return (
+        f"Measured by `make objectives`, on one corpus and cache with {machine_of(next(iter(runs.values())))}:\n\n"
+        f"{markdown_table(('stages', *HEADLINE, 'minutes of training'), rows)}\n\n"
+        "![Held-out FVE over the minutes of training, for each of these runs](model_cards/objectives.png)\n"
+    )
+
+
+def put_into_readme(name: str, block: str) -> None:
+    """Replaces what stands between the markers of a name."""
+    path = ROOT / "README.md"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, rest = path.read_text(encoding="utf-8").split(begin)
+    _, tail = rest.split(end)
+    written = "<!-- written by model_cards/render.py -->"
+    path.write_text(f"{head}{begin}\n{written}\n{block}{end}{tail}", encoding="utf-8")
+
+
+def render_demo(run: Path) -> None:
+    """The demo's card, figures, picture and block."""
+    target = CARDS / "tiny_stories"
+    target.mkdir(exist_ok=True)
+    for name in ("README.md", "metrics.json", "samples.jsonl", "run.json"):
+        shutil.copy(run / name, target / name)
+    draw(AutoModel.from_pretrained(run).explain(SENTENCE), target / "explanation.png")
+    put_into_readme("demo", demo_block(read_json(run / "run.json"), read_json(run / "metrics.json")))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "outputs/tiny_stories")
-    run = parser.parse_args().run
-    target = ROOT / "model_cards/tiny_stories"
-    target.mkdir(exist_ok=True)
-    for name in ("README.md", "metrics.json", "samples.jsonl", "run.json"):
-        shutil.copy(run / name, target / name)
-    lens = AutoModel.from_pretrained(run)
-    caption = CAPTION.format(lens.provenance["recipe"]["min_position"])
-    draw(lens.explain(SENTENCE), caption, target / "explanation.png")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    head, rest = readme.split(BEGIN)
-    _, tail = rest.split(END)
-    block = readme_block(json.loads((run / "metrics.json").read_text()))
-    (ROOT / "README.md").write_text(head + block + tail, encoding="utf-8")
+    render_demo(parser.parse_args().run)
+    put_into_readme("best", best_block(read_json(CARDS / "best.json")))
+    objectives = read_json(CARDS / "objectives.json")
+    draw_curves(objectives, CARDS / "objectives.png")
+    put_into_readme("objectives", objectives_block(objectives))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderCo
 from .explanation import Explanation, TokenExplanation
 from .modeling_consistency_lens import ConsistencyLensModel, LensDecoder, LensEncoder
 from .residual_stream import ResidualStream
+from .steering import Steering
 from .subject import Subject
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LensEncoder",
     "LensEncoderConfig",
     "ResidualStream",
+    "Steering",
     "Subject",
     "TokenExplanation",
 ]

@@ -1,5 +1,6 @@
 """The embedded model, its recipe and the commands of the README, as they are written."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_lenses import tiny_tokenizer
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistency_lens import ConsistencyLensModel, Subject
 from consistency_lens.cli.parser import parse_arguments
+from consistency_lens.cli.train import main
 from consistency_lens.data.generation import sample_documents
 from consistency_lens.evaluation.metrics import text_nll
 from consistency_lens.losses import kl_divergence
@@ -68,6 +72,30 @@ def test_a_pretrained_model_by_others_reads_the_same_by_one_token_and_in_full(st
     assert full.min() > 0.1
 
 
+def random_subject(family: str, folder: Path) -> Path:
+    """A model of four blocks with random weights, and its tokenizer."""
+    layer_types = {"layer_types": None} if family == "gemma3" else {}
+    tiny_model(family, num_hidden_layers=4, **layer_types).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("subject", ["stories260k", "gpt2", "gemma2", "gemma3"])
+def test_the_best_recipe_needs_no_change_but_the_model(subject, tmp_path, request):
+    folder = request.getfixturevalue(subject) if subject == "stories260k" else random_subject(subject, tmp_path / "m")
+    small = {
+        "num_documents": 16, "positions_per_sequence": 4, "max_steps": 4, "eval_rows": 8, "max_length": 32,
+        "validation_fraction": 0.3, "per_device_train_batch_size": 4, "num_samples": 2, "logging_steps": 2,
+        "eval_steps": 3, "interim_eval_rows": 4, "sample_steps": 3, "tracked_samples": 2, "disable_tqdm": True,
+        "model": folder, "output_dir": tmp_path / "run", "use_cpu": True,
+    }  # fmt: skip
+    flags = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    shorter = ["--stages", "warm_start 2s", "policy_gradient", "--eval_checks", "best_of_n", "steering"]
+    assert main(["--config", str(ROOT / "examples/recipes/tiny_stories_best.yaml"), *flags, *shorter]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["rows"] == 8 and metrics["controls"]["mean"]["fve"] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_has_known_keys_and_stages_that_fit(path):
     recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), ["--config", str(path)])
@@ -97,7 +125,7 @@ def test_the_command_of_the_readme_trains_a_lens(tmp_path):
     flags = [part for name, value in small.items() for part in (f"--{name}", str(value))]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     recipe = ["examples/train_lens.py", "--config", "examples/recipes/tiny_stories.yaml"]
-    stages = ["--stages", "warm_start 2s", "policy_gradient"]
+    stages = ["--stages", "warm_start 2s", "policy_gradient", "--eval_checks", "best_of_n"]
     done = run([*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *recipe, *flags, *stages], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     for expected in ("FVE", "context_tail", "next before", "The lens lies in"):
