@@ -206,32 +206,43 @@ class ConsistencyLensModel(TrainedTensorsModel):
             logits = self.decoder(activations, text_ids)
             if straight_through:
                 embeddings = self.encoder.embed_text(SoftText(text_ids, logits), None, tau)
-                mask = self.text_mask(text_ids) if encoder_text_mask is None else encoder_text_mask
+                mask = self.mask_to_read(text_ids, encoder_text_mask)
                 return LensOutput(self.encoder(embeddings, mask), text_ids, logits)
             read_ids = text_ids if encoder_text_ids is None else encoder_text_ids
             return LensOutput(self.read_ids(read_ids, encoder_text_mask), read_ids, logits)
         length = self.config.num_text_tokens if num_text_tokens is None else num_text_tokens
         text = self.decoder.generate_soft(activations, noise_keys, length, tau)
         embeddings = self.encoder.embed_text(text, noise_keys, tau)
-        reconstruction = self.encoder(embeddings, self.text_mask(text.token_ids))
+        reconstruction = self.encoder(embeddings, self.mask_to_read(text.token_ids, None))
         return LensOutput(reconstruction, text.token_ids, text.logits)
 
-    def text_mask(self, text_ids: Tensor) -> Tensor | None:
-        """What of the texts (B, T) is text, (B, T) bool: all before the stop token, and never nothing at all.
+    def text_mask(self, text_ids: Tensor) -> Tensor:
+        """What of the texts (B, T) is text, (B, T) bool: all before the decoder's stop token, if it has one.
 
-        None where the decoder has no stop token: everything counts.
+        The first token always counts: an encoder without BOS and prompt could not read an empty text.
         """
-        stop = self.config.decoder.stop_token_id
-        if stop is None:
-            return None
-        mask = (text_ids == stop).cumsum(dim=1) == 0
-        mask[:, :1] = True  # an encoder without BOS and prompt could not read an empty text
+        mask = self.drawn_mask(text_ids) & (text_ids != self.stop_token_id)
+        mask[:, :1] = True
         return mask
+
+    def drawn_mask(self, text_ids: Tensor) -> Tensor:
+        """What of the texts (B, T) the decoder drew before it stopped, (B, T) bool: the stop token is the last."""
+        stops = text_ids == self.stop_token_id
+        return stops.cumsum(dim=1) - stops.long() == 0
+
+    @property
+    def stop_token_id(self) -> int:
+        """The token that ends a text; -1, which is no token, where texts always have T tokens."""
+        stop = self.config.decoder.stop_token_id
+        return -1 if stop is None else stop
 
     def read_ids(self, text_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the encoder makes of texts (B, T): Â, (B, d). `mask` (B, T) says what is read; `text_mask` if None."""
-        mask = self.text_mask(text_ids) if mask is None else mask
-        return self.encoder(self.encoder.embed_ids(text_ids), mask)
+        return self.encoder(self.encoder.embed_ids(text_ids), self.mask_to_read(text_ids, mask))
+
+    def mask_to_read(self, text_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The given mask, or the text's own; None where all of it is read, which spares the encoder a look."""
+        return self.text_mask(text_ids) if mask is None and self.stop_token_id >= 0 else mask
 
     def activations(self, text: str) -> Tensor:
         """The activations (S, d) of a text's S tokens at the layer that the lens reads, BOS left out."""
@@ -269,9 +280,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
         if activations.ndim != 2 or len(activations) == 0 or activations.shape[1] != len(self.mean):
             raise ValueError(f"decode: activations must be (B, {len(self.mean)}), got {tuple(activations.shape)}")
         ids = self.decode_ids(activations, num_text_tokens, keys, temperature)
-        tokenizer, mask = self.require_tokenizer(), self.text_mask(ids)
-        rows = ids if mask is None else [row[keep] for row, keep in zip(ids, mask, strict=True)]
-        return DecodedText(ids, tokenizer.batch_decode(rows))
+        rows = [row[keep] for row, keep in zip(ids, self.text_mask(ids), strict=True)]
+        return DecodedText(ids, self.require_tokenizer().batch_decode(rows))
 
     @torch.no_grad()
     def encode(self, texts: str | list[str] | Tensor) -> Tensor:

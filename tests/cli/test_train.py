@@ -73,6 +73,7 @@ def test_texts_may_stop_and_be_taxed_and_start_from_summaries(subject_folder, tm
     pairs = [{"context": f"w{i} w{i + 1} w{i + 2}", "summary": f"w{i}"} for i in range(5, 12)]
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     settings = {"summaries": tmp_path / "pairs.jsonl", "stop_at_eos": True, "length_penalty": 0.1, "max_steps": 6}
+    settings |= {"shorter_share": 1}
     stages = ["--stages", "warm_start 4s", "policy_gradient"]
     assert main([*flags(subject_folder, tmp_path / "run", **settings), *stages]) == 0
     lens = AutoModel.from_pretrained(tmp_path / "run")
@@ -131,7 +132,10 @@ def test_sampling_serves_where_there_is_no_text(subject_folder, tmp_path):
         ({"decoder_prompt": "no slot"}, "<embed> exactly once"),
         ({"encoder_prompt": "no slot"}, "<text> exactly once"),
         ({"min_position": 0}, "min_position must be at least 1"),
-        ({"length_penalty": 0.5}, "length_penalty: got 0.5, but texts of this lens always have 3 tokens"),
+        (
+            {"length_penalty": 0.5, "shorter_share": 1},
+            "length_penalty: got 0.5, but texts of this lens",
+        ),
         ({"summaries": "nowhere.jsonl"}, "summaries: cannot read 'nowhere.jsonl'"),
         ({"reward": "wit", "stages": "policy_gradient"}, "reward must be one of -mse, -log_mse, -kl, got 'wit'"),
         ({"max_length": 5}, "max_length 5 leaves no position"),

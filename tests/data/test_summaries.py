@@ -42,6 +42,7 @@ def test_the_summary_stands_in_place_of_the_tail(source, subject):
     rows = SummaryRows(read_summaries(source), subject, tiny_tokenizer(), max_length=16)
     batch = ActivationCollator(0, 4, bos_token_id=1)(list(rows))
     assert batch["tail_ids"][1].tolist() == [10, 11, 12, 13]
+    assert batch["given_text"].all()
     assert batch["tail_ids"][0].tolist() == [0, 0, 0, 9] and batch["tail_mask"][0].tolist() == [False] * 3 + [True]
 
 
@@ -50,7 +51,7 @@ def test_a_long_context_keeps_its_end(source, subject):
     assert rows[0]["input_ids"].tolist() == [1, 5, 6]
 
 
-def test_unusable_pairs_are_named(tmp_path, source, subject):
+def test_unusable_pairs_are_named(tmp_path):
     with pytest.raises(ValueError, match="summaries: cannot read"):
         read_summaries(str(tmp_path / "nothing.jsonl"))
     other = tmp_path / "other.jsonl"
@@ -58,5 +59,5 @@ def test_unusable_pairs_are_named(tmp_path, source, subject):
     with pytest.raises(ValueError, match="needs rows with the columns context and summary, got 1 with"):
         read_summaries(str(other))
     other.write_text('{"context": "w3", "summary": ""}\n')
-    with pytest.raises(ValueError, match="the summary of row 0 is empty"):
-        SummaryRows(read_summaries(str(other)), subject, tiny_tokenizer(), max_length=8)
+    with pytest.raises(ValueError, match="the summary of row 0 is no text, or an empty one"):
+        read_summaries(str(other))

@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,27 @@ def test_a_tail_begins_at_index_0_whatever_its_length():
     assert stopped.read_mask.tolist() == [[True, False, False], [True, True, False]]
 
 
+def test_a_given_text_is_never_cut(setting):
+    _, lens, batch = setting
+    seen = []
+    given = {**batch, "given_text": torch.tensor([True] * 4 + [False] * 4)}
+    for number in range(4):
+        WarmStart(shorter_share=1.0)(spied(lens, seen), lens, given, Step(0, number))
+    masks = torch.stack([inputs["encoder_text_mask"] for inputs in seen])
+    assert masks[:, :4].all() and not masks[:, 4:].all()
+
+
+def test_nothing_behind_a_stop_token_is_drawn_or_read(setting):
+    subject, lens, _ = setting
+    statistics = SimpleNamespace(mean=lens.mean, rms=lens.rms)
+    stopping = tiny_lens(subject, lens.tokenizer, statistics, stop_token_id=2)
+    ids = torch.tensor([[2, 7, 8], [5, 2, 8], [5, 6, 2], [5, 6, 7]])
+    assert stopping.drawn_mask(ids).tolist() == [[True, False, False], [True, True, False], [True] * 3, [True] * 3]
+    # the first token is read even if it is the stop: an encoder cannot read nothing
+    assert stopping.text_mask(ids).tolist() == [[True, False, False]] * 2 + [[True, True, False], [True] * 3]
+    assert lens.text_mask(ids).all() and lens.drawn_mask(ids).all()
+
+
 def test_the_kl_term_is_zero_for_the_activation_itself(setting):
     subject, _, batch = setting
     assert functional_kl(subject, batch, batch["activations"]).abs().max() < 1e-5
@@ -155,7 +177,9 @@ class Toy(torch.nn.Module):
         return sample_tokens(flat, each).view(-1, self.length)
 
     def text_mask(self, ids):
-        return None
+        return torch.ones_like(ids, dtype=torch.bool)
+
+    drawn_mask = text_mask
 
     def forward(self, activations, text_ids, encoder_text_mask=None, straight_through=False, tau=1.0):
         reconstruction = torch.nn.functional.one_hot(text_ids[:, -1], self.words).float() * self.scale(text_ids)
@@ -210,6 +234,19 @@ def test_the_expected_gradient_is_that_of_the_expected_reward():
     torch.testing.assert_close(found * length * group_size / (group_size - 1), analytic, atol=1e-6, rtol=1e-4)
 
 
+def test_the_direction_of_the_lm_term_is_that_asked_for(setting):
+    _, lens, batch = setting
+    reference = freeze_copy(lens.decoder)
+    with torch.no_grad():
+        reference.projection.bias.add_(0.5)
+    step, activations = Step(0, 0), batch["activations"].repeat_interleave(2, dim=0)
+    ids = lens.decode_ids(activations, keys=torch.stack([step.keys(batch["rows"], d) for d in (0, 1)], 1).flatten())
+    own, other = lens.decoder(activations, ids), reference(activations, ids)
+    for direction, pair in (("reverse", (own, other)), ("forward", (other, own))):
+        terms = PolicyGradient(reference, 2, lm_direction=direction)(lens, lens, batch, step).terms
+        torch.testing.assert_close(terms["lm"], kl_divergence(*pair).mean(), atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("reward", ["-mse", "-log_mse", "-kl"])
 def test_the_policy_term_is_the_score_function_of_the_samples(setting, reward):
     """Its gradient is -mean(advantage x grad log p(text)), with rewards that carry no gradient."""
@@ -239,7 +276,7 @@ def test_equal_texts_have_no_advantage_and_move_nothing(setting):
     _, lens, batch = setting
 
     class Silent:  # every sample of an activation is the same text
-        text_mask, rms = lens.text_mask, lens.rms
+        text_mask, drawn_mask, rms = lens.text_mask, lens.drawn_mask, lens.rms
 
         def decode_ids(self, activations, keys):
             return torch.full((len(activations), 3), 5)
@@ -281,12 +318,15 @@ def test_a_length_penalty_rewards_the_text_that_stops_first(setting):
         def text_mask(self, ids):
             return (ids == 2).cumsum(1) == 0
 
-    def advantage_of_the_short(penalty):
+        def drawn_mask(self, ids):
+            return (ids == 2).cumsum(1) - (ids == 2).long() == 0
+
+    def losses_with(penalty):
         objective = PolicyGradient(reference=None, group_size=2, length_penalty=penalty, scale_advantage=False)
         objective.rewards = lambda batch, reconstruction, mse: torch.zeros(2 * len(batch["rows"]))
         return objective(lens, Stopping(), batch, Step(0, 0))
 
-    free, taxed = advantage_of_the_short(0.0), advantage_of_the_short(0.3)
+    free, taxed = losses_with(0.0), losses_with(0.3)
     assert free.terms["policy"] == 0 and taxed.metrics["text_length"] == 2
     # rewards -0.3 and -0.1 about their mean, and of the short text only its word and its stop are scored
     log_p = lens.decoder(batch["activations"].repeat_interleave(2, 0), ids.repeat(8, 1)).log_softmax(-1)

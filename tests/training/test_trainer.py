@@ -35,10 +35,11 @@ LORA = {"training": "lora", "lora": {"r": 4, "lora_alpha": 8, "target_modules": 
 CLONES = [{"training": "full"}, {"training": "frozen"}, LORA]
 
 
+@pytest.mark.parametrize("stages", [["warm_start"], ["warm_start 2s", "policy_gradient"]], ids=len)
 @pytest.mark.parametrize("clones", CLONES, ids=lambda clones: clones["training"])
-def test_every_trained_tensor_moves_and_the_subject_does_not(tmp_path, clones):
+def test_every_trained_tensor_moves_and_the_subject_does_not(tmp_path, clones, stages):
     # two steps: LoRA's first matrices have no gradient before its second ones, which start at zero, have moved
-    trainer = tiny_trainer(tmp_path, clones, max_steps=2, stages=["warm_start"], learning_rate=1e-2)
+    trainer = tiny_trainer(tmp_path, clones, max_steps=4, stages=stages, learning_rate=1e-2)
     before = parameters(trainer)
     subject_before = {n: p.clone() for n, p in trainer.lens.subject.model.named_parameters()}
     trainer.train()
@@ -107,6 +108,13 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         kept.append(keep.steps[0])
     for name, gradient in kept[0].items():
         torch.testing.assert_close(gradient, kept[1][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_each_stage_may_have_its_own_weights(tmp_path):
+    trainer = tiny_trainer(tmp_path, stages=["warm_start 3s", "policy_gradient"], mse_weight=["0.5", "linear 1 -> 0"])
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [round(entry["mse_weight"], 3) for entry in entries] == [0.5] * 3 + [1, 0.667, 0.333]
 
 
 def test_a_schedule_starts_anew_with_each_stage(tmp_path):
@@ -201,7 +209,10 @@ def test_the_held_out_reading_is_the_fve_of_greedy_texts(tmp_path):
     reconstruction = lens.encode(lens.decode(activations).token_ids)
     error, variance = (activations - reconstruction).square().sum(), (activations - lens.mean).square().sum()
     assert trainer.warm_start_end.held_out_fve() == pytest.approx(float(1 - error / variance), abs=1e-5)
-    assert lens.training is False or lens.decoder.training  # the mode is as it was
+    lens.train()
+    lens.encoder.eval()
+    trainer.warm_start_end.held_out_fve()
+    assert lens.decoder.training and not lens.encoder.training  # the modes are as they were
 
 
 @pytest.mark.parametrize("save_at", [1, 3, 5, 7])
@@ -221,13 +232,24 @@ def test_all_stages_resume_though_warm_start_ended_early(tmp_path, save_at):
 
 def test_a_length_penalty_needs_a_stop_token(tmp_path):
     with pytest.raises(ValueError, match="length_penalty: got 0.1, but texts of this lens always have 3 tokens"):
-        tiny_trainer(tmp_path / "a", stages=["warm_start 3s", "policy_gradient"], length_penalty=0.1)
+        tiny_trainer(
+            tmp_path / "a", stages=["warm_start 3s", "policy_gradient"], length_penalty=0.1, shorter_share=1.0
+        )
     trainer = tiny_trainer(
         tmp_path / "b", {"stop_token_id": 2}, stages=["warm_start 3s", "policy_gradient"], length_penalty=0.1,
         shorter_share=1.0,
     )  # fmt: skip
     trainer.train()
-    assert 0 < trainer.state.log_history[-2]["text_length"] <= 3
+    entries = [entry for entry in trainer.state.log_history if "text_length" in entry]
+    assert len(entries) == 3 and any(entry["text_length"] < 3 for entry in entries)
+
+
+def test_patience_may_not_change_at_a_resume(tmp_path):
+    stages = ["warm_start 3s", "policy_gradient"]
+    tiny_trainer(tmp_path, stages=stages, save_strategy="steps", save_steps=2, max_steps=4).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(ValueError, match="warm_start_patience: is on, but was off in"):
+        tiny_trainer(tmp_path, stages=stages, warm_start_patience=1).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_missing_reference_is_an_error(tmp_path):
@@ -256,11 +278,13 @@ def test_evaluate_gives_a_loss(tmp_path):
 
 
 def test_bf16_trains_in_full_precision_weights(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=2, bf16=True, stages=["warm_start 1s", "gumbel"])
+    trainer = tiny_trainer(tmp_path, max_steps=3, bf16=True, stages=["warm_start 1s", "gumbel 1s", "policy_gradient"])
     computed_in = set()
     trainer.lens.encoder.output_map.register_forward_hook(lambda module, inputs, output: computed_in.add(output.dtype))
     trainer.train()
     assert torch.bfloat16 in computed_in  # the passes that carry gradients really ran under autocast
+    # the reference, too: at the first step behind warm start it is the decoder itself
+    assert trainer.state.log_history[1]["lm"] == pytest.approx(0, abs=1e-6)
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in parameters(trainer).values())
 
 

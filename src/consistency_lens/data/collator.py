@@ -30,8 +30,7 @@ class ActivationCollator:
     | rows | (B,) int64 | global row indices in the cache: the keys of sampling noise |
     | document | (B,) int64 | document hashes |
     | tail_ids, tail_mask | (B, T) int64, bool | the last T tokens of the context, P's included; left-padded |
-
-    The tail of a row with `text_ids` of its own (`data.summaries`) is the first T of those.
+    | given_text | (B,) bool | whether the tail is the first T of the row's own `text_ids` (`data.summaries`) |
 
     Raises:
         ValueError: if `num_text_tokens` is below 1 or `pad_token_id` is None.
@@ -54,10 +53,12 @@ class ActivationCollator:
         attention_mask = np.zeros((len(rows), longest), dtype=np.int64)
         tail_ids = np.full((len(rows), self.num_text_tokens), self.pad_token_id, dtype=np.int64)
         tail_mask = np.zeros((len(rows), self.num_text_tokens), dtype=bool)
+        given_text = np.zeros(len(rows), dtype=bool)
         for index, (row, context) in enumerate(zip(rows, contexts, strict=True)):
             input_ids[index, : len(context)] = context
             attention_mask[index, : len(context)] = 1
-            if "text_ids" in row:
+            given_text[index] = "text_ids" in row
+            if given_text[index]:
                 tail = row["text_ids"][: self.num_text_tokens]
             else:
                 tail = context[int(context[0] == self.bos_token_id) :][-self.num_text_tokens :]
@@ -73,6 +74,7 @@ class ActivationCollator:
             "document": _stack(rows, "document", np.int64),
             "tail_ids": torch.from_numpy(tail_ids),
             "tail_mask": torch.from_numpy(tail_mask),
+            "given_text": torch.from_numpy(given_text),
         }
         if "other_activation" in rows[0]:
             batch["other_activations"] = _stack(rows, "other_activation", np.float32)

@@ -20,7 +20,7 @@ def read_summaries(source: str) -> Dataset:
     """Reads a data set with the text columns `context` and `summary`: a file, or the `train` split of a Hub id.
 
     Raises:
-        ValueError: if it cannot be read, has other columns, or is empty.
+        ValueError: if it cannot be read, has other columns, or is empty, or if a text is missing.
     """
     path = Path(source)
     try:
@@ -39,6 +39,10 @@ def read_summaries(source: str) -> Dataset:
             f"summaries: {source!r} needs rows with the columns {' and '.join(COLUMNS)}, got {len(dataset)} with "
             f"{', '.join(dataset.column_names)}; rename them"
         )
+    for name in COLUMNS:
+        bad = [index for index, text in enumerate(dataset[name]) if not isinstance(text, str) or not text.strip()]
+        if bad:
+            raise ValueError(f"summaries: the {name} of row {bad[0]} is no text, or an empty one; leave the row out")
     return dataset.select_columns(list(COLUMNS))
 
 
@@ -49,16 +53,13 @@ class SummaryRows(torch.utils.data.Dataset):
     the collator puts in place of the context's tail.
 
     Args:
-        pairs: with the columns `context` and `summary`.
+        pairs: from `read_summaries`.
         subject: gives the activations; they are held in memory, (N, d) float32.
         tokenizer: of the subject.
         max_length: tokens of a context, BOS included; of a longer one the end is kept.
         first_row: index of the first row, beyond those of the cache that these rows are mixed with: sampling noise
             belongs to it.
         batch_size: contexts in a pass of the subject.
-
-    Raises:
-        ValueError: if a context or a summary has no tokens, naming its row.
     """
 
     def __init__(
@@ -72,10 +73,6 @@ class SummaryRows(torch.utils.data.Dataset):
     ) -> None:
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         contexts, texts = (tokenizer(list(pairs[name]), add_special_tokens=False)["input_ids"] for name in COLUMNS)
-        for name, rows in zip(COLUMNS, (contexts, texts), strict=True):
-            empty = [index for index, ids in enumerate(rows) if not ids]
-            if empty:
-                raise ValueError(f"summaries: the {name} of row {empty[0]} is empty; leave the row out")
         self.contexts = [bos + ids[-(max_length - len(bos)) :] for ids in contexts]
         self.texts = texts
         self.documents = [document_hash(context) for context in pairs["context"]]

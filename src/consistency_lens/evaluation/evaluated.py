@@ -53,8 +53,7 @@ class EvaluatedRows:
     @property
     def text_mask(self) -> Tensor:
         """What of the texts is text, (N, T) bool: what stands before the decoder's stop token, where it has one."""
-        mask = self.lens.text_mask(self.text_ids)
-        return torch.ones_like(self.text_ids, dtype=torch.bool) if mask is None else mask
+        return self.lens.text_mask(self.text_ids)
 
     def texts(self) -> list[str]:
         """The lens's texts as strings, each up to its stop token where the decoder has one."""

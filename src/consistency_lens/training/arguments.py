@@ -1,6 +1,7 @@
 """The training arguments: everything of `transformers.TrainingArguments`, and what a lens needs beside it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -12,6 +13,13 @@ LM_DIRECTIONS = ("forward", "reverse")
 DELTA_RESIDUALS = ("none", "detached", "full")
 REWARDS = ("-mse", "-log_mse", "-kl")
 LM_ESTIMATORS = ("exact", "k3")
+CHOICES = {
+    "lm_reference": LM_REFERENCES,
+    "lm_direction": LM_DIRECTIONS,
+    "delta_residual": DELTA_RESIDUALS,
+    "reward": REWARDS,
+    "lm_estimator": LM_ESTIMATORS,
+}
 SCHEDULED = (
     "tau",
     "kl_weight",
@@ -33,19 +41,29 @@ class Stage:
 
     @classmethod
     def parse(cls, text: str) -> "Stage":
-        """Reads `"warm_start 60%"`; ValueError for an unknown objective."""
-        objective, *rest = text.split()
+        """Reads `"warm_start 60%"`; ValueError for an unknown objective or what is no duration."""
+        objective, *rest = text.split() or [""]
         if objective not in OBJECTIVES or len(rest) > 1:
             raise ValueError(
                 f"stages: each is '<objective> [duration]' with objective one of {', '.join(OBJECTIVES)}, got {text!r}"
             )
+        for duration in rest:
+            parse_duration(duration, steps_per_epoch=1, total_steps=1)  # a mistake shows before there is any data
         return cls(objective, rest[0] if rest else None)
+
+
+def schedule(default: str, text: str) -> Any:
+    """A field that takes one schedule, or one for each stage."""
+    return field(default_factory=lambda: [default], metadata={"help": text})
 
 
 @dataclass
 class ConsistencyLensTrainingArguments(TrainingArguments):
-    """Arguments of `ConsistencyLensTrainer`. `learning_rate` is the decoder's; schedules count steps from the start of
-    the stage that uses them, in the grammar of `schedules.py` ("linear 0 -> 1 over 50%")."""
+    """Arguments of `ConsistencyLensTrainer`. `learning_rate` is the decoder's.
+
+    Weights and the temperature are schedules in the grammar of `schedules.py` ("linear 0 -> 1 over 50%"), which count
+    steps from the start of a stage: one for all stages, or a list with one for each.
+    """
 
     stages: list[str] = field(
         default_factory=lambda: ["warm_start 50%", "gumbel"],
@@ -64,14 +82,12 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             "Unset: lr_scheduler_type over the whole run."
         },
     )
-    ce_weight: str = field(default="1", metadata={"help": "Warm start: weight of the decoder's cross-entropy."})
-    mse_weight: str = field(default="1", metadata={"help": "Weight of the normalised squared error."})
-    kl_weight: str = field(default="1", metadata={"help": "Gumbel: weight of KL(p(.|A) || p(.|reconstruction))."})
-    lm_weight: str = field(default="0.1", metadata={"help": "Weight of the divergence from the LM reference."})
-    entropy_weight: str = field(
-        default="0", metadata={"help": "Gumbel: weight of the decoder's entropy (subtracted)."}
-    )
-    policy_weight: str = field(default="1", metadata={"help": "Weight of the policy-gradient term."})
+    ce_weight: list[str] = schedule("1", "Warm start: weight of the decoder's cross-entropy.")
+    mse_weight: list[str] = schedule("1", "Weight of the normalised squared error.")
+    kl_weight: list[str] = schedule("1", "Gumbel: weight of KL(p(.|A) || p(.|reconstruction)).")
+    lm_weight: list[str] = schedule("0.1", "Weight of the divergence from the LM reference.")
+    entropy_weight: list[str] = schedule("0", "Gumbel: weight of the decoder's entropy (subtracted).")
+    policy_weight: list[str] = schedule("1", "Weight of the policy-gradient term.")
     group_size: int = field(default=4, metadata={"help": "Policy gradient: texts sampled for each activation."})
     reward: str = field(
         default="-mse",
@@ -90,14 +106,14 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Policy gradient: the squared error reaches the decoder too, token by token."},
     )
-    tau: str = field(default="1", metadata={"help": "Gumbel: temperature of the straight-through gradient."})
+    tau: list[str] = schedule("1", "Temperature of the straight-through gradient.")
     lm_reference: str = field(
         default="warm_start", metadata={"help": "What text is held close to.", "choices": LM_REFERENCES}
     )
     lm_direction: str = field(
         default="reverse",
         metadata={
-            "help": "forward: KL(reference || decoder); reverse: KL(decoder || reference).",
+            "help": "forward: KL(reference || decoder); reverse: KL(decoder || reference), what k3 estimates.",
             "choices": LM_DIRECTIONS,
         },
     )
@@ -136,39 +152,53 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False  # the collator reads columns that `forward` does not name
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained tensor is used in every forward
-        stages = self.parsed_stages()
-        if any(stage.duration is None for stage in stages[:-1]):
-            raise ValueError("stages: every stage but the last needs a duration, e.g. 'warm_start 60%'")
+        self.check_schedules()
+        self.check_choices()
+        self.check_numbers()
+        self.check_stage_settings()
+
+    def check_schedules(self) -> None:
+        """Puts a schedule that is given alone into a list; ValueError for what is none, or a wrong number of them."""
+        count = len(self.parsed_stages())
         for name in SCHEDULED:
             value = getattr(self, name)
-            for text in value if isinstance(value, list) else [value]:
-                if text is not None:
-                    Schedule.parse(str(text))
-        for name, allowed in (
-            ("lm_reference", LM_REFERENCES),
-            ("lm_direction", LM_DIRECTIONS),
-            ("delta_residual", DELTA_RESIDUALS),
-            ("reward", REWARDS),
-            ("lm_estimator", LM_ESTIMATORS),
-        ):
+            if value is None:
+                continue
+            texts = [str(text) for text in value] if isinstance(value, list) else [str(value)]
+            setattr(self, name, texts)
+            wanted = (count,) if name == "learning_rate_schedule" else (1, count)
+            if len(texts) not in wanted:
+                raise ValueError(f"{name}: got {len(texts)} schedules for {count} stages; give one each")
+            for parsed in map(Schedule.parse, texts):
+                if name == "tau" and (min(parsed.start, parsed.end) <= 0 or parsed.warmup):
+                    raise ValueError(f"tau must stay positive and have no warmup, got {texts}; 0.1 to 2 is usual")
+
+    def check_choices(self) -> None:
+        """ValueError for a setting that is not one of those it may be."""
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.lm_estimator == "k3" and self.lm_direction == "forward":
+            raise ValueError("lm_estimator='k3' estimates KL(decoder || reference); set lm_direction to reverse")
+
+    def check_numbers(self) -> None:
+        """ValueError for a number that is out of range."""
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}; a group of one has no advantage")
         for name in ("own_share", "shorter_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
-        if self.length_penalty < 0:
-            raise ValueError(f"length_penalty must be 0 or more, got {self.length_penalty}")
-        if self.warm_start_patience < 0 or self.warm_start_check_steps < 1:
+        for name, least in (("length_penalty", 0), ("warm_start_patience", 0), ("warm_start_check_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+
+    def check_stage_settings(self) -> None:
+        """ValueError for stages that cannot follow each other, or for settings that do not go with them."""
+        stages = self.parsed_stages()
+        if any(stage.duration is None for stage in stages[:-1]) or stages[-1].duration is not None:
             raise ValueError(
-                f"warm_start_patience must be 0 or more and warm_start_check_steps at least 1, got "
-                f"{self.warm_start_patience} and {self.warm_start_check_steps}"
-            )
-        if self.learning_rate_schedule is not None and len(self.learning_rate_schedule) != len(stages):
-            raise ValueError(
-                f"learning_rate_schedule: got {len(self.learning_rate_schedule)} for {len(stages)} stages; "
-                "give one each"
+                f"stages: every stage but the last needs a duration ('warm_start 60%'), and the last runs to the end; "
+                f"got {self.stages}"
             )
         if self.warm_start_patience > 0 and not any(stage.objective == "warm_start" for stage in stages[:-1]):
             raise ValueError(
@@ -178,11 +208,24 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             raise ValueError(
                 "lm_reference='warm_start' needs a warm_start stage first; add one, or take lm_reference=subject"
             )
+        if self.length_penalty > 0 and self.prefix_budgets:
+            raise ValueError("length_penalty taxes words that prefix_budgets gives no credit for; leave one out")
+        if self.length_penalty > 0 and self.shorter_share == 0:
+            raise ValueError("length_penalty: warm start teaches to stop by shorter tails; raise shorter_share")
+        if self.load_best_model_at_end and self.metric_for_best_model == "loss" and len(stages) > 1:
+            raise ValueError(
+                "load_best_model_at_end: the loss is another one in each stage; set metric_for_best_model to fve"
+            )
 
     def has_weight(self, term: str) -> bool:
-        """Whether a loss term ever counts: a schedule that starts and ends at 0 switches it off."""
-        schedule = Schedule.parse(getattr(self, f"{term}_weight"))
-        return schedule.start != 0 or schedule.end != 0
+        """Whether a loss term ever counts: schedules that start and end at 0 switch it off."""
+        schedules = [Schedule.parse(text) for text in getattr(self, f"{term}_weight")]
+        return any(schedule.start != 0 or schedule.end != 0 for schedule in schedules)
+
+    def schedule_of(self, name: str, stage: int) -> str:
+        """The schedule of a weight, the temperature or the learning rate in the stage of that index."""
+        texts = getattr(self, name)
+        return texts[min(stage, len(texts) - 1)]
 
     def parsed_stages(self) -> list[Stage]:
         """The stages in order; ValueError if there are none or one is not understood."""

@@ -1,6 +1,7 @@
 """The evaluation of a lens while it is trained."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,17 +54,16 @@ class EvaluateLens(TrainerCallback):
         if args.world_size > 1:
             broadcast_object_list(figures)
         metrics.update(figures[0])
-        if figures[0]:
-            self.trainer.log(dict(figures[0]))
+        self.trainer.log(dict(figures[0]))
 
     def figures(self, step: int) -> dict[str, float]:
-        """What the evaluator finds, by the names of the log; nothing where the lens is not finite."""
+        """What the evaluator finds, by the names of the log; the worst of all where the lens is not finite."""
         try:
             return logged(self.evaluator())
         except ValueError as error:
-            # The trainer skips steps that are not finite and stops when there is nothing else.
+            # The trainer skips steps that are not finite and stops when there is nothing else; such a lens is no best.
             logger.warning("step %d: not evaluated: %s", step, error)
-            return {}
+            return {"eval_fve": -math.inf, "eval_kl_recovered": -math.inf}
 
 
 def logged(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ terms unweighted, and names them as the weights in `ConsistencyLensTrainingArgum
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -80,7 +81,7 @@ class WarmStart:
     encoder regresses the activation (`mse`) from those tokens and, for `own_share` of the rows, from the decoder's own
     samples, so that it has read the texts that it will be given later. For `shorter_share` of the rows the tail has
     only t tokens, t uniform in 1..T: the encoder reads no more than these, and a decoder with a stop token learns to
-    write them and to stop.
+    write them and to stop. A row that brings a text of its own, such as a summary, has it whole in place of a tail.
     """
 
     own_share: float = 0.0
@@ -91,12 +92,16 @@ class WarmStart:
         keys = step.keys(batch["rows"])
         # what a row reads belongs to the row and the step, not to how the batch is split over processes
         shorter, own = uniform(keys, 0) < self.shorter_share, uniform(keys, 1) < self.own_share
+        shorter = shorter & ~batch["given_text"]
         limits = torch.where(shorter, 1 + (uniform(keys, 2) * length).long(), length)
+        stops = lens.config.decoder.stop_token_id is not None
         tails = Tails.of(batch, limits, lens.config.decoder.stop_token_id)
         read_ids, read_mask = tails.ids.clone(), tails.read_mask.clone()
         if own.any():
             read_ids[own] = lens.decode_ids(activations[own], keys=keys[own])
-            read_mask[own] = last_true(text_mask(lens, read_ids[own]), limits[own])
+            own_mask = lens.text_mask(read_ids[own])
+            # a decoder that stops by itself has chosen the length already
+            read_mask[own] = own_mask if stops else last_true(own_mask, limits[own])
         output = model(
             activations=activations, text_ids=tails.ids, encoder_text_ids=read_ids, encoder_text_mask=read_mask
         )
@@ -177,7 +182,7 @@ class Gumbel:
             )
             logits, ids = output.logits[: len(activations)], output.text_ids[: len(activations)]
 
-        drawn = drawn_tokens(text_mask(lens, ids))
+        drawn = lens.drawn_mask(ids)
         terms = {
             "mse": normalised_mse(activations, reconstruction, lens.rms).mean(),
             "entropy": masked_mean(entropy(logits), drawn).mean(),
@@ -199,7 +204,7 @@ class PolicyGradient:
     For each activation the decoder samples G texts (no gradient, with the KV cache); one teacher-forced pass scores
     them and lets the encoder read them. `policy`: -advantage x log-probability of the text / T, the advantage being
     the reward against those of the group. `mse`: the encoder regresses on the same samples. `lm`: the divergence
-    KL(decoder || reference) at every token of the text.
+    between decoder and reference at every token of the text.
 
     Args:
         reference: what the text is held close to; None without an `lm` term.
@@ -207,7 +212,8 @@ class PolicyGradient:
         reward: "-mse" or "-log_mse" of the reconstruction (normalised), or "-kl", what the subject makes of it.
         subject: the model being read, for the reward "-kl".
         scale_advantage: whether rewards are divided by the spread of their group; if not, they are only centred.
-        lm_estimator: "exact" over the vocabulary, or "k3" from the sampled tokens (`losses.k3_divergence`).
+        lm_direction: "reverse" is KL(decoder || reference), "forward" the other.
+        lm_estimator: "exact" over the vocabulary, or "k3" from the sampled tokens (`losses.k3_divergence`), reverse.
         prefix_budgets: the encoder reads only the first t tokens, t uniform in 1..T for each group, so that the
             important words come first.
         length_penalty: what a text of T tokens loses of its reward, shorter ones in proportion; it takes a decoder
@@ -222,6 +228,7 @@ class PolicyGradient:
     reward: str = "-mse"
     subject: Subject | None = None
     scale_advantage: bool = True
+    lm_direction: str = "reverse"
     lm_estimator: str = "exact"
     prefix_budgets: bool = False
     length_penalty: float = 0.0
@@ -249,7 +256,8 @@ class PolicyGradient:
             with torch.no_grad():
                 reference = self.reference(activations, texts.ids)
             if self.lm_estimator == "exact":
-                divergence = kl_divergence(output.logits, reference)
+                pair = (reference, output.logits) if self.lm_direction == "forward" else (output.logits, reference)
+                divergence = kl_divergence(*pair)
             else:
                 divergence = k3_divergence(log_probabilities, token_log_probabilities(reference, texts.ids))
             terms["lm"] = masked_mean(divergence, texts.drawn).mean()
@@ -268,10 +276,9 @@ class PolicyGradient:
         """G texts for each row of the batch, those of a row one after the other."""
         keys = torch.stack([step.keys(batch["rows"], draw) for draw in range(self.group_size)], dim=1)
         ids = lens.decode_ids(batch["activations"].repeat_interleave(self.group_size, dim=0), keys=keys.flatten())
-        text = text_mask(lens, ids)
-        drawn = drawn_tokens(text)
+        text, drawn = lens.text_mask(ids), lens.drawn_mask(ids)
         if not self.prefix_budgets:
-            return SampledTexts(ids, text, drawn, text, drawn)
+            return SampledTexts(ids, text, drawn, None, drawn)
         budgets = 1 + (uniform(keys[:, 0], 0) * ids.shape[1]).long()
         within = torch.arange(ids.shape[1], device=ids.device) < budgets.repeat_interleave(self.group_size)[:, None]
         return SampledTexts(ids, text, drawn, text & within, drawn & within)
@@ -284,30 +291,20 @@ class PolicyGradient:
             return -mse.log()
         assert self.subject is not None
         groups = reconstruction.view(-1, self.group_size, reconstruction.shape[-1])
-        context, logits = judge(self.subject, batch, groups)
+        with in_full_precision(groups):
+            context, logits = judge(self.subject, batch, groups)
         return -kl_divergence(context.logits.expand_as(logits), logits).flatten()
 
 
 class SampledTexts(NamedTuple):
     """Texts `ids` (N, T), and masks (N, T): `text`, what lies before a stop token; `drawn`, what the decoder drew,
-    the stop token included; `read`, what the encoder reads; `credited`, what the reward depends on."""
+    the stop token included; `read`, what the encoder reads (None: the text); `credited`, what earns the reward."""
 
     ids: Tensor
     text: Tensor
     drawn: Tensor
-    read: Tensor
+    read: Tensor | None
     credited: Tensor
-
-
-def text_mask(lens: ConsistencyLensModel, ids: Tensor) -> Tensor:
-    """What of the texts (B, T) is text, as `lens.text_mask` says it, but always a mask."""
-    mask = lens.text_mask(ids)
-    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-
-
-def drawn_tokens(text: Tensor) -> Tensor:
-    """The tokens (B, T) that a decoder drew: its text, by the mask (B, T) of that, and the stop token behind it."""
-    return torch.cat([torch.ones_like(text[:, :1]), text[:, :-1]], dim=1)
 
 
 def group_advantage(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
@@ -330,9 +327,15 @@ def uniform(keys: Tensor, salt: int) -> Tensor:
 def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Tensor:
     """KL(p(.|A) || p(.|Â)) in nats for each row, (B,): what the subject would predict instead."""
     positions = batch["positions"][:, None]
-    context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
-    replaced = subject.replaced_logits(context, reconstruction[:, None])
+    with in_full_precision(reconstruction):
+        context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
+        replaced = subject.replaced_logits(context, reconstruction[:, None])
     return kl_divergence(context.logits, replaced)[:, 0]
+
+
+def in_full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Autocast off on the tensor's device: the subject judges in the precision that it was loaded in."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 @dataclass

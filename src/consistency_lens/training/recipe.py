@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 AT_LEAST_ONE = ("positions_per_sequence", "num_documents", "min_position", "eval_rows", "num_samples") + (
+    "eval_fresh_encoder_steps",
     "interim_eval_rows",
     "tracked_samples",
 )
@@ -76,7 +77,7 @@ class RecipeArguments:
     )
     summaries: str | None = field(
         default=None,
-        metadata={"help": "Pairs of context and summary (file or Hub id): warm start learns to write these."},
+        metadata={"help": "Pairs of context and summary (file or Hub id), as further training rows."},
     )
     num_documents: int = field(default=4000, metadata={"help": "Documents to sample where there is no text file."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a document; the rest is cut."})
@@ -91,6 +92,9 @@ class RecipeArguments:
     eval_rows: int = field(default=1024, metadata={"help": "Held-out activations in the final evaluation."})
     eval_checks: list[str] = field(
         default_factory=list, metadata={"help": f"Checks of the final evaluation, any of {', '.join(CHECKS)}."}
+    )
+    eval_fresh_encoder_steps: int = field(
+        default=1000, metadata={"help": "Steps of the encoder that private_code trains on true text."}
     )
     num_samples: int = field(default=12, metadata={"help": "Sample rows shown and written at the end."})
     interim_eval_rows: int = field(
@@ -339,7 +343,9 @@ def watch_held_out_rows(args: RecipeArguments, trainer: ConsistencyLensTrainer) 
     rows: Any = trainer.eval_dataset
     collator: Any = trainer.data_collator
     arguments = EvaluationArguments(rows=args.interim_eval_rows, controls=["mean", "shuffled"], disable_tqdm=True)
-    trainer.add_callback(EvaluateLens(trainer, Evaluator(trainer.lens, rows, collator, arguments)))
+    # the first of all, so that early stopping and the like find its figures
+    evaluate = EvaluateLens(trainer, Evaluator(trainer.lens, rows, collator, arguments))
+    trainer.callback_handler.callbacks.insert(0, evaluate)
 
 
 def checkpoint_to_resume(wanted: str | None, output_dir: Path) -> str | None:
@@ -373,6 +379,7 @@ def evaluate_and_write(
     evaluation = EvaluationArguments(
         rows=args.eval_rows,
         checks=args.eval_checks,
+        fresh_encoder_steps=args.eval_fresh_encoder_steps,
         disable_tqdm=bool(training_args.disable_tqdm),
     )
     metrics = Evaluator(trainer.lens, held_out, collator, evaluation, rows.true_text)()

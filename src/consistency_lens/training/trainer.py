@@ -17,7 +17,7 @@ from transformers import ProgressCallback, Trainer
 
 from ..atomic_write import write_json, write_tensors
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
-from ..schedules import ResolvedSchedule, Schedule
+from ..schedules import Schedule
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, SkipNonfiniteSteps
@@ -136,11 +136,11 @@ class ConsistencyLensTrainer(Trainer):
         index = max(i for i, (start, _) in enumerate(bounds) if start <= step or i == 0)
         return index, bounds[index][0], bounds[index][1] - bounds[index][0]
 
-    def scheduled(self, text: str, step: int, total_steps: int) -> float:
-        """A schedule's value at a global step; schedules run from the start of their stage to its end."""
-        _, start, length = self.stage_at(step, total_steps)
-        resolved: ResolvedSchedule = Schedule.parse(text).resolve(self.steps_per_epoch(), length)
-        return resolved(step - start)
+    def scheduled(self, name: str, step: int, total_steps: int) -> float:
+        """A weight, or the temperature, at a global step; schedules run from the start of their stage to its end."""
+        index, start, length = self.stage_at(step, total_steps)
+        schedule = Schedule.parse(self.args.schedule_of(name, index))
+        return schedule.resolve(self.steps_per_epoch(), length)(step - start)
 
     def objective_at(self, index: int) -> Objective:
         """The objective of a stage, made when first needed; a Gumbel stage takes its reference then."""
@@ -160,6 +160,7 @@ class ConsistencyLensTrainer(Trainer):
                 reward=args.reward,
                 subject=self.lens.subject,
                 scale_advantage=args.scale_advantage,
+                lm_direction=args.lm_direction,
                 lm_estimator=args.lm_estimator,
                 prefix_budgets=args.prefix_budgets,
                 length_penalty=args.length_penalty,
@@ -195,9 +196,11 @@ class ConsistencyLensTrainer(Trainer):
         """The weighted sum of the current objective's terms."""
         number, total = self.state.global_step, max(1, self.state.max_steps or self.args.max_steps)
         index, _, _ = self.stage_at(min(number, total - 1), total)
-        step = Step(self.args.seed, number, self.scheduled(self.args.tau, number, total))
-        losses = self.objective_at(index)(model, self.lens, inputs, step)
-        weights = {name: self.scheduled(getattr(self.args, f"{name}_weight"), number, total) for name in losses.terms}
+        step = Step(self.args.seed, number, self.scheduled("tau", number, total))
+        # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
+        with self.accelerator.autocast():
+            losses = self.objective_at(index)(model, self.lens, inputs, step)
+        weights = {name: self.scheduled(f"{name}_weight", number, total) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
         if model.training:
             self._training_since = self._training_since or time.perf_counter()
@@ -275,16 +278,15 @@ class ConsistencyLensTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """One factor for all groups: a schedule for each stage, or `lr_scheduler_type` over the whole run."""
-        schedules = self.args.learning_rate_schedule
-        if schedules is None:
+        if self.args.learning_rate_schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
 
             def factor(step: int) -> float:
                 index, start, length = self.stage_at(step, num_training_steps)
-                schedule = Schedule.parse(schedules[index]).resolve(self.steps_per_epoch(), length)
+                schedule = Schedule.parse(self.args.schedule_of("learning_rate_schedule", index))
                 # a schedule's warm-up is 0 at its first step, which would waste that step
-                return schedule(step - start + 1)
+                return schedule.resolve(self.steps_per_epoch(), length)(step - start + 1)
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
             self._created_lr_scheduler = True
@@ -300,17 +302,45 @@ class ConsistencyLensTrainer(Trainer):
         write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            if self.needs_reference(folder):
+                raise ValueError(
+                    "resume_from_checkpoint: FSDP and DeepSpeed do not keep the reference of the lm term; "
+                    "resume from a checkpoint of the warm start, or set lm_reference to subject"
+                )
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        folder = Path(resume_from_checkpoint)
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise ValueError(f"checkpoint: no {weights.name} in {str(folder)!r}; pass a checkpoint-<step> folder")
-        if self.warm_start_end is not None:
-            self.warm_start_end.load_state(json.loads((folder / WARM_START_FILE).read_text(encoding="utf-8")))
+        self.load_warm_start_end(folder)
         self.load_reference(folder)
         self.lens.load_trained_tensors(load_file(weights))
+
+    def load_warm_start_end(self, folder: Path) -> None:
+        """Which stages had ended early when the checkpoint was written.
+
+        Raises:
+            ValueError: if `warm_start_patience` was on and is off now, or the other way round.
+        """
+        path = folder / WARM_START_FILE
+        if path.is_file() != (self.warm_start_end is not None):
+            before, now = ("off", "on") if self.warm_start_end is not None else ("on", "off")
+            raise ValueError(
+                f"warm_start_patience: it is {now}, but was {before} in {str(folder)!r}; set it as it was"
+            )
+        if self.warm_start_end is not None:
+            self.warm_start_end.load_state(json.loads(path.read_text(encoding="utf-8")))
+
+    def needs_reference(self, folder: Path) -> bool:
+        """Whether a run that goes on from a checkpoint has passed its warm start and is held close to it."""
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        index, start, _ = self.stage_at(state["global_step"], state["max_steps"])
+        if state["global_step"] == start:
+            index -= 1  # the checkpoint was written before the first step of this stage
+        past_warm_start = any(stage.objective != "warm_start" for stage in self.args.parsed_stages()[: index + 1])
+        return past_warm_start and self.args.lm_reference == "warm_start" and self.args.has_weight("lm")
 
     def load_reference(self, folder: Path) -> None:
         """Rebuilds the reference that warm start had left when the checkpoint was written.
@@ -318,12 +348,7 @@ class ConsistencyLensTrainer(Trainer):
         Raises:
             ValueError: if the run has passed its warm start and the file is not there.
         """
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        index, start, _ = self.stage_at(state["global_step"], state["max_steps"])
-        if state["global_step"] == start:
-            index -= 1  # the checkpoint was written before the first step of this stage
-        past_warm_start = any(stage.objective != "warm_start" for stage in self.args.parsed_stages()[: index + 1])
-        if not past_warm_start or self.args.lm_reference != "warm_start" or not self.args.has_weight("lm"):
+        if not self.needs_reference(folder):
             return
         path = folder / REFERENCE_FILE
         if not path.is_file():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -11,7 +12,7 @@ from ..evaluation.metrics import fve
 from ..lens_decoder import evaluating
 from ..modeling_consistency_lens import ConsistencyLensModel
 
-# Held-out activations that are read at each check; two standard errors of their FVE are about 0.02.
+# Held-out activations that are read at each check, at most.
 HELD_OUT_ROWS = 512
 
 
@@ -50,33 +51,43 @@ class WarmStartEnd(TrainerCallback):
         self.check_steps = check_steps
         self.patience = patience
         self.ends: dict[int, int] = {}
+        self.stage = -1
         self.best = -float("inf")
         self.in_vain = 0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reads if it is time to, and ends the stage if the reading was one too many in vain."""
+        """Reads if it is time to."""
         stage = self.warm_start_at(state.global_step - 1)
         if stage is None or (state.global_step - stage[1]) % self.check_steps != 0:
             return
-        reading = self.held_out_fve()
-        self.report(reading)
+        # one process decides for all: they must not part over the last bit of a float
+        readings = [self.held_out_fve()] if state.is_world_process_zero else [0.0]
+        if args.world_size > 1:
+            broadcast_object_list(readings)
+        self.update(stage[0], state.global_step, readings[0])
+        self.report(readings[0])
+
+    def update(self, stage: int, step: int, reading: float) -> None:
+        """Takes a reading at a global step, and ends the stage there if it was one too many in vain."""
+        if stage != self.stage:
+            self.stage, self.best, self.in_vain = stage, -float("inf"), 0
         self.in_vain = 0 if reading > self.best else self.in_vain + 1
         self.best = max(self.best, reading)
         if self.in_vain >= self.patience:
-            self.ends[stage[0]] = state.global_step
-            self.best, self.in_vain = -float("inf"), 0
+            self.ends[stage] = step
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know, as JSON takes it."""
         best = None if self.best == -float("inf") else self.best
-        return {"ends": {str(stage): step for stage, step in self.ends.items()}, "best": best, "in_vain": self.in_vain}
+        ends = {str(stage): step for stage, step in self.ends.items()}
+        return {"ends": ends, "stage": self.stage, "best": best, "in_vain": self.in_vain}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.ends = {int(stage): step for stage, step in state["ends"].items()}
         self.best = -float("inf") if state["best"] is None else state["best"]
-        self.in_vain = state["in_vain"]
+        self.stage, self.in_vain = state["stage"], state["in_vain"]
 
     @torch.no_grad()
     def held_out_fve(self) -> float:
