@@ -427,3 +427,30 @@ def test_provenance_is_written_last(build, monkeypatch, tmp_path):
         build()
     assert json.loads((tmp_path / "cache" / "building.json").read_text())["layer"] == LAYER
     assert not (tmp_path / "cache" / "provenance.json").exists()
+
+
+def test_held_out_rows_with_a_training_context_are_left_out(build):
+    """Some documents begin alike: a held-out context that a training context begins with is no news."""
+    generator = np.random.default_rng(1)
+    documents = generator.integers(0, 2**63, 40)
+    opening = generator.integers(0, VOCAB, 9).tolist()
+    rows = [
+        {"input_ids": [*opening, *generator.integers(0, VOCAB, 8).tolist()], "document": document}
+        for document in documents
+    ]
+    cache = build("alike", corpus=corpus_from_rows(rows), positions_per_sequence=6)
+    train, held_out = cache.split(0.3)
+    same, unseen = cache.split_unseen(0.3)
+    assert np.array_equal(same.rows, train.rows) and torch.equal(unseen.mean, train.mean)
+    seen = {tuple(row["input_ids"][:n]) for row in ActivationRows(train) for n in range(1, len(row["input_ids"]) + 1)}
+    expected = [int(row["row"]) for row in ActivationRows(held_out) if tuple(row["input_ids"]) not in seen]
+    assert unseen.rows.tolist() == expected
+    assert 0 < len(unseen) < len(held_out)
+
+
+def test_nothing_new_to_hold_out_is_an_error(build):
+    generator = np.random.default_rng(1)
+    text = generator.integers(0, VOCAB, 16).tolist()
+    rows = [{"input_ids": text, "document": document} for document in generator.integers(0, 2**63, 40)]
+    with pytest.raises(ValueError, match="leaves 0 held-out rows with contexts of their own"):
+        build("same", corpus=corpus_from_rows(rows), positions_per_sequence=8).split_unseen(0.3)

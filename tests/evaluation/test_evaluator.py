@@ -78,8 +78,8 @@ class TestResult:
         metrics = evaluate(lens, rows)
         assert set(metrics) == {
             "fve", "fve_nrm", "cosine", "kl", "kl_recovered", "top1_agreement", "text_perplexity",
-            "true_text_perplexity", "perplexity_ratio", "distinct_2", "unused_token_share", "true_unused_token_share",
-            "rows", "documents", "controls", "ci95", "seconds", "samples_per_second",
+            "true_text_perplexity", "perplexity_ratio", "distinct_2", "true_distinct_2", "unused_token_share",
+            "true_unused_token_share", "rows", "documents", "controls", "ci95", "seconds", "samples_per_second",
         }  # fmt: skip
         assert list(metrics["controls"]) == UNFITTED_CONTROLS
         assert all(set(of_name) == {"fve", "kl_recovered"} for of_name in metrics["controls"].values())
@@ -97,8 +97,9 @@ class TestResult:
         at_mean = subject.replaced_logits_full(context, lens.mean.expand_as(activations)[:, None])[:, 0]
         before = context.logits[:, 0]
         kl = kl_divergence(before, after)
-        text = perplexity(text_nll(subject, decoded.token_ids))
         mask = batch["tail_mask"]
+        as_long = torch.arange(NUM_TEXT_TOKENS) < mask.sum(dim=1, keepdim=True)  # some tails are shorter than T
+        text = perplexity(text_nll(subject, decoded.token_ids, as_long), as_long)
         tail = perplexity(text_nll(subject, batch["tail_ids"], mask), mask)
         expected = {
             "fve": fve(activations, reconstruction, lens.mean),
@@ -149,8 +150,11 @@ class TestResult:
         mask = lens.text_mask(ids)
         assert not mask.all()
         metrics = evaluate(lens, rows)
+        # as many tokens of the text as there are of the tail, from its start
+        tokens = torch.minimum(mask.sum(1), tiny_collator()(rows)["tail_mask"].sum(1))[:, None]
+        scored = mask & (mask.cumsum(1) <= tokens)
         assert metrics["text_perplexity"] == pytest.approx(
-            float(perplexity(text_nll(lens.subject, ids, mask), mask)), rel=1e-4
+            float(perplexity(text_nll(lens.subject, ids, scored), scored)), rel=1e-4
         )
         assert metrics["distinct_2"] == distinct_n(ids, 2, mask) != distinct_n(ids, 2)
         reconstruction = lens.encoder(lens.encoder.embed_ids(ids), mask).detach()
@@ -158,9 +162,10 @@ class TestResult:
 
     def test_intervals_surround_a_resample_of_documents(self, lens, rows):
         metrics = evaluate(lens, rows, num_bootstrap=400)
-        assert set(metrics["ci95"]) == set(STATISTICS)
+        controls = {f"controls.{name}.fve": of["fve"] for name, of in metrics["controls"].items()}
+        assert set(metrics["ci95"]) == set(STATISTICS) | set(controls)
         for name, (low, high) in metrics["ci95"].items():
-            assert low <= metrics[name] <= high, name
+            assert low - 1e-9 <= (metrics | controls)[name] <= high + 1e-9, name
 
     def test_does_not_depend_on_the_batch_size(self, lens, rows):
         whole, ones = (flat(evaluate(lens, rows, batch_size=size)) for size in (10, 3))
@@ -206,11 +211,12 @@ class TestTrainingRows:
     def test_bring_the_control_that_is_fitted_to_them(self, lens, rows, train_rows):
         metrics = evaluate(lens, rows, train_rows)
         assert list(metrics["controls"]) == list(CONTROLS)
-        assert metrics["controls"]["residual_vq"]["fve"] > 0
+        assert metrics["controls"]["residual_vq"]["fve"] > 0 and metrics["controls"]["residual_vq"]["bits"] > 0
 
     def test_change_nothing_else(self, lens, rows, train_rows):
         fitted, plain = evaluate(lens, rows, train_rows), evaluate(lens, rows)
         fitted["controls"].pop("residual_vq")
+        fitted["ci95"].pop("controls.residual_vq.fve")
         fitted, plain = flat(fitted), flat(plain)
         assert fitted.keys() == plain.keys()
         for name, value in plain.items():
@@ -251,7 +257,8 @@ class TestChecks:
     def test_stand_beside_the_metrics_and_can_be_written(self, checked, tmp_path):
         assert all(isinstance(checked[name], dict) for name in CHECKS)
         assert len(checked["linear_probe"]["probe_accuracy"]) == NUM_TEXT_TOKENS
-        assert set(checked["private_code"]) == {"word_shuffle", "fresh_encoder"}
+        readings = {"retokenised", "word_shuffle", "fresh_encoder", "fresh_encoder_on_true_text"}
+        assert set(checked["private_code"]) == readings
         assert list(checked["best_of_n"]) == ["1", "2"]
         assert checked["ablation"]["rows"] == SHORT_CHECKS["check_rows"]
         write_metrics(tmp_path / "metrics.json", checked, {})

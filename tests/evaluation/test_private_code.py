@@ -73,8 +73,10 @@ class TestPrivateCode:
         texts = lens.tokenizer.batch_decode(evaluated.text_ids)
         with torch.no_grad():
             read = lens.encode([shuffled_words(text, key) for text, key in zip(texts, keys, strict=True)])
-        expected = fve(evaluated.column("activations"), read, lens.mean)
-        assert result["fve"] == pytest.approx(float(expected), abs=1e-4)
+            whole = lens.encode(texts)
+        expected, unshuffled = (float(fve(evaluated.column("activations"), of, lens.mean)) for of in (read, whole))
+        assert result["fve"] == pytest.approx(expected, abs=1e-4)
+        assert result["share_of_fve"] == pytest.approx(expected / unshuffled, abs=1e-3)
         assert result["share_of_fve"] < 0.9  # the tiny subject's rows depend on order
 
     def test_word_shuffle_of_one_word_changes_nothing(self, quoting, monkeypatch):
@@ -86,12 +88,13 @@ class TestPrivateCode:
             result = private_code(one_word, train_rows, tiny_collator(), 1, 1e-3, seed=0)
         # the lens's own encoder, in the fresh one's place, reads them as they are
         assert result["word_shuffle"] == pytest.approx(result["fresh_encoder"], abs=1e-4)
+        assert result["retokenised"] == pytest.approx(result["fresh_encoder"], abs=1e-4)
 
     def test_has_no_share_of_an_fve_that_is_not_positive(self):
         lens, train_rows, rows = standard_lens()
         lens.encoder.output_map.bias.data += 9
         result = check(lens, train_rows, rows)
-        assert [of_reading["share_of_fve"] for of_reading in result.values()] == [0.0, 0.0]
+        assert {of_reading["share_of_fve"] for of_reading in result.values()} == {0.0}
         assert result["fresh_encoder"]["fve"] > 0 > result["word_shuffle"]["fve"]
 
     def test_does_not_depend_on_the_batch_size(self, quoting):

@@ -1,4 +1,5 @@
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -86,12 +87,12 @@ def test_the_progress_bar_is_interrupted_by_one_line(tmp_path, capsys):
     assert line.startswith("step 2, held out: FVE ") and "KL recovered" in line
 
 
-def test_a_lens_that_is_not_finite_is_named_and_left_out(tmp_path, caplog):
+def test_a_lens_that_is_not_finite_is_named_and_is_the_worst(tmp_path, caplog):
     trainer = evaluated_trainer(tmp_path, max_steps=2)
     with torch.no_grad():
         trainer.lens.encoder.output_map.bias[0] = float("nan")
     trainer.train()
-    assert entries(trainer, "eval_fve") == []
+    assert [entry["eval_fve"] for entry in entries(trainer, "eval_fve")] == [-math.inf]
     assert any("step 2: not evaluated: evaluation: " in record.message for record in caplog.records)
 
 

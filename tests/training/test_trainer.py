@@ -248,7 +248,7 @@ def test_patience_may_not_change_at_a_resume(tmp_path):
     stages = ["warm_start 3s", "policy_gradient"]
     tiny_trainer(tmp_path, stages=stages, save_strategy="steps", save_steps=2, max_steps=4).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(ValueError, match="warm_start_patience: is on, but was off in"):
+    with pytest.raises(ValueError, match="warm_start_patience: it is on, but was off in"):
         tiny_trainer(tmp_path, stages=stages, warm_start_patience=1).train(resume_from_checkpoint=checkpoint)
 
 

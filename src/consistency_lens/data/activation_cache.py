@@ -8,7 +8,7 @@ the same build is started again. The second activation A' of a row is not stored
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from .corpus import is_validation_document
 
 PROVENANCE_FILE = "provenance.json"
 BUILDING_FILE = "building.json"
+HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, of well mixed bits
 BLOCK_ROWS = 8192  # sequences or rows held in memory at a time while planning and while taking moments
 
 
@@ -143,6 +144,39 @@ class ActivationCache:
             )
         train = ActivationCache(self._whole, self.provenance, self.path, self.rows[~held_out])
         return train, ActivationCache(self._whole, self.provenance, self.path, self.rows[held_out], train)
+
+    def split_unseen(self, validation_fraction: float) -> tuple["ActivationCache", "ActivationCache"]:
+        """As `split`, without the held-out rows whose whole context is also the beginning of a training context.
+
+        Documents may share their first words (those that a model writes often do): then a held-out row is a training
+        row over again, and what is measured on it is memory.
+
+        Raises:
+            ValueError: see `split`, or if the rows left are of fewer than two documents.
+        """
+        train, held_out = self.split(validation_fraction)
+        wanted = np.concatenate([ends for ends, _ in held_out._context_hashes()])
+        seen = [np.intersect1d(beginnings, wanted) for _, beginnings in train._context_hashes()]
+        kept = held_out.rows[~np.isin(wanted, np.concatenate(seen))]
+        unseen = ActivationCache(self._whole, self.provenance, self.path, kept, train)
+        if len(np.unique(unseen.documents)) < 2:
+            raise ValueError(
+                f"activation cache: validation_fraction={validation_fraction} leaves {len(unseen)} held-out rows with "
+                "contexts of their own, from fewer than two documents; add documents or raise it"
+            )
+        return train, unseen
+
+    def _context_hashes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For blocks of rows: hashes of their contexts (n,), and of all beginnings of these, flat."""
+        for start in range(0, len(self), BLOCK_ROWS):
+            contexts = token_lists(self._arrow[self.rows[start : start + BLOCK_ROWS]])
+            lengths = np.array([len(context) for context in contexts])
+            hashes = np.zeros((len(contexts), lengths.max()), dtype=np.uint64)
+            inside = np.arange(lengths.max()) < lengths[:, None]
+            hashes[inside] = np.concatenate(contexts).astype(np.uint64) + np.uint64(1)
+            for index in range(1, hashes.shape[1]):
+                hashes[:, index] += hashes[:, index - 1] * HASH_MULTIPLIER  # wraps modulo 2^64
+            yield hashes[np.arange(len(contexts)), lengths - 1], hashes[inside]
 
     def pair(self, seed: int) -> np.ndarray:
         """For every row the index (in this cache or part) of the row that gives A', (N,) int64, never of its document.

@@ -130,6 +130,7 @@ def check_names(argument: str, names: Sequence[str], known: Collection[str]) -> 
     Raises:
         ValueError: if one is not.
     """
+    names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"{argument}: got the unknown name {unknown[0]!r}; choose from {', '.join(known)}")

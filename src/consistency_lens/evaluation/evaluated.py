@@ -61,6 +61,10 @@ class EvaluatedRows:
         return self.lens.require_tokenizer().batch_decode(kept)
 
 
+class NotFiniteError(ValueError):
+    """Raised where an evaluation meets NaN or infinity."""
+
+
 def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[SubjectContext, Tensor]:
     """The subject with A and with each of n reconstructions in its place.
 
@@ -123,7 +127,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """
     bad = (~torch.isfinite(tensor)).flatten(1).any(-1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
     if bad.any():
-        raise ValueError(
+        raise NotFiniteError(
             f"evaluation: {name} hold NaN or infinity in {int(bad.sum())} of {len(bad)} rows of a batch; "
-            "run `consistency-lens verify` on the cache, and check the lens's weights"
+            "check the cache with `ActivationCache.verify`, and the lens's weights"
         )

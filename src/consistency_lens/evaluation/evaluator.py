@@ -182,10 +182,7 @@ class Evaluator:
             "variance": squared_error(target, mean),
             "cosine": torch.cosine_similarity(target.double(), prediction.double(), dim=-1),
             "agreement": original.argmax(-1) == logits[:, 0].argmax(-1),
-            "text_nll": text_nll(subject, text_ids, text_mask).sum(-1),
-            "text_tokens": text_mask.sum(-1),
-            "tail_nll": text_nll(subject, batch["tail_ids"], batch["tail_mask"]).sum(-1),
-            "tail_tokens": batch["tail_mask"].sum(-1),
+            **self.perplexity_values(batch, text_ids, text_mask),
         }
         for index, (name, reconstruction) in enumerate(reconstructions.items()):
             values[f"error.{name}"] = squared_error(target, reconstruction.cpu())
@@ -193,6 +190,19 @@ class Evaluator:
         for name, tensor in values.items():
             check_finite(name, tensor)
         return values
+
+    def perplexity_values(self, batch: Batch, text_ids: Tensor, text_mask: Tensor) -> dict[str, Tensor]:
+        """Negative log-likelihoods (B,) of text and true tail, of as many tokens: the first ones cost the most."""
+        subject, tail_mask = self.lens.subject, batch["tail_mask"]
+        tokens = torch.minimum(text_mask.sum(dim=1), tail_mask.sum(dim=1))
+        text_mask = text_mask & (text_mask.cumsum(dim=1) <= tokens[:, None])
+        tail_mask = tail_mask & (tail_mask.flip(1).cumsum(dim=1).flip(1) <= tokens[:, None])
+        return {
+            "text_nll": text_nll(subject, text_ids, text_mask).sum(-1),
+            "text_tokens": tokens,
+            "tail_nll": text_nll(subject, batch["tail_ids"], tail_mask).sum(-1),
+            "tail_tokens": tokens,
+        }
 
     def summarise(self, evaluated: EvaluatedRows, columns: dict[str, Tensor]) -> dict[str, Any]:
         """Metrics, controls and intervals from the rows' addends."""
@@ -204,19 +214,30 @@ class Evaluator:
         return {
             **{name: float(statistic(sums)) for name, statistic in STATISTICS.items()},
             "distinct_2": distinct_n(text_ids, 2, text_mask),
+            "true_distinct_2": distinct_n(tail_ids, 2, tail_mask),
             "unused_token_share": unused_token_share(text_ids, vocabulary, text_mask),
             "true_unused_token_share": unused_token_share(tail_ids, vocabulary, tail_mask),
             "rows": len(documents),
             "documents": len(documents.unique()),
-            "controls": {
-                name: {
-                    "fve": float(share_recovered(sums[f"error.{name}"], sums["variance"])),
-                    "kl_recovered": float(share_recovered(sums[f"kl.{name}"], sums["kl.mean"])),
-                }
-                for name in self.controls
+            "controls": {name: self.control_figures(name, sums) for name in self.controls},
+            "ci95": {
+                **{name: list(percentile_interval(of_sums(resampled))) for name, of_sums in STATISTICS.items()},
+                **{
+                    f"controls.{name}.fve": list(
+                        percentile_interval(share_recovered(resampled[f"error.{name}"], resampled["variance"]))
+                    )
+                    for name in self.controls
+                },
             },
-            "ci95": {name: list(percentile_interval(of_sums(resampled))) for name, of_sums in STATISTICS.items()},
         }
+
+    def control_figures(self, name: str, sums: Sums) -> dict[str, float]:
+        """FVE and KL recovered of a control, and the bits of one that is not made of text."""
+        figures = {
+            "fve": float(share_recovered(sums[f"error.{name}"], sums["variance"])),
+            "kl_recovered": float(share_recovered(sums[f"kl.{name}"], sums["kl.mean"])),
+        }
+        return figures | ({"bits": self.quantiser.bits} if name == "residual_vq" else {})
 
     def run_checks(self, evaluated: EvaluatedRows) -> dict[str, Any]:
         """Name -> result of each check that is asked for."""

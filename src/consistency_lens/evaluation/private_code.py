@@ -52,12 +52,14 @@ def private_code(
         seed: of the shuffling and of that training.
 
     Returns:
-        Two readings, each with `fve`, `kl_recovered` and `share_of_fve`, the FVE over the lens's own (0 where that is
-        not positive):
+        Readings, each with `fve`, `kl_recovered` and `share_of_fve`, the FVE over the lens's own (0 where that is not
+        positive):
 
-        - `word_shuffle`: the lens's own encoder reads the words in random order. Order carries meaning in true text
-          too, so some loss is no fault.
+        - `retokenised`: the lens's own encoder reads the texts, decoded and tokenised, which alone may change them.
+        - `word_shuffle`: it reads their words in random order; its `share_of_fve` is of `retokenised`. Order carries
+          meaning in true text too, so some loss is no fault.
         - `fresh_encoder`: an encoder that was trained on true text alone reads the texts as they are.
+        - `fresh_encoder_on_true_text`: it reads the true ends of the contexts: how well it has learned to read.
 
     Raises:
         ValueError: if a reconstruction or a KL is not finite.
@@ -71,14 +73,17 @@ def private_code(
         shuffled = [shuffled_words(text, key) for text, key in zip(texts[rows], keys, strict=True)]
         return {
             "lens": read_ids(lens, ids),
+            "retokenised": lens.encode(texts[rows]),
             "word_shuffle": lens.encode(shuffled),
             "fresh_encoder": fresh(fresh.embed_ids(ids), lens.text_mask(ids)),
+            "fresh_encoder_on_true_text": fresh(fresh.embed_ids(batch["tail_ids"]), batch["tail_mask"]),
         }
 
     results = recovered(evaluated, read)
     own = results.pop("lens")["fve"]
-    for of_reading in results.values():
-        of_reading["share_of_fve"] = of_reading["fve"] / own if own > 0 else 0.0
+    for name, of_reading in results.items():
+        whole = results["retokenised"]["fve"] if name == "word_shuffle" else own
+        of_reading["share_of_fve"] = of_reading["fve"] / whole if whole > 0 else 0.0
     return results
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rich.columns import Columns
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +24,7 @@ METRICS = {
     "true_text_perplexity": ("perplexity of true text", 2),
     "perplexity_ratio": ("perplexity ratio", 2),
     "distinct_2": ("distinct bigrams", 3),
+    "true_distinct_2": ("distinct in true text", 3),
     "unused_token_share": ("tokens unused", 3),
     "true_unused_token_share": ("unused in true text", 3),
 }
@@ -30,8 +32,10 @@ METRIC_COLUMNS = ("metric", "value", "95% interval")
 CONTROL_COLUMNS = ("reconstructed from", "FVE", "KL recovered")
 # names in `metrics.json` -> what people read
 READERS = {
+    "retokenised": "the lens's text tokenised anew, its own encoder",
     "word_shuffle": "its words in another order, its own encoder",
     "fresh_encoder": "the lens's text, an encoder that has read true text alone",
+    "fresh_encoder_on_true_text": "the true end of the context, that encoder",
 }
 STEPS = {
     "random_token": "the last token exchanged for a random one",
@@ -55,10 +59,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Group:
     """The metrics with their intervals and, beside them, every control; below them the checks that were run."""
     left = rich_table(METRIC_COLUMNS, metric_rows(metrics))
     right = rich_table(CONTROL_COLUMNS, control_rows(metrics))
-    grid = Table.grid(padding=(0, 3))
-    grid.title = caption(metrics)
-    grid.add_row(left, right)
-    parts: list[Table | str] = [grid]
+    # side by side where there is room
+    parts: list[Any] = [Columns([left, right], padding=(0, 3)), caption(metrics)]
     for check in check_tables(metrics):
         parts += [f"\n{check.title}:", rich_table(check.columns, check.rows)]
     return Group(*parts)
@@ -137,7 +139,10 @@ def control_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The lens, then its controls: what Â is made from, FVE and KL recovered."""
     compared = {"the lens's text": metrics}
     for name, values in metrics["controls"].items():
-        compared[f"{name} ({CONTROLS[name]})" if name in CONTROLS else name] = values
+        meaning = CONTROLS.get(name, "")
+        if "bits" in values:
+            meaning += f", {values['bits']:.0f} bits"
+        compared[f"{name} ({meaning})" if meaning else name] = values
     return [(label, f"{of['fve']:.3f}", f"{of['kl_recovered']:.3f}") for label, of in compared.items()]
 
 
@@ -155,7 +160,11 @@ def private_code_table(metrics: Mapping[str, Any]) -> CheckTable:
     code = metrics["private_code"]
     rows = [
         ("the lens's text, its own encoder", *numbers(metrics, "fve", "kl_recovered"), "1.000"),
-        *((label, *numbers(code[name], "fve", "kl_recovered", "share_of_fve")) for name, label in READERS.items()),
+        *(
+            (label, *numbers(code[name], "fve", "kl_recovered", "share_of_fve"))
+            for name, label in READERS.items()
+            if name in code
+        ),
     ]
     return CheckTable(
         "Whether the words say the same to another reader", ("reader", "FVE", "KL recovered", "share of the FVE"), rows
@@ -217,7 +226,7 @@ def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table()
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
     for row in rows:
         # As Text, since a model's words may look like rich's markup.
         table.add_row(*(Text(cell) for cell in row))

@@ -1,10 +1,11 @@
-"""Residual vector quantisation: as many bits as a text has, without language; the ceiling beside the lens.
+"""Residual vector quantisation: as many bits as a text has, without language; the yardstick beside the lens.
 
 T codebooks of V codes each say as much as T tokens of a vocabulary of V. Each codebook is fitted to what the ones
 before it left over (Juang and Gray 1982), by k-means.
 Shapes: n training rows, B rows, T codebooks, C codes, d width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,6 +32,11 @@ class ResidualQuantiser:
     """
 
     codebooks: list[Tensor]
+
+    @property
+    def bits(self) -> float:
+        """What the choice of codes can say at most."""
+        return sum(math.log2(len(codes)) for codes in self.codebooks)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The sums of codes (B, d) that stand for vectors (B, d)."""

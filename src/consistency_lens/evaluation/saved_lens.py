@@ -24,6 +24,9 @@ class SavedLensArguments:
     """Which lens is evaluated, on which activations, and where the figures go."""
 
     lens: str = field(default="", metadata={"help": "Folder or Hub id of the lens."})
+    model: str | None = field(
+        default=None, metadata={"help": "The subject, where it is not to be found at the place that the lens names."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the lens on the Hub."})
     cache: str | None = field(
         default=None, metadata={"help": "Folder of the activation cache; default: the one that the lens came from."}
@@ -32,15 +35,16 @@ class SavedLensArguments:
         default=None, metadata={"help": "Share of the documents held out; default: as in the lens's training."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of metrics.json and samples.jsonl; default: the lens's."}
+        default=None,
+        metadata={
+            "help": "Folder of the figures; default: the lens's own, or `evaluation` in it for some checks only."
+        },
     )
     num_samples: int = field(default=12, metadata={"help": "Sample rows shown and written."})
     device: str | None = field(
         default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
     )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Precision of the subject's weights; default: as in training."}
-    )
+    dtype: str | None = field(default=None, metadata={"help": "Precision of the weights; default: as in training."})
 
     def __post_init__(self) -> None:
         if not self.lens:
@@ -81,19 +85,34 @@ def evaluate_saved_lens(
     Raises:
         ValueError: if lens or cache are not to be found, or do not belong together.
     """
+    folder = output_folder(args, evaluation)
     lens = load_lens(args)
     cache = open_cache(args, lens)
-    train, validation = (ActivationRows(part) for part in cache.split(validation_fraction(args, lens)))
+    train, validation = (ActivationRows(part) for part in cache.split_unseen(validation_fraction(args, lens)))
     collator = collator_for(lens)
     metrics = Evaluator(lens, validation, collator, evaluation, train_rows=train)()
     samples = collect_samples(lens, validation, collator, count=args.num_samples, seed=evaluation.seed)
-    folder = Path(args.output_dir or args.lens)
     resolved = {"lens": asdict(args) | {"cache": str(cache.path)}, "evaluation": asdict(evaluation)}
     write_metrics(folder / "metrics.json", metrics, {**resolved, "recipe": recipe_of(lens)})
     write_samples(folder / "samples.jsonl", samples)
     if folder.resolve() == Path(args.lens).resolve():
         write_lens_card(folder, lens, metrics, samples)
     return metrics, samples, folder
+
+
+def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> Path:
+    """Where the figures go: the lens's own folder for a whole evaluation, one inside it for a part of one.
+
+    Raises:
+        ValueError: if it cannot be made.
+    """
+    whole = evaluation.controls is None and set(evaluation.checks) == set(CHECKS)
+    folder = Path(args.output_dir) if args.output_dir else Path(args.lens) / ("" if whole else "evaluation")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); pass another") from error
+    return folder
 
 
 def load_lens(args: SavedLensArguments) -> ConsistencyLensModel:
@@ -110,7 +129,10 @@ def load_lens(args: SavedLensArguments) -> ConsistencyLensModel:
             raise ValueError(
                 f"lens: {args.lens!r} is a {config.model_type} model; pass the folder or Hub id of a lens"
             )
-        lens = ConsistencyLensModel.from_pretrained(args.lens, config=config, revision=args.revision, dtype=dtype)
+        lens = ConsistencyLensModel.from_pretrained(
+            args.lens, base_model=args.model, config=config, revision=args.revision, dtype=dtype
+        )
+        lens.subject  # noqa: B018 - loaded here, so that a missing one is found before the long work
     except OSError as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"lens: cannot load {args.lens!r}; pass the folder or Hub id of a lens ({cause})") from error
@@ -149,7 +171,11 @@ def open_cache(args: SavedLensArguments, lens: ConsistencyLensModel) -> Activati
             "build one for this lens"
         )
     return ActivationCache.open(
-        path, subject_name=lens.config.base_model_name_or_path, layer=lens.config.layer, width=len(lens.mean)
+        path,
+        subject_name=lens.config.base_model_name_or_path,
+        weights_hash=(lens.provenance or {}).get("cache", {}).get("weights_hash"),
+        layer=lens.config.layer,
+        width=len(lens.mean),
     )
 
 
@@ -157,10 +183,16 @@ def validation_fraction(args: SavedLensArguments, lens: ConsistencyLensModel) ->
     """The share of the documents that the training held out: by their hash, so that these are the same documents.
 
     Raises:
-        ValueError: if neither the arguments nor the lens's provenance know it.
+        ValueError: if neither the arguments nor the lens's provenance know it, or if a larger share is asked for than
+            was held out: the rest was trained on.
     """
-    fraction = args.validation_fraction
-    fraction = recipe_of(lens).get("validation_fraction") if fraction is None else fraction
+    recorded = recipe_of(lens).get("validation_fraction")
+    fraction = recorded if args.validation_fraction is None else args.validation_fraction
+    if recorded is not None and fraction > recorded:
+        raise ValueError(
+            f"validation_fraction: the training held out {recorded} of the documents, got {fraction}; the others were "
+            "trained on, so leave it out or pass less"
+        )
     if fraction is None:
         raise ValueError(
             f"validation_fraction: the lens {args.lens!r} has no record of its training; pass the share of documents "

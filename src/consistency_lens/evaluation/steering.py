@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..modeling_consistency_lens import ConsistencyLensModel
-from .controls import ordinary_tokens, rows_of_other_documents
+from .controls import rows_of_other_documents
 from .evaluated import Batch, EvaluatedRows, check_finite, judge
 
 # The controls, in the order of their directions after the edit's.
@@ -22,7 +22,7 @@ def edit_and_steer(evaluated: EvaluatedRows, seed: int, rows: int) -> dict[str, 
     The subject goes on from A + E(edited) - E(text). The *target* is the token that it finds likeliest with the
     donor's activation, the *own top* the one that it finds likeliest with A. If the words mean to the subject what
     they mean to the lens, the target rises and the own top falls, and more so than in the controls, whose steps are
-    as long: `random_token` replaces the last token by a random one, `random_direction` steps anywhere.
+    as long: `random_token` replaces the last token by that of any row, `random_direction` steps anywhere.
     A target is unlikely at first, and any step that blurs the prediction raises it: what counts is the difference
     from the controls.
 
@@ -45,8 +45,9 @@ def edit_and_steer(evaluated: EvaluatedRows, seed: int, rows: int) -> dict[str, 
     ends = last_indices(lens, text_ids)
     last_tokens = text_ids.gather(1, ends)[:, 0]
     picked, donors, tops = choose_pairs(evaluated, last_tokens, rows, generator)
-    allowed = ordinary_tokens(lens)
-    random_tokens = allowed[torch.randint(len(allowed), (len(picked),), generator=generator)]
+    # of a third row, so that it is as common a token as the donor's
+    strangers = torch.randint(len(last_tokens), (len(picked),), generator=generator)
+    random_tokens = last_tokens[strangers]
     noise = torch.randn(len(picked), len(lens.mean), generator=generator)
 
     changes = [torch.zeros(0, 1 + len(RANDOM_STEPS), 2, dtype=torch.float64)]
@@ -95,9 +96,7 @@ def choose_pairs(
 
 def last_indices(lens: ConsistencyLensModel, text_ids: Tensor) -> Tensor:
     """Where each text (N, T) has its last token, (N, 1): before the stop token, where the decoder has one."""
-    mask = lens.text_mask(text_ids)
-    lengths = torch.full_like(text_ids[:, 0], text_ids.shape[1]) if mask is None else mask.sum(dim=1)
-    return lengths[:, None] - 1
+    return lens.text_mask(text_ids).sum(dim=1, keepdim=True) - 1
 
 
 def selected(evaluated: EvaluatedRows, picked: Tensor) -> Iterator[tuple[slice, Batch]]:

@@ -27,7 +27,7 @@ def write_lens_card(
     base = lens.config.base_model_name_or_path
     text = render(
         "lens_card.md.jinja",
-        name=folder.name,
+        name=folder.resolve().name,
         location=str(folder),
         base_on_hub=base if not Path(base).exists() else None,
         config=lens.config,

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..evaluation.evaluated import NotFiniteError
 from ..evaluation.evaluator import Evaluator
 from .callbacks import is_sharded
 from .trainer import ConsistencyLensTrainer
@@ -60,7 +61,7 @@ class EvaluateLens(TrainerCallback):
         """What the evaluator finds, by the names of the log; the worst of all where the lens is not finite."""
         try:
             return logged(self.evaluator())
-        except ValueError as error:
+        except NotFiniteError as error:
             # The trainer skips steps that are not finite and stops when there is nothing else; such a lens is no best.
             logger.warning("step %d: not evaluated: %s", step, error)
             return {"eval_fve": -math.inf, "eval_kl_recovered": -math.inf}

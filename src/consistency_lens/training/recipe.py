@@ -27,6 +27,7 @@ from ..data.summaries import SummaryRows, read_summaries
 from ..evaluation.arguments import CHECKS, EvaluationArguments
 from ..evaluation.controls import check_names
 from ..evaluation.evaluator import Evaluator, write_metrics
+from ..evaluation.metrics import start_token
 from ..evaluation.samples import Sample, collect_samples, write_samples
 from ..evaluation.saved_lens import collator_for
 from ..hub.cards import write_lens_card
@@ -219,6 +220,7 @@ def make_cache(args: RecipeArguments, subject: Subject, tokenizer: Any, folder: 
 
 def make_lens(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, layer: int) -> ConsistencyLensModel:
     """A new lens for the subject; the statistics of its training rows come later."""
+    start_token(model.config.get_text_config())  # texts are measured behind it
     if args.stop_at_eos and tokenizer.eos_token_id is None:
         raise ValueError("stop_at_eos: the subject's tokenizer has no EOS token; set it to false")
     lora = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": args.lora_targets}
@@ -297,7 +299,7 @@ def split_rows(
     summaries: Dataset | None = None,
 ) -> SplitRows:
     """The rows of a cache by document, summaries joined; the lens gets its statistics and its provenance."""
-    train, held_out = cache.split(args.validation_fraction)
+    train, held_out = cache.split_unseen(args.validation_fraction)
     lens.set_statistics(train.mean, train.rms)
     lens.provenance = {
         "consistency_lens": __version__,
@@ -332,19 +334,19 @@ def make_trainer(
         eval_dataset=Subset(rows.held_out, few.tolist()),
         data_collator=collator_for(lens),
     )
-    watch_held_out_rows(args, trainer)
+    watch_held_out_rows(args, trainer, rows)
     return trainer
 
 
-def watch_held_out_rows(args: RecipeArguments, trainer: ConsistencyLensTrainer) -> None:
+def watch_held_out_rows(args: RecipeArguments, trainer: ConsistencyLensTrainer, rows: SplitRows) -> None:
     """Adds to a trainer what reads held-out rows during training: sample tables, and the figures of an evaluation."""
     if args.sample_steps > 0:
-        trainer.add_callback(SampleTables(trainer, args.sample_steps, args.tracked_samples))
-    rows: Any = trainer.eval_dataset
+        trainer.add_callback(SampleTables(trainer, rows.held_out, args.sample_steps, args.tracked_samples))
+    few: Any = trainer.eval_dataset
     collator: Any = trainer.data_collator
     arguments = EvaluationArguments(rows=args.interim_eval_rows, controls=["mean", "shuffled"], disable_tqdm=True)
     # the first of all, so that early stopping and the like find its figures
-    evaluate = EvaluateLens(trainer, Evaluator(trainer.lens, rows, collator, arguments))
+    evaluate = EvaluateLens(trainer, Evaluator(trainer.lens, few, collator, arguments))
     trainer.callback_handler.callbacks.insert(0, evaluate)
 
 

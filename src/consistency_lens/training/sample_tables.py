@@ -12,12 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas
 from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from ..atomic_write import write_text
+from ..evaluation.evaluated import Rows
 from ..evaluation.report import SAMPLE_COLUMNS, sample_values, samples_markdown, samples_table
 from ..evaluation.samples import Sample, TrackedSamples
 from .callbacks import is_sharded
@@ -39,21 +41,21 @@ class SampleTables(TrainerCallback):
     A resumed run drops the lines of later steps, as it writes them again.
 
     Args:
-        trainer: its lens is read, on its `eval_dataset`.
+        trainer: whose lens reads.
+        rows: held-out rows of a cache.
         every: steps from one table to the next.
         count: activations in the set.
 
     Raises:
-        ValueError: if a number is below 1, or the trainer has no `eval_dataset`.
+        ValueError: if a number is below 1.
     """
 
-    def __init__(self, trainer: ConsistencyLensTrainer, every: int, count: int = 128) -> None:
+    def __init__(self, trainer: ConsistencyLensTrainer, rows: Rows, every: int, count: int = 128) -> None:
         for name, value in (("every", every), ("count", count)):
             if value < 1:
                 raise ValueError(f"sample tables: {name} must be at least 1, got {value}")
-        if trainer.eval_dataset is None:
-            raise ValueError("sample tables: the trainer has no eval_dataset (None); pass one of held-out rows")
         self.trainer = trainer
+        self.rows = rows
         self.every = every
         self.count = count
         self.path = Path(str(trainer.args.output_dir)) / SAMPLE_TABLES_FILE
@@ -88,8 +90,8 @@ class SampleTables(TrainerCallback):
         """The tracked rows in the words of now; the rows are chosen when first asked for."""
         if self.tracked is None:
             trainer: Any = self.trainer
-            rows, collator, seed = trainer.eval_dataset, trainer.data_collator, trainer.args.seed
-            self.tracked = TrackedSamples(trainer.lens, rows, collator, self.count, seed)
+            collator, seed = trainer.data_collator, trainer.args.seed
+            self.tracked = TrackedSamples(trainer.lens, self.rows, collator, self.count, seed)
         return self.tracked.read()
 
     def report(self, step: int, samples: Sequence[Sample]) -> None:
@@ -98,7 +100,8 @@ class SampleTables(TrainerCallback):
         for name in ("wandb", "trackio"):
             if name in (self.trainer.args.report_to or ()):
                 package = importlib.import_module(name)
-                table = package.Table(columns=list(SAMPLE_COLUMNS), data=rows)
+                # as a frame, for trackio takes no notice of `columns`
+                table = package.Table(dataframe=pandas.DataFrame(rows, columns=list(SAMPLE_COLUMNS)))
                 package.log({LOGGED_AS: table, "train/global_step": step})
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
