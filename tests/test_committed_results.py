@@ -9,13 +9,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METRICS = json.loads((ROOT / "model_cards/tiny_stories/metrics.json").read_text(encoding="utf-8"))
+BEST = json.loads((ROOT / "model_cards/best.json").read_text(encoding="utf-8"))
+OBJECTIVES = json.loads((ROOT / "model_cards/objectives.json").read_text(encoding="utf-8"))
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 
 
 def test_the_demo_is_readable_and_faithful():
-    assert METRICS["fve"] >= 0.40
-    assert METRICS["kl_recovered"] >= 0.40
-    assert METRICS["perplexity_ratio"] <= 2.5
+    assert METRICS["fve"] >= 0.60
+    assert METRICS["kl_recovered"] >= 0.80
+    assert METRICS["perplexity_ratio"] <= 1.5
+    assert METRICS["private_code"]["fresh_encoder"]["share_of_fve"] >= 0.6
     assert METRICS["controls"]["shuffled"]["fve"] < 0
     assert METRICS["arguments"]["recipe"]["num_text_tokens"] <= 12
 
@@ -26,6 +29,30 @@ def test_the_readme_shows_the_figures_of_that_run():
         assert f"| {METRICS[name]:.3f} |" in block or f"| {METRICS[name]:.2f} |" in block
     for control in METRICS["controls"].values():
         assert f"| {control['fve']:.3f} | {control['kl_recovered']:.3f} |" in block
+
+
+def test_the_best_recipe_meets_its_aims_with_every_seed():
+    assert len(BEST) >= 3
+    for run in BEST.values():
+        metrics = run["metrics"]
+        assert run["num_text_tokens"] <= 12 and run["seconds"] <= 30 * 60
+        assert metrics["fve"] >= 0.75 and metrics["kl_recovered"] >= 0.85 and metrics["perplexity_ratio"] <= 1.5
+        assert metrics["controls"]["shuffled"]["fve"] < 0
+        assert metrics["private_code"]["fresh_encoder"]["share_of_fve"] >= 0.6
+
+
+@pytest.mark.parametrize(("name", "runs"), [("best", BEST), ("objectives", OBJECTIVES)])
+def test_the_readme_shows_each_run_that_was_compared(name, runs):
+    block = README.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0]
+    for label, run in runs.items():
+        metrics = run["metrics"]
+        figures = f"| {metrics['fve']:.3f} | {metrics['kl_recovered']:.3f} | {metrics['perplexity_ratio']:.2f} |"
+        assert f"| {label} {figures}" in block
+
+
+def test_the_objectives_were_compared_at_like_times():
+    minutes = [run["laps"]["training"] / 60 for run in OBJECTIVES.values()]
+    assert len(minutes) >= 4 and max(minutes) < 1.35 * min(minutes)
 
 
 def test_every_picture_of_the_readme_exists():
