@@ -29,11 +29,11 @@ FIRST, SECOND = "cosine 1 -> 0.1 warmup 50s", "cosine 0.5 -> 0.05 warmup 20s"
 OBJECTIVES = {
     "warm start only": (["warm_start"], 3600, [FIRST]),
     "policy gradient, no warm start": (["policy_gradient"], 800, [FIRST]),
-    "warm start, then Gumbel": (["warm_start 2000s", "gumbel"], 2600, [FIRST, SECOND]),
+    "warm start, then Gumbel": (["warm_start 2000s", "gumbel"], 2350, [FIRST, SECOND]),
     "warm start, then policy gradient": (["warm_start 2000s", "policy_gradient"], 2350, [FIRST, SECOND]),
     "warm start, Gumbel, policy gradient": (
-        ["warm_start 2000s", "gumbel 250s", "policy_gradient"],
-        2450,
+        ["warm_start 2000s", "gumbel 150s", "policy_gradient"],
+        2350,
         [FIRST, "cosine 0.5 -> 0.25 warmup 20s", "cosine 0.4 -> 0.05"],
     ),
 }

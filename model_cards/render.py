@@ -86,7 +86,7 @@ def draw_curves(runs: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("FVE, held out")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
     save(figure, path)
 
 
