@@ -96,7 +96,8 @@ def save(figure: Any, path: Path) -> None:
 
 
 def machine_of(run: dict[str, Any]) -> str:
-    return f"{run['machine']['threads']} threads of a machine with {run['machine']['cpu_cores']} cores"
+    threads = run["machine"]["threads"]
+    return f"{threads} thread{'s'[: threads > 1]} of a machine with {run['machine']['cpu_cores']} cores"
 
 
 def demo_block(run: dict[str, Any], metrics: dict[str, Any]) -> str:
