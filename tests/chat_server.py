@@ -55,8 +55,7 @@ class ChatServer:
         self.tries: Counter[str] = Counter()
         self.in_flight = self.most_in_flight = 0
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"chat": self}))
-        self._http.daemon_threads = True
+        self._http = _Listener(("127.0.0.1", port), type("Handler", (_Handler,), {"chat": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
 
     def __enter__(self) -> "ChatServer":
@@ -86,6 +85,11 @@ class ChatServer:
         finally:
             with self.lock:
                 self.in_flight -= 1
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that come together are not refused
 
 
 class _Handler(BaseHTTPRequestHandler):

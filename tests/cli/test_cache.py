@@ -44,9 +44,9 @@ def corpus_folder(subject_folder, text_file):
     return folder
 
 
-def flags(subject_folder, dataset, output_dir, *layers, **changes):
+def flags(subject_folder, corpus, output_dir, *layers, **changes):
     settings = {
-        "model": subject_folder, "dataset": dataset, "output_dir": output_dir, "min_position": 4,
+        "model": subject_folder, "dataset": corpus, "output_dir": output_dir, "min_position": 4,
         "positions_per_sequence": 3, "rows_per_shard": 12, "device": "cpu", "disable_tqdm": True,
     } | changes  # fmt: skip
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -107,7 +107,7 @@ def test_dropped_and_skipped_rows_are_said(subject_folder, text_file, tmp_path, 
     text = tmp_path / "texts.txt"
     text.write_text(f"{TEXT}\n<|endoftext|>\nw5 w6\n<|endoftext|>\nw7")
     settings = {"max_norm": 2, "validation_fraction": 0.2}
-    assert main(flags(subject_folder, text, tmp_path, 1, **settings)) == 0
+    assert main(flags(subject_folder, text, tmp_path / "out", 1, **settings)) == 0
     printed = capsys.readouterr().out
     skipped = [cache_of(path)["sequences"]["skipped_too_short"] for path in tmp_path.rglob("provenance.json")]
     assert sum(skipped) == 2
@@ -137,7 +137,7 @@ def test_a_config_file_sets_and_a_flag_wins(subject_folder, corpus_folder, tmp_p
         ({"cache_dtype": "int8"}, "dtype must be 'float16' or 'float32', got 'int8'"),
         ({"quantization": "2bit"}, "quantization must be one of 8bit, 4bit"),
         ({"positions_per_sequence": 0}, "positions_per_sequence must be at least 1, got 0"),
-        ({"min_position": 14}, "too short for min_position=14"),
+        ({"min_position": 15}, "too short for min_position=15"),
         ({"max_norm": 1}, "max_norm is a multiple of the median norm"),
         ({"model": "no/such/folder"}, "cannot load 'no/such/folder'"),
         ({"model": ""}, "model: got none; pass it, e.g. --model gpt2"),

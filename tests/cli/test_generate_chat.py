@@ -87,7 +87,7 @@ class TestMistakes:
         with ChatServer(lambda *_: Reply({"error": "no such model"}, status=404)) as server:
             assert main(flags(server.url, model="other")) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: model: the server lists {MODEL}, but not 'other'")
+        assert line.startswith(f"error: model: the server at {server.url} lists {MODEL}, and gave no answer")
 
     def test_a_server_that_goes_away_is_one_line_and_exit_code_1(self, flags, capsys):
         def reply(text, _):
@@ -215,4 +215,4 @@ def test_transformers_serve_answers(transformers_serve, flags, tmp_path, capsys)
         assert row["messages"][-1]["content"].strip() and 1 <= row["completion_tokens"] <= 6
         assert row["finish_reason"] == ("length" if row["completion_tokens"] == 6 else "stop")
     assert main(flags(url, model="another/model", output_dir=tmp_path / "other")) == 2
-    assert "error: model: the server lists" in capsys.readouterr().err
+    assert "error: model: the server at " in capsys.readouterr().err

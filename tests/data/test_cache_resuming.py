@@ -84,7 +84,7 @@ def build_killed_at(n, done, folder, subject, monkeypatch):
         patch.setattr(atomic_write.os, "replace", kill(os.replace))
         patch.setattr(Path, "unlink", kill(Path.unlink))
         try:
-            build_both(folder, subject)
+            build_both(folder, subject, rows_per_shard=36)
         except Killed:
             return True
     return False
@@ -92,7 +92,7 @@ def build_killed_at(n, done, folder, subject, monkeypatch):
 
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
 def test_a_build_killed_at_any_step_ends_as_one_that_was_not(subject, tmp_path, monkeypatch, done):
-    build_both(tmp_path / "whole", subject)
+    build_both(tmp_path / "whole", subject, rows_per_shard=36)
     whole = both_files(tmp_path / "whole")
     n = 1
     while build_killed_at(n, done, tmp_path / str(n), subject, monkeypatch):
@@ -101,11 +101,11 @@ def test_a_build_killed_at_any_step_ends_as_one_that_was_not(subject, tmp_path, 
             if not (folder / "provenance.json").is_file():
                 with pytest.raises(ValueError, match="(an unfinished|no) cache at"):
                     ActivationCache.open(folder)
-        build_both(tmp_path / str(n), subject)
+        build_both(tmp_path / str(n), subject, rows_per_shard=36)
         assert both_files(tmp_path / str(n)) == whole
         n += 1
-    # of each layer: settings, settings with the norm, 4 shards, 4 records, provenance; and 6 removals
-    assert n > 2 * (11 + 6)
+    # of each layer: settings, settings with the norm, 2 shards, 2 records, provenance; and 4 removals
+    assert n > 2 * (7 + 4)
     assert ActivationCache.open(tmp_path / "whole" / "0").provenance["norm_filter"]["dropped_rows"] > 0
 
 
@@ -227,6 +227,14 @@ def test_other_settings_in_the_same_folder_are_refused(build, name, value):
     build()
     with pytest.raises(ValueError, match=f"was built with .*{value}"):
         build(**{name: value})
+
+
+def test_a_build_that_finished_no_shard_leaves_the_folder_free(build, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "building.json").write_text('{"weights_hash": "another", "median_norm": 3.0}')
+    (tmp_path / "cache" / ".shard-00009.arrow.partial").touch()
+    cache = build()
+    assert files_of(cache.path) == files_of(build("other").path)
 
 
 def test_another_corpus_or_subject_in_the_same_folder_is_refused(build):

@@ -62,16 +62,17 @@ class CacheFolder:
         """Whether the folder holds the finished cache of these settings; False if it is to be built, or built on.
 
         Raises:
-            ValueError: if it holds a cache, finished or not, of other settings, or shards of unknown origin.
+            ValueError: if it holds a cache of other settings, finished or with a shard, or shards of unknown origin.
         """
-        for name in (PROVENANCE_FILE, BUILDING_FILE):
-            if (self.path / name).is_file():
-                self._read(name)
-                return name == PROVENANCE_FILE
-        if any(self.path.glob("shard-*.arrow")):
-            raise ValueError(
-                f"activation cache: {str(self.path)!r} has shards but no {BUILDING_FILE}; choose another folder"
-            )
+        if (self.path / PROVENANCE_FILE).is_file():
+            self._check_settings(PROVENANCE_FILE)
+            return True
+        if any(self.path.glob("shard-*")):
+            if not (self.path / BUILDING_FILE).is_file():
+                raise ValueError(
+                    f"activation cache: {str(self.path)!r} has shards but no {BUILDING_FILE}; choose another folder"
+                )
+            self._check_settings(BUILDING_FILE)
         return False
 
     @contextmanager
@@ -100,12 +101,14 @@ class CacheFolder:
     def claim(self) -> None:
         """Makes the folder that of this build, or goes on with what an earlier start of it left.
 
+        To be called where `is_finished` is False: a build of other settings has then left nothing that could be lost.
+
         Raises:
-            ValueError: as `is_finished`.
             CacheWriteError: if nothing can be written there.
         """
-        if (self.path / BUILDING_FILE).is_file():
-            self.median_norm = self._read(BUILDING_FILE).get("median_norm")
+        found = self._read(BUILDING_FILE) if (self.path / BUILDING_FILE).is_file() else {}
+        if self._differing(found) is None:
+            self.median_norm = found.get("median_norm")
         else:
             with writing(self.path):
                 write_json(self.path / BUILDING_FILE, self.settings)
@@ -187,10 +190,9 @@ class CacheFolder:
     def remove_leftovers(self) -> None:
         """Removes from a finished cache what only its build needed, also after a kill between the two."""
         with writing(self.path):
-            for file in [self.path / BUILDING_FILE, self.path / LOCK_FILE, *self.path.glob("shard-*.json")]:
-                # asked first, since a finished cache may lie where nothing can be written
-                if file.is_file():
-                    file.unlink()
+            names = (BUILDING_FILE, LOCK_FILE, "shard-*.json", ".*.partial")
+            for file in [file for name in names for file in self.path.glob(name)]:
+                file.unlink()
 
     def _largest_norm(self, median_norm: float) -> float:
         return self.settings["max_norm"] * median_norm
@@ -202,15 +204,20 @@ class CacheFolder:
         return self._shard_file(index).with_suffix(".json")
 
     def _read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder that has these settings, or a ValueError that names the first that differs."""
-        found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        for key, value in self.settings.items():
-            if found.get(key) != value:
-                raise ValueError(
-                    f"activation cache: {str(self.path)!r} was built with {key} {found.get(key)!r}, now it is "
-                    f"{value!r}; choose another folder or delete that one"
-                )
-        return found
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def _differing(self, found: dict[str, Any]) -> str | None:
+        """The first setting that is another one in `found`."""
+        return next((key for key, value in self.settings.items() if found.get(key) != value), None)
+
+    def _check_settings(self, name: str) -> None:
+        found = self._read(name)
+        key = self._differing(found)
+        if key is not None:
+            raise ValueError(
+                f"activation cache: {str(self.path)!r} was built with {key} {found.get(key)!r}, now it is "
+                f"{self.settings[key]!r}; choose another folder or delete that one"
+            )
 
     def _kept_rows(self, activations: np.ndarray) -> np.ndarray:
         """Indices of the rows whose norm is not above the largest one that is kept."""

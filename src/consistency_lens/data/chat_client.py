@@ -122,7 +122,8 @@ class ChatClient:
             ValueError: if there is no server, it is of another kind, it refuses the key, or does not know the model.
         """
         try:
-            response = await self._http.get("models", timeout=LIST_TIMEOUT)
+            # On a connection of its own: uvicorn cuts it after an error, when the next request may be under way.
+            response = await self._http.get("models", timeout=LIST_TIMEOUT, headers={"Connection": "close"})
         except httpx2.RequestError as error:
             cause = self._without_key(reason(error))
             raise ValueError(
@@ -131,23 +132,17 @@ class ChatClient:
         if response.status_code in (401, 403):
             raise self._refused(RejectedError(response.status_code, self._said(response)))
         listed = models_from(response)
-        if listed is None or self.model not in listed:
-            await self._check_unlisted(response.status_code, listed)
-
-    async def _check_unlisted(self, status: int, listed: Sequence[str] | None) -> None:
+        if self.model in listed:
+            return
         # `transformers serve` lists the Hub's cache, not the folder it serves, and fails where there is no cache.
         probe = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         try:
             await self._post(probe)
         except (TransientError, RejectedError) as error:
-            if listed is None:
-                raise ValueError(
-                    f"base_url: {self.base_url} gave neither a list of models (status {status}) nor an answer "
-                    f"({error}); pass the address of an OpenAI-compatible API, up to /v1"
-                ) from error
-            models = ", ".join(listed) or "no model"
+            models = ", ".join(listed) or f"no models (status {response.status_code})"
             raise ValueError(
-                f"model: the server lists {models}, but not {self.model!r}, and gave no answer for it ({error})"
+                f"model: the server at {self.base_url} lists {models}, and gave no answer for {self.model!r} "
+                f"({error}); pass --model as the server names it, and --base_url up to /v1"
             ) from error
 
     async def complete(self, messages: Sequence[Message], seed: int) -> Completion:
@@ -232,12 +227,12 @@ class ChatClient:
         return text.replace(self._api_key, "<API key>") if self._api_key else text
 
 
-def models_from(response: httpx2.Response) -> list[str] | None:
-    """The names that a server lists; None if it gave no list."""
+def models_from(response: httpx2.Response) -> list[str]:
+    """The names that a server lists; none if its answer is no list of models."""
     try:
         return [str(entry["id"]) for entry in response.raise_for_status().json()["data"]]
     except (httpx2.HTTPStatusError, ValueError, KeyError, TypeError):
-        return None
+        return []
 
 
 def completion_from(answer: Any) -> Completion:
