@@ -7,13 +7,19 @@ from consistency_lens.data.corpus import (
     corpus_from_rows,
     document_hash,
     is_validation_document,
+    iterate_documents,
     pack,
+    pack_whole,
     read_documents,
+    sequence_lengths,
     split_by_document,
     tokenize_documents,
+    unpacked,
+    with_boundaries,
 )
 
 BOS, EOS = 0, 1
+LENGTHS = [3, 4, 1, 7, 2, 2, 2, 8, 5, 1]
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,19 @@ def test_read_documents_divides_at_separators(tmp_path):
     file = tmp_path / "stories.txt"
     file.write_text("one\nline two\n<|endoftext|>\n\n<|endoftext|>\ntwo\n<|endoftext|>", encoding="utf-8")
     assert read_documents(file) == ["one\nline two", "two"]
+
+
+def test_separators_may_stand_anywhere_and_lines_may_end_as_on_windows(tmp_path):
+    file = tmp_path / "stories.txt"
+    file.write_bytes(b"<|endoftext|>\r\none <|endoftext|> here\r\n<|endoftext|>\r\n<|endoftext|>\r\n\r\ntwo\r\n")
+    assert list(iterate_documents(file)) == ["one <|endoftext|> here", "two"]
+
+
+def test_bytes_that_are_no_text_are_an_error(tmp_path):
+    file = tmp_path / "stories.txt"
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="stories.txt' is no UTF-8 text"):
+        read_documents(file)
 
 
 @pytest.mark.parametrize("content", [None, " \n"])
@@ -50,6 +69,21 @@ def test_tokenized_documents_have_bos_and_eos(tokenizer):
     assert corpus["document"][:] == [document_hash("a b"), document_hash("b")]
 
 
+@pytest.mark.parametrize(
+    ("ids", "bounded"),
+    [
+        ([3], [BOS, 3, EOS]),
+        ([BOS, 3], [BOS, 3, EOS]),
+        ([3, EOS], [BOS, 3, EOS]),
+        ([BOS, 3, EOS], [BOS, 3, EOS]),
+        ([EOS, 3, BOS], [BOS, EOS, 3, BOS, EOS]),
+        ([], [BOS, EOS]),
+    ],
+)
+def test_boundaries_are_never_doubled(tokenizer, ids, bounded):
+    assert with_boundaries(ids, tokenizer) == bounded
+
+
 def test_tokenized_documents_are_cut_at_max_length(tokenizer):
     assert tokenize_documents(["a b a b"], tokenizer, max_length=3)["input_ids"][:] == [[BOS, 3, 4]]
 
@@ -68,6 +102,40 @@ def test_pack_keeps_every_bos_and_eos_in_order(tokenizer):
 def test_pack_refuses_too_little_text(tokenizer):
     with pytest.raises(ValueError, match="3 tokens are too few for one block of 8"):
         pack(tokenize_documents(["a"], tokenizer), length=8)
+
+
+@pytest.fixture
+def corpus():
+    """Sequences of `LENGTHS` tokens, all different, two of each document."""
+    starts = np.cumsum([0, *LENGTHS])
+    return corpus_from_rows(
+        {"input_ids": list(range(start, start + length)), "document": document_hash(str(index // 2))}
+        for index, (start, length) in enumerate(zip(starts, LENGTHS, strict=False))
+    )
+
+
+def test_packing_whole_fills_rows_in_order_and_keeps_their_starts(corpus, tmp_path):
+    packed = pack_whole(corpus, 8, tmp_path / "packed.arrow", "fingerprint")
+    assert packed["starts"][:] == [[0, 3, 7], [0], [0, 2, 4], [0], [0, 5]]
+    assert packed["input_ids"][0] == list(range(8)) and packed["documents"][4] == corpus["document"][8:]
+    assert "document" not in packed.column_names  # so that nothing takes a row for one document
+
+
+@pytest.mark.parametrize("length", [8, 9, 20, 100])
+def test_unpacking_gives_the_sequences_back(corpus, tmp_path, length):
+    selected = corpus.select([9, 3, 7, 1, 0])  # as a side of a split is
+    packed = pack_whole(selected, length, tmp_path / "packed.arrow", "fingerprint")
+    assert sequence_lengths(packed).max() <= length
+    rows = unpacked(packed, "other")
+    assert rows[:] == selected[:] and rows.features == selected.features
+
+
+def test_unpacking_reads_all_of_a_large_corpus_in_every_chunk(tmp_path):
+    rows = [{"input_ids": [n, n + 1, n + 2], "document": n} for n in range(5000)]
+    corpus = corpus_from_rows(rows)
+    packed = pack_whole(corpus, 7, tmp_path / "packed.arrow", "fingerprint")
+    assert packed.data.column("starts").num_chunks > 1
+    assert unpacked(packed, "other")[:] == corpus[:]
 
 
 def test_split_keeps_each_document_on_one_side():

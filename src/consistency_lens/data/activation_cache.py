@@ -8,6 +8,7 @@ the same build is started again. The second activation A' of a row is not stored
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -273,18 +274,55 @@ class Moments(NamedTuple):
     """sqrt of the mean over rows and dimensions of (A - mean)^2."""
 
 
-def streaming_moments(blocks: Iterable[np.ndarray]) -> Moments:
-    """Mean and RMS of activations that come in blocks (n, d), in float64 and one pass (Chan et al. 1979)."""
-    count, mean, squares = 0, np.zeros(()), np.zeros(())
-    for block in blocks:
-        block = block.astype(np.float64)
-        block_mean = block.mean(axis=0)
+class BlockMoments(NamedTuple):
+    """What a block of rows contributes to the moments of a set."""
+
+    rows: int
+    mean: np.ndarray
+    """(d,) float64; zeros for an empty block."""
+    squares: float
+    """Sum over rows and dimensions of (A - mean)^2."""
+
+
+def block_moments(block: np.ndarray) -> BlockMoments:
+    """Moments of activations (n, d), in float64."""
+    centred = block.astype(np.float64)
+    mean = centred.mean(axis=0) if len(block) else np.zeros(block.shape[1])
+    centred -= mean
+    return BlockMoments(len(block), mean, float(np.einsum("nd,nd->", centred, centred)))
+
+
+def merge_moments(blocks: Iterable[BlockMoments]) -> Moments:
+    """Moments of all rows of several blocks (Chan et al. 1979); at least one block must have rows."""
+    count, mean, squares = 0, np.zeros(()), 0.0
+    for rows, block_mean, block_squares in blocks:
+        if rows == 0:
+            continue
         delta = block_mean - mean
-        total = count + len(block)
-        squares = squares + ((block - block_mean) ** 2).sum(axis=0) + delta**2 * (count * len(block) / total)
-        mean = mean + delta * (len(block) / total)
+        total = count + rows
+        squares += block_squares + float((delta**2).sum()) * (count * rows / total)
+        mean = mean + delta * (rows / total)
         count = total
-    return Moments(mean, float(np.sqrt(squares.sum() / (count * mean.size))))
+    return Moments(mean, float(np.sqrt(squares / (count * mean.size))))
+
+
+def streaming_moments(blocks: Iterable[np.ndarray]) -> Moments:
+    """Mean and RMS of activations that come in blocks (n, d), in float64 and one pass."""
+    return merge_moments(block_moments(block) for block in blocks)
+
+
+def cache_path(root: str | Path, dataset: str, model: str, layer: int, split: str) -> Path:
+    """Where a cache lies unless told otherwise: `<root>/<dataset>/<model>/layer_<k>/<split>`.
+
+    Of a dataset or model that is a file or folder here the last part of its path is taken; in a Hub id every slash
+    becomes `--`.
+    """
+    return Path(root) / _folder_name(dataset) / _folder_name(model) / f"layer_{layer}" / _folder_name(split)
+
+
+def _folder_name(name: str) -> str:
+    last = Path(name).resolve().name if Path(name).exists() else name
+    return re.sub(r"[^\w.-]+", "--", last).strip(".-") or "_"
 
 
 def file_hash(file: Path) -> str:
@@ -300,7 +338,7 @@ def read_activations(file: Path) -> np.ndarray:
 
 def _activation_matrix(table: pa.Table) -> np.ndarray:
     column = table["activation"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
 def token_lists(table: pa.Table) -> list[np.ndarray]:

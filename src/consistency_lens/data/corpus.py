@@ -3,36 +3,67 @@
 A corpus is a `datasets.Dataset` with two columns: `input_ids` (list of int32), the tokens of one sequence, and
 `document` (int64), a hash of the document's text. The train/validation split is made on that hash, never on rows,
 so two sequences of one document always fall on the same side.
+
+A packed corpus has several sequences in a row, end to end, and says where each starts and whose it is. It has no
+`document`, so nothing can take a row for the text of one document; `unpacked` gives the sequences back.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 CORPUS_FEATURES = Features({"input_ids": List(Value("int32")), "document": Value("int64")})
+# of each row its sequences' first tokens (`starts`, from 0 on) and documents, in order
+PACKED_FEATURES = Features(
+    {"input_ids": List(Value("int32")), "starts": List(Value("int32")), "documents": List(Value("int64"))}
+)
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+BLOCK_ROWS = 10_000  # sequences whose lengths are read at a time
 
 
 def read_documents(path: str | Path, separator: str = DOCUMENT_SEPARATOR) -> list[str]:
     """Reads a text file whose documents are divided by `separator` alone on its line; empty ones are dropped.
 
     Raises:
-        ValueError: if the file is missing or holds no text.
+        ValueError: if the file is missing, is not UTF-8, or holds no text.
+    """
+    documents = list(iterate_documents(path, separator))
+    if not documents:
+        raise ValueError(f"corpus: {str(path)!r} holds no text; pass a file with at least one document")
+    return documents
+
+
+def iterate_documents(path: str | Path, separator: str = DOCUMENT_SEPARATOR) -> Iterator[str]:
+    """The documents of `read_documents`, one at a time, so that a file may be larger than memory.
+
+    Raises:
+        ValueError: if the file is missing or is not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"corpus: no text file at {str(path)!r}; pass the path of a UTF-8 text file")
-    documents = [document.strip() for document in path.read_text(encoding="utf-8").split(f"\n{separator}\n")]
-    documents = [document.removesuffix(separator).strip() for document in documents]
-    documents = [document for document in documents if document]
-    if not documents:
-        raise ValueError(f"corpus: {str(path)!r} holds no text; pass a file with at least one document")
-    return documents
+    lines: list[str] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in chain(file, [separator]):
+                if line.rstrip("\n") != separator:
+                    lines.append(line)
+                    continue
+                document = "".join(lines).strip().removesuffix(separator).strip()
+                lines = []
+                if document:
+                    yield document
+    except UnicodeDecodeError as error:
+        raise ValueError(f"corpus: {str(path)!r} is no UTF-8 text ({error}); convert it") from error
 
 
 def document_hash(content: str | Sequence[int]) -> int:
@@ -54,13 +85,22 @@ def split_by_document(corpus: Dataset, validation_fraction: float) -> tuple[Data
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}; try 0.05")
-    held_out = np.array([is_validation_document(doc, validation_fraction) for doc in corpus["document"]], dtype=bool)
+    documents = corpus["document"][:]
+    held_out = np.array([is_validation_document(doc, validation_fraction) for doc in documents], dtype=bool)
     if held_out.all() or not held_out.any():
         raise ValueError(
             f"corpus: {len(held_out)} sequences cannot be split with validation_fraction={validation_fraction} "
             "(one side is empty); add documents or change the fraction"
         )
     return corpus.select(np.flatnonzero(~held_out)), corpus.select(np.flatnonzero(held_out))
+
+
+def with_boundaries(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A document's tokens between BOS and EOS: those that the tokenizer has and that are not there already."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    before = [] if bos is None or ids[:1] == [bos] else [bos]
+    after = [] if eos is None or ids[-1:] == [eos] else [eos]
+    return before + ids + after
 
 
 def tokenize_documents(
@@ -74,14 +114,12 @@ def tokenize_documents(
     texts = list(texts)
     if not texts:
         raise ValueError("corpus: empty, got no documents; pass at least one text")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def rows() -> Iterator[dict]:
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             for text, ids in zip(batch, tokenizer(batch, add_special_tokens=False)["input_ids"], strict=True):
-                yield {"input_ids": (bos + ids + eos)[:max_length], "document": document_hash(text)}
+                yield {"input_ids": with_boundaries(ids, tokenizer)[:max_length], "document": document_hash(text)}
 
     return corpus_from_rows(rows())
 
@@ -91,6 +129,13 @@ def corpus_from_rows(rows: Iterable[dict]) -> Dataset:
     rows = list(rows)
     columns = {name: [row[name] for row in rows] for name in CORPUS_FEATURES}
     return Dataset.from_dict(columns, features=CORPUS_FEATURES)
+
+
+def sequence_lengths(corpus: Dataset) -> np.ndarray:
+    """Tokens of each row, (N,) int64."""
+    tables = corpus.select_columns("input_ids").with_format("arrow").iter(BLOCK_ROWS)
+    lengths = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
+    return np.concatenate(lengths).astype(np.int64)
 
 
 def pack(corpus: Dataset, length: int) -> np.ndarray:
@@ -105,3 +150,69 @@ def pack(corpus: Dataset, length: int) -> np.ndarray:
     if len(tokens) < length:
         raise ValueError(f"corpus: {len(tokens)} tokens are too few for one block of {length}; add text")
     return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def pack_whole(
+    corpus: Dataset, length: int, cache_file: Path, fingerprint: str, num_proc: int | None = None
+) -> Dataset:
+    """Packs sequences into rows of at most `length` tokens, in order, never cutting one: see `PACKED_FEATURES`.
+
+    Args:
+        corpus: its sequences have `length` tokens at most.
+        cache_file: written by `datasets.map`, and memory-mapped by the result.
+        fingerprint: of the result.
+        num_proc: processes; None for this one.
+    """
+    first_rows: list[int] = []
+    filled = 0
+    lengths = sequence_lengths(corpus)
+    for row, size in enumerate(lengths.tolist()):
+        if not first_rows or filled + size > length:
+            first_rows.append(row)
+            filled = 0
+        filled += size
+    plan = Dataset.from_dict({"first": first_rows, "end": [*first_rows[1:], len(lengths)]})
+    return plan.map(
+        partial(_packed_rows, corpus=corpus),
+        batched=True,
+        remove_columns=plan.column_names,
+        features=PACKED_FEATURES,
+        cache_file_name=str(cache_file),
+        load_from_cache_file=False,
+        new_fingerprint=fingerprint,
+        num_proc=num_proc,
+        desc="packing",
+    )
+
+
+def _packed_rows(plan: dict[str, list[int]], corpus: Dataset) -> dict[str, list[Any]]:
+    offset = plan["first"][0]
+    rows = corpus[offset : plan["end"][-1]]
+    packed: dict[str, list[Any]] = {name: [] for name in PACKED_FEATURES}
+    for first, end in zip(plan["first"], plan["end"], strict=True):
+        sequences = rows["input_ids"][first - offset : end - offset]
+        packed["input_ids"].append(list(chain.from_iterable(sequences)))
+        packed["starts"].append([0, *accumulate(len(ids) for ids in sequences[:-1])])
+        packed["documents"].append(rows["document"][first - offset : end - offset])
+    return packed
+
+
+def unpacked(packed: Dataset, fingerprint: str) -> Dataset:
+    """The corpus that was packed: one row a sequence, in order, a view of the same tokens.
+
+    Args:
+        packed: as it was loaded or made, without a selection of rows.
+        fingerprint: of the result; `datasets` would read all tokens to find one.
+    """
+    schema = CORPUS_FEATURES.arrow_schema
+    batches = []
+    for batch in packed.data.to_batches():
+        sizes = pc.list_value_length(batch["input_ids"]).to_numpy()
+        counts = pc.list_value_length(batch["starts"]).to_numpy()
+        row_starts = np.cumsum(sizes) - sizes
+        starts = batch["starts"].flatten().to_numpy() + np.repeat(row_starts, counts)
+        offsets = pa.array(np.append(starts, sizes.sum()).astype(np.int32))
+        sequences = pa.ListArray.from_arrays(offsets, batch["input_ids"].flatten())
+        columns = [sequences.cast(schema.field("input_ids").type), batch["documents"].flatten()]
+        batches.append(pa.RecordBatch.from_arrays(columns, schema=schema))
+    return Dataset(pa.Table.from_batches(batches, schema), fingerprint=fingerprint)

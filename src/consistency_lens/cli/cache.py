@@ -1,0 +1,243 @@
+"""`consistency-lens cache`, and the whole of `examples/cache_activations.py`: a subject's activations on a corpus."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.activation_cache import ActivationCache
+
+ARGUMENTS_FILE = "arguments.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass
+class CacheArguments:
+    """Which subject is read on which tokens, and where its activations go."""
+
+    model: str = field(default="", metadata={"help": "The subject: Hub id or folder of a causal LM."})
+    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the subject on the Hub."})
+    dataset: str = field(
+        default="",
+        metadata={"help": "Folder that `consistency-lens tokenize` made, or a text file with lines of <|endoftext|>."},
+    )
+    split: list[str] = field(
+        default_factory=lambda: list(SPLITS), metadata={"help": "train, validation or both: a cache of each."}
+    )
+    layer: list[int] | None = field(
+        default=None, metadata={"help": "Blocks whose output is read, 0-based, a cache of each; default: middle."}
+    )
+    output_dir: str = field(
+        default="data/activations",
+        metadata={"help": "Root: caches lie in <output_dir>/<dataset>/<model>/layer_<k>/<split>."},
+    )
+
+    dtype: str = field(default="float32", metadata={"help": "Precision of the subject: float32, bfloat16 or float16."})
+    quantization: str | None = field(default=None, metadata={"help": "8bit or 4bit weights, by bitsandbytes."})
+    attention: str | None = field(
+        default=None, metadata={"help": "Attention, as transformers names it; default: the fastest that is safe."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU for each process if there are any."}
+    )
+    device_map: str | None = field(
+        default=None, metadata={"help": "auto: spread a subject that is larger than a device. Then one process."}
+    )
+    blocks: str | None = field(default=None, metadata={"help": "Path of the blocks in an unknown architecture."})
+
+    positions_per_sequence: int = field(default=8, metadata={"help": "K, activations cached from one sequence."})
+    min_position: int = field(default=8, metadata={"help": "First position that may be read."})
+    cache_dtype: str = field(default="float16", metadata={"help": "Of the stored activations: float16 or float32."})
+    max_norm: float | None = field(
+        default=None, metadata={"help": "Drop and count rows of more than this many times the median norm, e.g. 10."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Longest sequences in one pass; of shorter ones go more."})
+    rows_per_shard: int = field(default=8192, metadata={"help": "About how many rows a file holds."})
+    seed: int = field(default=0, metadata={"help": "Of the positions."})
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Text file: tokens of a document, the rest is cut; default: all."}
+    )
+    validation_fraction: float = field(default=0.1, metadata={"help": "Text file: share of the documents held out."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def __post_init__(self) -> None:
+        examples = {"model": "gpt2", "dataset": "data/corpus"}
+        for name, example in examples.items():
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got none; pass it, e.g. --{name} {example}")
+        if not Path(self.dataset).exists():
+            raise ValueError(
+                f"dataset: nothing at {self.dataset!r}; pass a text file, or a folder that consistency-lens tokenize "
+                "made"
+            )
+        # a config file may name one without brackets
+        self.split = [self.split] if isinstance(self.split, str) else self.split
+        self.layer = [self.layer] if isinstance(self.layer, int) else self.layer
+        unknown = [split for split in self.split if split not in SPLITS]
+        if unknown:
+            raise ValueError(f"split must be {' or '.join(SPLITS)} or both, got {unknown[0]!r}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}; try 0.1")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}; 512 is a good start")
+
+
+class Source(NamedTuple):
+    """The tokens that are read."""
+
+    name: str
+    revision: str | None
+    splits: "dict[str, Dataset]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Builds the caches; prints what each holds and where it lies. Returns the exit code."""
+    import transformers
+    from rich.console import Console
+
+    from .parser import parse_arguments
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    transformers.utils.logging.set_verbosity_warning()
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        (args,) = parse_arguments((CacheArguments,), argv)
+        state = process_state(args)
+        caches = cache_activations(args, state)
+    except (ValueError, OSError) as error:
+        mistake = isinstance(error, ValueError)
+        message = f"{'error' if mistake else 'failed'}: {error}"
+        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+        return 2 if mistake else 1
+    if state.is_main_process:
+        for cache in caches:
+            console.print(summary(cache), markup=False, highlight=False, soft_wrap=True)
+    state.destroy_process_group()
+    return 0
+
+
+def process_state(args: CacheArguments) -> "PartialState":
+    """The processes that share the work: those of `accelerate launch` or `torchrun`, or this one alone."""
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+
+    # Without an accelerator the ranks find each other only if they are told so. A rank that has done its shards waits
+    # for the slowest, whatever that takes.
+    return PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=30))
+
+
+def cache_activations(args: CacheArguments, state: "PartialState") -> "list[ActivationCache]":
+    """Builds, or finishes, one cache for each split and layer; every process of `state` calls it.
+
+    Raises:
+        ValueError: for a user's mistake.
+        CacheWriteError: if a file cannot be written, as when the disk is full.
+    """
+    from ..atomic_write import write_json
+    from ..data.activation_cache import ActivationCache, cache_path
+    from ..data.cache_building import build_activation_caches, check_settings
+    from ..data.cache_folder import writing
+    from ..data.subject_loading import load_subject_and_tokenizer
+    from ..residual_stream import ResidualStream
+
+    check_settings(
+        args.positions_per_sequence, args.min_position, args.cache_dtype, args.max_norm, args.batch_size,
+        args.rows_per_shard,
+    )  # fmt: skip
+    device = args.device or (None if args.device_map is not None else str(state.device))
+    subject = load_subject_and_tokenizer(
+        args.model, args.revision, args.dtype, args.quantization, args.attention, device, args.device_map
+    )
+    stream = ResidualStream(subject.model, blocks=args.blocks)
+    source = read_source(args, subject.tokenizer)
+    layers = [stream.num_layers // 2] if args.layer is None else args.layer
+    caches: list[ActivationCache] = []
+    for split, corpus in source.splits.items():
+        built = build_activation_caches(
+            stream,
+            corpus,
+            {layer: cache_path(args.output_dir, source.name, args.model, layer, split) for layer in layers},
+            tokenizer=subject.tokenizer,
+            subject_name=args.model,
+            subject_revision=subject.revision,
+            subject_hash=caches[0].provenance["weights_hash"] if caches else None,
+            dataset_name=source.name,
+            dataset_revision=source.revision,
+            dataset_split=split,
+            positions_per_sequence=args.positions_per_sequence,
+            min_position=args.min_position,
+            dtype=args.cache_dtype,
+            max_norm=args.max_norm,
+            batch_size=args.batch_size,
+            rows_per_shard=args.rows_per_shard,
+            seed=args.seed,
+            progress=not args.disable_tqdm,
+            state=state,
+        )
+        caches += built.values()
+    for cache in caches:
+        # those that built a cache stay beside it
+        if state.is_main_process and not (cache.path / ARGUMENTS_FILE).is_file():
+            with writing(cache.path):
+                write_json(cache.path / ARGUMENTS_FILE, asdict(args))
+    return caches
+
+
+def read_source(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> Source:
+    """The splits that are asked for, of a corpus folder or a text file.
+
+    Raises:
+        ValueError: if the folder is no corpus, or one of another tokenizer, or the text cannot be read or split.
+    """
+    from ..data.corpus import read_documents, split_by_document, tokenize_documents
+    from ..data.tokenization import open_corpus
+
+    if Path(args.dataset).is_dir():
+        name, revision = corpus_origin(args, tokenizer)
+        return Source(name, revision, {split: open_corpus(args.dataset, split) for split in args.split})
+    corpus = tokenize_documents(read_documents(args.dataset), tokenizer, args.max_length)
+    splits = dict(zip(SPLITS, split_by_document(corpus, args.validation_fraction), strict=True))
+    return Source(args.dataset, None, {split: splits[split] for split in args.split})
+
+
+def corpus_origin(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str | None]:
+    """The data set that a corpus folder was made from, and its revision.
+
+    Raises:
+        ValueError: if it is no corpus, or was made with another tokenizer than the subject's.
+    """
+    from ..data.cache_building import tokenizer_hash
+    from ..data.tokenization import read_tokenization
+
+    record: dict[str, Any] = read_tokenization(args.dataset)
+    settings = record["settings"]
+    own_hash = tokenizer_hash(tokenizer)
+    if settings["tokenizer_hash"] != own_hash:
+        raise ValueError(
+            f"dataset: {args.dataset!r} was made with the tokenizer of {settings['model']!r} (hash "
+            f"{settings['tokenizer_hash'][:12]}), but that of {args.model!r} differs (hash {own_hash[:12]}); tokenise "
+            f"again with --model {args.model}"
+        )
+    return settings["dataset"], record["dataset_commit"] or settings["dataset_revision"]
+
+
+def summary(cache: "ActivationCache") -> str:
+    """What a cache holds, in one line."""
+    provenance = cache.provenance
+    counts = f"{provenance['rows']:,} rows of {provenance['sequences']['kept']:,} sequences"
+    skipped = provenance["sequences"]["skipped_too_short"]
+    if skipped:
+        counts += f", {skipped:,} skipped as too short"
+    if "norm_filter" in provenance:
+        counts += f", {provenance['norm_filter']['dropped_rows']:,} rows dropped by their norm"
+    return f"layer {provenance['layer']}, {provenance['dataset_split']}: {counts}; {cache.path}"

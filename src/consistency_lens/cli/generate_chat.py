@@ -1,0 +1,90 @@
+"""`consistency-lens generate-chat`: complete prompts through an OpenAI-compatible server and keep the chats."""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.table import Table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Completes prompts; prints the first answer, the lengths and where all lie. Returns the exit code."""
+    from rich.console import Console
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from ..data.chat_client import ServerGoneError
+    from ..data.chat_generation import ChatGenerationArguments, generate_chat
+    from .parser import parse_arguments
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it reports every request
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        (arguments,) = parse_arguments((ChatGenerationArguments,), argv)
+        with logging_redirect_tqdm():
+            statistics = generate_chat(arguments, on_first=lambda row: print_example(console, row))
+    except (ValueError, ServerGoneError, OSError) as error:
+        mistake = isinstance(error, ValueError)
+        again = "" if mistake else "; what was answered is kept, run the same command again to go on"
+        message = f"{'error' if mistake else 'failed'}: {error}{again}"
+        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+        return 2 if mistake else 1
+    console.print(statistics_report(statistics))
+    where = f"The answers lie in {arguments.output_dir} (messages.parquet, messages.jsonl; counts: stats.json)"
+    console.print(where, markup=False)
+    if not statistics["failed"]:
+        return 0
+    console.print(f"{statistics['failed']} prompts failed (failures.jsonl); run the same command again to retry them")
+    return 1
+
+
+def print_example(console: "Console", row: Mapping[str, Any]) -> None:
+    """Prints a whole conversation, above the progress bar."""
+    from rich.text import Text
+    from tqdm.auto import tqdm
+
+    text = Text(f"The first answer (id {row['id']}, finish_reason {row['finish_reason']}):\n")
+    for message in row["messages"]:
+        for part in ("thinking", "content"):
+            if part in message:
+                label = message["role"] if part == "content" else f"{message['role']}, thinking"
+                text.append(f"[{label}]\n", style="bold").append(f"{message[part]}\n")
+    with tqdm.external_write_mode():
+        console.print(text, soft_wrap=True)
+
+
+def statistics_report(statistics: Mapping[str, Any]) -> "Group":
+    """What was answered, and how long it is in tokens."""
+    from rich.console import Group
+    from rich.text import Text
+
+    run = statistics["this_run"]
+    retries = ", ".join(f"{cause} {count}" for cause, count in run["retries"].items()) or "none"
+    lines = [
+        f"{statistics['answers']:,} of {statistics['prompts']:,} prompts answered by {statistics['model']}: "
+        f"{statistics['with_thinking']:,} with thinking, {statistics['truncated']:,} cut at max_tokens "
+        f"({statistics['dropped']:,} of them dropped), {statistics['failed']:,} failed",
+        f"This run: {run['answers']:,} answers in {run['seconds']:.0f} s, {run['answers_per_second']:.2f} answers/s, "
+        f"{run['completion_tokens_per_second']:.0f} tokens/s; repeated requests: {retries}",
+    ]
+    return Group(*map(Text, lines), token_table(statistics["tokens"]))
+
+
+def token_table(tokens: Mapping[str, Mapping[str, float]]) -> "Table":
+    """One row for each kind of token count that the server gave."""
+    from rich.table import Table
+
+    columns = {
+        "count": "answers", "total": "all tokens", "mean": "mean", "min": "least",
+        "p05": "5%", "p50": "50%", "p95": "95%", "max": "most",
+    }  # fmt: skip
+    table = Table(title="Tokens, as the server counts them (completion includes thinking)")
+    table.add_column("of the")
+    for label in columns.values():
+        table.add_column(label, justify="right")
+    for name, lengths in tokens.items():
+        table.add_row(name, *(f"{lengths[key]:,.0f}" for key in columns))
+    return table

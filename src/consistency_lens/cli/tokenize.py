@@ -1,0 +1,60 @@
+"""`consistency-lens tokenize`: a data set to tokens on disk, once."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tokenises a data set; prints its statistics and where the corpus lies. Returns the exit code."""
+    import transformers
+    from rich.console import Console
+
+    from ..data.tokenization import TokenizationArguments, tokenize_corpus
+    from ..evaluation.report import rich_table
+    from .parser import parse_arguments
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    transformers.utils.logging.set_verbosity_warning()
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        (args,) = parse_arguments((TokenizationArguments,), argv)
+        corpus = tokenize_corpus(args)
+    except (ValueError, OSError) as error:
+        mistake = isinstance(error, ValueError)
+        message = f"{'error' if mistake else 'failed'}: {error}"
+        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+        return 2 if mistake else 1
+    statistics = corpus.record["statistics"]
+    console.print(rich_table(("documents", ""), document_rows(statistics)))
+    console.print(rich_table(("split", "documents", "sequences", "rows", "tokens"), split_rows(statistics)))
+    if corpus.is_new:
+        where = f"The corpus lies in {corpus.path} (settings and statistics: tokenization.json)"
+    else:
+        where = f"The corpus of these settings lies in {corpus.path} already; nothing was done"
+    console.print(where, markup=False, soft_wrap=True)
+    return 0
+
+
+def document_rows(statistics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of each figure of the whole data set."""
+    labels = {
+        "rows": "rows read",
+        "skipped_empty": "skipped, empty",
+        "documents": "documents",
+        "repeated": "of them repeated",
+        "truncated": "of them cut at max_length",
+        "dropped_tokens": "tokens dropped by that",
+    }
+    if statistics["thinking"]:
+        labels |= {"thinking": "messages with thinking", "thinking_dropped": "of them dropped by the chat template"}
+    rows = [(label, f"{statistics[name]:,}") for name, label in labels.items()]
+    lengths = statistics["document_tokens"]
+    return rows + [(f"tokens of a document, {name}", f"{value:,.10g}") for name, value in lengths.items()]
+
+
+def split_rows(statistics: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Documents, sequences, rows and tokens of each split."""
+    names = ("documents", "sequences", "rows", "tokens")
+    return [(split, *(f"{statistics[split][name]:,}" for name in names)) for split in ("train", "validation")]

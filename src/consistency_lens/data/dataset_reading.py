@@ -1,0 +1,127 @@
+"""Data sets from anywhere: a file, a folder, or the Hub, as one split with the column that is asked for."""
+
+import difflib
+import hashlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi
+
+from .corpus import iterate_documents
+from .summaries import LOADERS
+
+TEXT_FEATURES = Features({"text": Value("string")})
+
+
+def read_dataset(
+    source: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    *,
+    cache_dir: Path,
+) -> Dataset:
+    """One split of a data set.
+
+    Args:
+        source: a JSON, JSONL, CSV or parquet file, any other file with documents divided by `<|endoftext|>` (column
+            `text`), a folder of such data or of `save_to_disk`, or the id of a data set on the Hub.
+        config: name of the configuration, where there are several.
+        split: such as `train`, or a part of one, such as `train[:10%]`.
+        revision: of a data set on the Hub.
+        cache_dir: an empty folder for what local files are converted to; it must stay while the result is in use. A
+            data set of the Hub is kept where `datasets` keeps it.
+
+    Raises:
+        ValueError: if it cannot be read, has no such split, or the split is empty.
+    """
+    path = Path(source)
+    cache = str(cache_dir)
+    try:
+        if path.is_file() and path.suffix in LOADERS:
+            dataset = load_dataset(LOADERS[path.suffix], data_files=str(path), split=split, cache_dir=cache)
+        elif path.is_file():
+            dataset = _read_text_file(path, split, cache)
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = _saved_split(load_from_disk(path), split)
+        elif path.is_dir():
+            dataset = load_dataset(str(path), name=config, split=split, cache_dir=cache)
+        else:
+            dataset = load_dataset(source, name=config, split=split, revision=revision)
+    except Exception as error:  # every loader raises its own kinds
+        raise ValueError(
+            f"dataset: cannot read {source!r}, split {split!r}, or it is empty; pass a file, a folder or a data set "
+            f"on the Hub ({cause_of(error)})"
+        ) from error
+    if len(dataset) == 0:
+        raise ValueError(f"dataset: split {split!r} of {source!r} is empty; pass another split")
+    return dataset
+
+
+def _read_text_file(path: Path, split: str, cache_dir: str) -> Dataset:
+    _check_split(split, ["train"])
+    if next(iterate_documents(path), None) is None:
+        raise ValueError("no documents")
+    return Dataset.from_generator(
+        _text_rows, features=TEXT_FEATURES, cache_dir=cache_dir, gen_kwargs={"path": str(path)}
+    )
+
+
+def _text_rows(path: str) -> Iterator[dict[str, str]]:
+    for document in iterate_documents(path):
+        yield {"text": document}
+
+
+def _saved_split(saved: Dataset | DatasetDict, split: str) -> Dataset:
+    """The split of what `save_to_disk` wrote; a single data set counts as `train` where it has no name of its own."""
+    parts = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
+    _check_split(split, parts)
+    return parts[split].with_format(None)  # a saved format would make arrays of the rows
+
+
+def _check_split(split: str, known: Collection[str]) -> None:
+    if split not in known:
+        raise ValueError(f"it has {', '.join(known)}")
+
+
+def check_column(dataset: Dataset, column: str, argument: str) -> None:
+    """Raises a ValueError, with the nearest name, if a data set lacks a column."""
+    if column not in dataset.column_names:
+        near = difflib.get_close_matches(column, dataset.column_names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "pass one of them"
+        raise ValueError(
+            f"{argument}: no column {column!r}, the data set has {', '.join(dataset.column_names)}; {hint}"
+        )
+
+
+def local_hash(source: str) -> str | None:
+    """Sha256 of a local file, or of the names and contents of a folder's files; None for a data set on the Hub."""
+    path = Path(source)
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hub_commit(source: str, revision: str | None) -> str | None:
+    """The commit that a data set on the Hub is at; None where the Hub cannot be asked, or the data set is local."""
+    if Path(source).exists():
+        return None
+    try:
+        return HfApi().dataset_info(source, revision=revision).sha
+    except Exception:  # of many kinds; reading the data set says what is wrong, or finds it in the cache
+        return None
+
+
+def cause_of(error: Exception) -> str:
+    """The first line of what went wrong while a data set was read."""
+    if isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

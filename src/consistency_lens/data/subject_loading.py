@@ -1,0 +1,158 @@
+"""The frozen subject and its tokenizer, from the Hub or a folder: in any precision, on one device or over several."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils.hub import extract_commit_hash
+
+from ..optional_packages import require
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+class LoadedSubject(NamedTuple):
+    """A subject as it was loaded."""
+
+    model: PreTrainedModel
+    """Frozen, in evaluation mode."""
+    tokenizer: PreTrainedTokenizerBase
+    revision: str | None
+    """The commit on the Hub; None for a local folder."""
+
+
+def load_subject_and_tokenizer(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    attention: str | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | None = None,
+) -> LoadedSubject:
+    """The frozen subject and its tokenizer, in the evaluation mode that both sides of a lens are measured in.
+
+    Args:
+        model: Hub id or folder of a causal LM.
+        revision: commit, tag or branch on the Hub; it is pinned to the commit.
+        dtype: of the weights, "float32", "bfloat16" or "float16"; of those that stay unquantised with `quantization`.
+        quantization: "8bit" or "4bit" (NF4), by bitsandbytes.
+        attention: implementation, as transformers names it. By default FlashAttention 2 where it is installed, the
+            dtype is a half and the model goes to a GPU, if the architecture has it; else what transformers takes.
+        device: where the model goes; by default it stays where transformers puts it, on the CPU.
+        device_map: spreads a model that is larger than a device, such as "auto"; instead of `device`.
+
+    Raises:
+        ValueError: if the model or its tokenizer cannot be loaded, does not fit the device, or an argument is wrong.
+    """
+    _check_arguments(dtype, quantization, device, device_map)
+    revision = pinned_revision(model, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise not_loaded(model, error) from error
+    arguments: dict[str, Any] = {"revision": revision, "dtype": getattr(torch, dtype)}
+    if quantization is not None:
+        arguments["quantization_config"] = _quantization_config(quantization, dtype)
+    if device is not None or device_map is not None:
+        arguments["device_map"] = {"": torch.device(device)} if device is not None else device_map
+    subject = _load(model, arguments, attention, _may_flash(dtype, device, device_map))
+    if quantization == "4bit":
+        _keep_gradients(subject)
+    return LoadedSubject(subject.eval().requires_grad_(False), tokenizer, revision)
+
+
+def pinned_revision(model: str, revision: str | None = None) -> str | None:
+    """The commit that a Hub subject is at, so that what is made from it names it for good; None for a local folder.
+
+    Raises:
+        ValueError: if there is no such subject.
+    """
+    if Path(model).is_dir():
+        return None
+    try:
+        config_file = cached_file(model, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise not_loaded(model, error) from error
+    return extract_commit_hash(config_file, None) or revision
+
+
+def not_loaded(model: str, error: Exception) -> ValueError:
+    """The one-line error for a subject that cannot be loaded, with its cause."""
+    return ValueError(f"model: cannot load {model!r}; pass a Hub id or a folder with a causal LM ({_cause(error)})")
+
+
+def _cause(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _check_arguments(
+    dtype: str, quantization: str | None, device: str | torch.device | None, device_map: str | None
+) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    if device is None:
+        return
+    if device_map is not None:
+        raise ValueError(f"device: got {str(device)!r} and device_map {device_map!r}; pass one of them")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device: got {str(device)!r}, which is not to be had here; try cpu") from error
+
+
+def _quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
+    require("bitsandbytes", extra="quant", needed_for=f"quantization {quantization}")
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )
+
+
+def _may_flash(dtype: str, device: str | torch.device | None, device_map: str | None) -> bool:
+    """Whether FlashAttention 2 can run: it knows halves alone, and GPUs."""
+    on_gpu = device_map is not None or (device is not None and torch.device(device).type == "cuda")
+    return on_gpu and dtype != "float32" and is_flash_attn_2_available()
+
+
+def _load(model: str, arguments: dict[str, Any], attention: str | None, may_flash: bool) -> PreTrainedModel:
+    if attention is None and may_flash:
+        try:
+            return AutoModelForCausalLM.from_pretrained(model, attn_implementation="flash_attention_2", **arguments)
+        except (ImportError, ValueError):
+            # An architecture without it, which transformers says before it reads any weights.
+            pass
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention, **arguments)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"model: {model!r} does not fit the device ({_cause(error)}); pass device_map='auto' "
+            "(--device_map auto), a smaller dtype or a quantization"
+        ) from error
+    except (ImportError, OSError, ValueError) as error:
+        if attention is None:
+            raise not_loaded(model, error) from error
+        raise ValueError(
+            f"model: cannot load {model!r} with attention {attention!r}; leave attention out ({_cause(error)})"
+        ) from error
+
+
+def _keep_gradients(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights on a CPU with AVX512-BF16 in their first pass: what comes
+    through repacked weights has no gradient, and says so in a warning alone."""
+    linear_4bit = require("bitsandbytes", extra="quant", needed_for="quantization 4bit").nn.Linear4bit
+    for module in model.modules():
+        if isinstance(module, linear_4bit):
+            module.support_avx512bf16_for_cpu = False

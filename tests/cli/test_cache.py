@@ -1,0 +1,236 @@
+"""Activation caches through their command: from a corpus folder or a text file, on one process or two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_lenses import tiny_tokenizer
+from tiny_models import tiny_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from consistency_lens.cli.cache import main
+from consistency_lens.cli.tokenize import main as tokenize
+from consistency_lens.data import cache_folder
+from consistency_lens.data.activation_cache import ActivationCache
+
+ROOT = Path(__file__).parents[2]
+TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))
+
+
+@pytest.fixture(scope="module")
+def subject_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "subject"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder.parent / "stories.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(subject_folder):
+    return subject_folder.parent / "stories.txt"
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(subject_folder, text_file):
+    folder = subject_folder.parent / "corpus"
+    arguments = {"dataset": text_file, "model": subject_folder, "output_dir": folder, "max_length": 16}
+    assert tokenize([part for name, value in arguments.items() for part in (f"--{name}", str(value))]) == 0
+    return folder
+
+
+def flags(subject_folder, corpus, output_dir, *layers, **changes):
+    settings = {
+        "model": subject_folder, "dataset": corpus, "output_dir": output_dir, "min_position": 4,
+        "positions_per_sequence": 3, "rows_per_shard": 12, "device": "cpu", "disable_tqdm": True,
+    } | changes  # fmt: skip
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return arguments + (["--layer", *map(str, layers)] if layers else [])
+
+
+def content(folder):
+    """Bytes of every file of every cache under a folder, but for the arguments, which name the folder."""
+    files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name != "arguments.json"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_a_corpus_gives_a_cache_of_each_split_and_layer(subject_folder, corpus_folder, text_file, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(flags(subject_folder, corpus_folder, tmp_path, 0, 2)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    documents = {}
+    for split in ("train", "validation"):
+        for layer in (0, 2):
+            path = tmp_path / "stories.txt" / "subject" / f"layer_{layer}" / split
+            cache = ActivationCache.open(path, subject_name=str(subject_folder), layer=layer)
+            cache.verify()
+            documents[split] = set(cache.documents)
+            assert any(str(path) in line and f"{len(cache):,} rows" in line for line in printed)
+            assert cache.provenance["dataset"] == str(text_file)
+            assert cache.provenance["dataset_split"] == split
+            arguments = json.loads((path / "arguments.json").read_text())
+            assert arguments["layer"] == [0, 2] and arguments["model"] == str(subject_folder)
+    assert len(printed) == 4
+    assert documents["train"].isdisjoint(documents["validation"])
+    assert len(documents["train"]) + len(documents["validation"]) == 30
+
+
+def test_a_second_call_does_nothing(subject_folder, corpus_folder, tmp_path, monkeypatch):
+    arguments = flags(subject_folder, corpus_folder, tmp_path)
+    assert main(arguments) == 0
+    path = tmp_path / "stories.txt" / "subject" / "layer_1"  # the middle block
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    assert before
+    assert main([*arguments, "--batch_size", "2"]) == 0
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+def test_a_text_file_gives_the_same_cache_as_its_corpus(subject_folder, corpus_folder, text_file, tmp_path):
+    assert main(flags(subject_folder, corpus_folder, tmp_path / "corpus")) == 0
+    assert main(flags(subject_folder, text_file, tmp_path / "text", max_length=16)) == 0
+    corpus, text = content(tmp_path / "corpus"), content(tmp_path / "text")
+    assert corpus.keys() == text.keys()
+    assert {k: v for k, v in corpus.items() if "shard" in k} == {k: v for k, v in text.items() if "shard" in k}
+
+
+def test_one_split_may_be_asked_for(subject_folder, corpus_folder, tmp_path):
+    assert main([*flags(subject_folder, corpus_folder, tmp_path, 1), "--split", "validation"]) == 0
+    assert [path.name for path in tmp_path.glob("*/*/layer_1/*")] == ["validation"]
+
+
+def test_dropped_and_skipped_rows_are_said(subject_folder, text_file, tmp_path, capsys):
+    text = tmp_path / "texts.txt"
+    text.write_text(f"{TEXT}\n<|endoftext|>\nw5 w6\n<|endoftext|>\nw7")
+    settings = {"max_norm": 2, "validation_fraction": 0.2}
+    assert main(flags(subject_folder, text, tmp_path / "out", 1, **settings)) == 0
+    printed = capsys.readouterr().out
+    skipped = [cache_of(path)["sequences"]["skipped_too_short"] for path in tmp_path.rglob("provenance.json")]
+    assert sum(skipped) == 2
+    assert "skipped as too short" in printed and "rows dropped by their norm" in printed
+
+
+def cache_of(path):
+    return json.loads(path.read_text())
+
+
+def test_a_config_file_sets_and_a_flag_wins(subject_folder, corpus_folder, tmp_path):
+    config = tmp_path / "cache.yaml"
+    config.write_text(f"model: {subject_folder}\ndataset: {corpus_folder}\nlayer: [0, 1]\nmin_position: 4\n")
+    arguments = ["--config", str(config), "--output_dir", str(tmp_path / "out"), "--layer", "2", "--device", "cpu"]
+    assert main([*arguments, "--disable_tqdm"]) == 0
+    assert {path.parts[-2] for path in (tmp_path / "out").glob("*/*/*/train")} == {"layer_2"}
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": 7}, "layer must lie in 0..2"),
+        ({"dtype": "auto"}, "dtype must be one of"),
+        ({"cache_dtype": "int8"}, "dtype must be 'float16' or 'float32', got 'int8'"),
+        ({"quantization": "2bit"}, "quantization must be one of 8bit, 4bit"),
+        ({"positions_per_sequence": 0}, "positions_per_sequence must be at least 1, got 0"),
+        ({"min_position": 15}, "too short for min_position=15"),
+        ({"max_norm": 1}, "max_norm is a multiple of the median norm"),
+        ({"model": "no/such/folder"}, "cannot load 'no/such/folder'"),
+        ({"model": ""}, "model: got none; pass it, e.g. --model gpt2"),
+        ({"dataset": "nowhere"}, "dataset: nothing at 'nowhere'"),
+        ({"split": "test"}, "split must be train or validation or both, got 'test'"),
+        ({"device": "cuda:99"}, "device: got 'cuda:99'"),
+        ({"device_map": "auto"}, "device: got 'cpu' and device_map 'auto'"),
+        ({"blocks": "model.nothing"}, "blocks='model.nothing' names no module"),
+        ({"validation_fraction": 1}, "validation_fraction must lie between 0 and 1"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(subject_folder, corpus_folder, tmp_path, capsys, changes, message):
+    capsys.readouterr()
+    assert main(flags(subject_folder, corpus_folder, tmp_path, **changes)) == 2
+    lines = capsys.readouterr().err.rstrip().splitlines()
+    assert lines[-1].startswith("error: ") and message in lines[-1]
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_folder_that_is_no_corpus_is_a_mistake(subject_folder, tmp_path, capsys):
+    assert main(flags(subject_folder, subject_folder, tmp_path)) == 2
+    assert "no finished corpus" in capsys.readouterr().err
+
+
+def test_an_empty_text_is_a_mistake(subject_folder, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n<|endoftext|>\n")
+    assert main(flags(subject_folder, tmp_path / "empty.txt", tmp_path)) == 2
+    assert "holds no text" in capsys.readouterr().err
+
+
+def test_a_text_beyond_the_context_of_the_subject_is_a_mistake(subject_folder, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text(f"{TEXT}\n<|endoftext|>\n" + "w9 " * 200)
+    assert main(flags(subject_folder, tmp_path / "long.txt", tmp_path)) == 2
+    assert "beyond the subject's context of 128" in capsys.readouterr().err
+
+
+def test_a_corpus_of_another_tokenizer_is_a_mistake(subject_folder, corpus_folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    tiny_model("llama").save_pretrained(other)
+    vocab = {f"v{n}": n for n in range(97)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="v0"))
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="v2").save_pretrained(other)
+    assert main(flags(other, corpus_folder, tmp_path / "out")) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"was made with the tokenizer of '{subject_folder}' (hash" in message
+    assert f"tokenise again with --model {other}" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_subject_that_overflows_float16_is_a_mistake_that_names_the_way_out(text_file, tmp_path, capsys):
+    folder = tmp_path / "wide"
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e6
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert main(flags(folder, text_file, tmp_path / "out", 1, dtype="float16")) == 2
+    assert "load it in float32 (--dtype float32)" in capsys.readouterr().err.splitlines()[-1]
+    assert main(flags(folder, text_file, tmp_path / "float16", 1)) == 2
+    assert "--cache_dtype float32" in capsys.readouterr().err.splitlines()[-1]
+    assert main(flags(folder, text_file, tmp_path / "out", 1, cache_dtype="float32")) == 0
+
+
+def test_a_full_disk_is_exit_code_1_and_one_line(subject_folder, corpus_folder, tmp_path, capsys, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    arguments = flags(subject_folder, corpus_folder, tmp_path / "cache")
+    monkeypatch.setattr(cache_folder, "file_hash", full)
+    assert main(arguments) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("failed: activation cache: cannot write to") and "No space left on device" in last
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert main(flags(subject_folder, corpus_folder, tmp_path / "other")) == 0
+    assert content(tmp_path / "cache") == content(tmp_path / "other")
+
+
+# Ranks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on the CPU")
+def test_two_processes_write_what_one_writes(subject_folder, corpus_folder, tmp_path):
+    assert main(flags(subject_folder, corpus_folder, tmp_path / "one", 0, 1, max_norm=4)) == 0
+    script = [str(ROOT / "examples" / "cache_activations.py")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        launch + script + flags(subject_folder, corpus_folder, tmp_path / "two", 0, 1, max_norm=4),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert len(finished.stdout.splitlines()) == 4  # the first process alone speaks
+    two = content(tmp_path / "two")
+    assert len(two) > 12
+    assert two == content(tmp_path / "one")
