@@ -10,7 +10,7 @@ from tiny_lenses import LAYER, NUM_TEXT_TOKENS, disturb, tiny_lens
 from tiny_models import random_tokens, tiny_model
 from transformers import HfArgumentParser
 
-from consistency_lens.data.activation_cache import ActivationRows
+from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.corpus import corpus_from_rows, document_hash
 from consistency_lens.evaluation import CHECKS, CONTROLS, EvaluationArguments, Evaluator, write_metrics

@@ -9,7 +9,8 @@ from tiny_models import tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from consistency_lens import ConsistencyLensModel, Subject
-from consistency_lens.data.activation_cache import ActivationCache, ActivationRows
+from consistency_lens.data.activation_cache import ActivationCache
+from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.data.corpus import corpus_from_rows, document_hash

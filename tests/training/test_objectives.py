@@ -5,7 +5,7 @@ import pytest
 import torch
 from lens_runs import tiny_cache, tiny_lens
 
-from consistency_lens.data.activation_cache import ActivationRows
+from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.losses import kl_divergence
 from consistency_lens.modeling_consistency_lens import LensOutput

@@ -21,15 +21,9 @@ from datasets import Features, List, Value
 from filelock import FileLock, Timeout
 
 from ..atomic_write import atomic_file, write_json
-from .activation_cache import (
-    BUILDING_FILE,
-    PROVENANCE_FILE,
-    BlockMoments,
-    block_moments,
-    file_hash,
-    merge_moments,
-)
+from .activation_cache import BUILDING_FILE, PROVENANCE_FILE, file_hash
 from .cache_plan import ShardPlan
+from .moments import BlockMoments, block_moments, merge_moments
 
 LOCK_FILE = ".building.lock"
 FLOAT16_MAX = 65504.0

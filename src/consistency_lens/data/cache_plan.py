@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from .activation_cache import BLOCK_ROWS, token_lists
+from .activation_cache import token_lists
+from .activation_source import BLOCK_ROWS
 from .corpus import CORPUS_FEATURES
 
 POSITIONS_RULE = "uniform without replacement in [min_position, length - 2]"

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class ActivationCollator:
-    """Collates rows of `data.activation_cache.ActivationRows` into tensors.
+    """Collates rows of `data.activation_source.ActivationRows` into tensors.
 
     Masks come from lengths, never from token ids: in many models the padding token is also EOS.
 

@@ -49,8 +49,8 @@ def read_summaries(source: str) -> Dataset:
 class SummaryRows(torch.utils.data.Dataset):
     """The activation at the last token of each context, with the summary as its text.
 
-    A row is as those of `data.activation_cache.ActivationRows`, with `text_ids` beside it: the summary's tokens, which
-    the collator puts in place of the context's tail.
+    A row is as those of `data.activation_source.ActivationRows`, with `text_ids` beside it: the summary's tokens,
+    which the collator puts in place of the context's tail.
 
     Args:
         pairs: from `read_summaries`.

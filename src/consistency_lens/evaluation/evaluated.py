@@ -20,7 +20,7 @@ TRAINING_BATCH = 1024
 
 
 class Rows(Protocol):
-    """Rows of an activation cache, such as `data.activation_cache.ActivationRows`."""
+    """Rows of an activation cache, such as `data.activation_source.ActivationRows`."""
 
     def __len__(self) -> int: ...
 

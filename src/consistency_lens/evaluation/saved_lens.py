@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig
 
 from ..configuration_consistency_lens import ConsistencyLensConfig
-from ..data.activation_cache import ActivationCache, ActivationRows
+from ..data.activation_cache import ActivationCache
+from ..data.activation_source import ActivationRows
 from ..data.collator import ActivationCollator
 from ..hub.cards import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel

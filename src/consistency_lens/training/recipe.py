@@ -19,7 +19,8 @@ from transformers.utils.hub import extract_commit_hash
 
 from .. import __version__
 from ..atomic_write import write_json
-from ..data.activation_cache import ActivationCache, ActivationRows
+from ..data.activation_cache import ActivationCache
+from ..data.activation_source import ActivationRows
 from ..data.cache_building import build_activation_cache, weights_hash
 from ..data.corpus import read_documents, tokenize_documents
 from ..data.generation import sample_documents
