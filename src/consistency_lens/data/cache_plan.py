@@ -6,6 +6,7 @@ without asking, and a build that was killed finds its place.
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -46,8 +47,9 @@ class CachePlan:
         min_position: the first position that may be read.
         seed: of the positions.
         sequences: index in the corpus of each sequence that is long enough, ascending, int64.
+        sequence_rows: rows of each of them, int64.
+        documents: of each of them, int64.
         sequences_per_shard: how many of them a shard holds; the last may have fewer.
-        shard_rows: rows of each shard, int64.
         num_skipped: sequences that are too short for one position.
         dataset_hash: sha256 over the lengths, documents and tokens of the whole corpus.
     """
@@ -57,22 +59,29 @@ class CachePlan:
     min_position: int
     seed: int
     sequences: np.ndarray
+    sequence_rows: np.ndarray
+    documents: np.ndarray
     sequences_per_shard: int
-    shard_rows: np.ndarray
     num_skipped: int
     dataset_hash: str
+
+    @cached_property
+    def shard_rows(self) -> np.ndarray:
+        """Rows of each shard, int64."""
+        return np.add.reduceat(self.sequence_rows, np.arange(0, len(self.sequence_rows), self.sequences_per_shard))
 
     def shard(self, index: int) -> ShardPlan:
         """What shard `index` is read from."""
         start = index * self.sequences_per_shard
-        return self._read(self.sequences[start : start + self.sequences_per_shard])
+        return self.read(self.sequences[start : start + self.sequences_per_shard])
 
     def sample(self, count: int) -> ShardPlan:
         """At most `count` of the sequences, spread evenly over the corpus, with the positions that the cache has."""
         spread = np.linspace(0, len(self.sequences) - 1, min(count, len(self.sequences)))
-        return self._read(self.sequences[spread.astype(np.int64)])
+        return self.read(self.sequences[spread.astype(np.int64)])
 
-    def _read(self, sequences: np.ndarray) -> ShardPlan:
+    def read(self, sequences: np.ndarray) -> ShardPlan:
+        """What the rows of some of the sequences, given by their indices in the corpus, are read from."""
         table = _corpus_table(self.corpus, sequences)
         documents = table["document"].to_numpy()
         contexts, positions = [], []
@@ -106,27 +115,28 @@ def plan_cache(
         ValueError: for tokens beyond the subject's vocabulary, sequences beyond its context, a corpus without a long
             enough sequence, and shards of more tokens than a file can hold.
     """
-    digest, lengths = hashlib.sha256(), []
+    digest, lengths, documents = hashlib.sha256(), [], []
     for start in range(0, len(corpus), BLOCK_ROWS):
         table = _corpus_table(corpus, np.arange(start, min(start + BLOCK_ROWS, len(corpus))))
         tokens = table["input_ids"].combine_chunks().flatten().to_numpy()
         _check_tokens(tokens, vocab_size)
         lengths.append(pc.list_value_length(table["input_ids"]).to_numpy())
-        for column in (lengths[-1], table["document"].to_numpy(), tokens):
+        documents.append(table["document"].to_numpy())
+        for column in (lengths[-1], documents[-1], tokens):
             digest.update(np.ascontiguousarray(column, dtype="<i8").data)
     length = np.concatenate(lengths)
     _check_lengths(length, min_position, rows_per_shard, max_length)
     sequences = np.flatnonzero(length >= min_position + 2)
     rows = np.minimum(positions_per_sequence, length[sequences].astype(np.int64) - 1 - min_position)
-    sequences_per_shard = max(1, rows_per_shard // positions_per_sequence)
     return CachePlan(
         corpus=corpus,
         positions_per_sequence=positions_per_sequence,
         min_position=min_position,
         seed=seed,
         sequences=sequences,
-        sequences_per_shard=sequences_per_shard,
-        shard_rows=np.add.reduceat(rows, np.arange(0, len(rows), sequences_per_shard)),
+        sequence_rows=rows,
+        documents=np.concatenate(documents)[sequences],
+        sequences_per_shard=max(1, rows_per_shard // positions_per_sequence),
         num_skipped=len(corpus) - len(sequences),
         dataset_hash=digest.hexdigest(),
     )

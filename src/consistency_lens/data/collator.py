@@ -23,9 +23,10 @@ class ActivationCollator:
 
     | key | shape | |
     |---|---|---|
-    | activations | (B, d) float32 | A |
-    | other_activations | (B, d) float32 | A', where the rows have one |
+    | activations | (B, d) float32 | A, where all rows have one |
+    | other_activations | (B, d) float32 | A', likewise |
     | input_ids, attention_mask | (B, S) int64 | the contexts, right-padded |
+    | other_input_ids, other_attention_mask | (B, S') int64 | where rows bring the context of A' in its place |
     | positions | (B,) int64 | P, the last index of each context |
     | rows | (B,) int64 | global row indices in the cache: the keys of sampling noise |
     | document | (B,) int64 | document hashes |
@@ -48,15 +49,11 @@ class ActivationCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         contexts = [np.asarray(row["input_ids"])[: row["position"] + 1] for row in rows]
-        longest = max(len(context) for context in contexts)
-        input_ids = np.full((len(rows), longest), self.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros((len(rows), longest), dtype=np.int64)
+        input_ids, attention_mask = self._padded(contexts)
         tail_ids = np.full((len(rows), self.num_text_tokens), self.pad_token_id, dtype=np.int64)
         tail_mask = np.zeros((len(rows), self.num_text_tokens), dtype=bool)
         given_text = np.zeros(len(rows), dtype=bool)
         for index, (row, context) in enumerate(zip(rows, contexts, strict=True)):
-            input_ids[index, : len(context)] = context
-            attention_mask[index, : len(context)] = 1
             given_text[index] = "text_ids" in row
             if given_text[index]:
                 tail = row["text_ids"][: self.num_text_tokens]
@@ -66,9 +63,8 @@ class ActivationCollator:
             tail_ids[index, start:] = tail
             tail_mask[index, start:] = True
         batch = {
-            "activations": _stack(rows, "activation", np.float32),
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
             "positions": _stack(rows, "position", np.int64),
             "rows": _stack(rows, "row", np.int64),
             "document": _stack(rows, "document", np.int64),
@@ -76,9 +72,23 @@ class ActivationCollator:
             "tail_mask": torch.from_numpy(tail_mask),
             "given_text": torch.from_numpy(given_text),
         }
-        if "other_activation" in rows[0]:
-            batch["other_activations"] = _stack(rows, "other_activation", np.float32)
+        for name in ("activation", "other_activation"):
+            if all(name in row for row in rows):
+                batch[f"{name}s"] = _stack(rows, name, np.float32)
+        if "other_input_ids" in rows[0]:
+            others = self._padded([row["other_input_ids"] for row in rows])
+            batch |= dict(zip(("other_input_ids", "other_attention_mask"), others, strict=True))
         return batch
+
+    def _padded(self, contexts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contexts as ids and mask (B, S), right-padded."""
+        longest = max(len(context) for context in contexts)
+        ids = np.full((len(contexts), longest), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(contexts), longest), dtype=np.int64)
+        for index, context in enumerate(contexts):
+            ids[index, : len(context)] = context
+            mask[index, : len(context)] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def _stack(rows: Sequence[dict[str, Any]], name: str, dtype: type) -> torch.Tensor:

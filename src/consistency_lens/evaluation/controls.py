@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..modeling_consistency_lens import ConsistencyLensModel
+from .evaluated import Batch
 from .metrics import start_token
 from .residual_vq import ResidualQuantiser
 
@@ -59,7 +60,7 @@ class Controls:
         self.lens = lens
         generator = torch.Generator().manual_seed(seed)
         shape = (len(documents), lens.config.num_text_tokens)
-        methods: dict[str, Callable[[dict[str, Tensor], slice, Tensor], Tensor]] = {
+        methods: dict[str, Callable[[Batch, slice, Tensor], Tensor]] = {
             "mean": self._mean,
             "shuffled": self._shuffled,
             "empty_text": self._empty_text,
@@ -83,7 +84,7 @@ class Controls:
             self.quantiser = quantiser
 
     @torch.no_grad()
-    def reconstruct(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> dict[str, Tensor]:
+    def reconstruct(self, batch: Batch, rows: slice, text_ids: Tensor) -> dict[str, Tensor]:
         """Name -> Â (B, d) for the rows of a batch.
 
         Args:
@@ -93,13 +94,13 @@ class Controls:
         """
         return {name: method(batch, rows, text_ids) for name, method in self.methods.items()}
 
-    def _mean(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+    def _mean(self, batch: Batch, rows: slice, text_ids: Tensor) -> Tensor:
         return self.lens.mean.expand_as(batch["activations"])
 
-    def _shuffled(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+    def _shuffled(self, batch: Batch, rows: slice, text_ids: Tensor) -> Tensor:
         return read_ids(self.lens, text_ids[self.partners[rows]])
 
-    def _empty_text(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+    def _empty_text(self, batch: Batch, rows: slice, text_ids: Tensor) -> Tensor:
         config = self.lens.config.encoder
         ids = text_ids[:1, :0]
         if not config.prefix_ids and not config.suffix_ids:
@@ -107,19 +108,19 @@ class Controls:
             ids = ids.new_full((1, 1), start_token(self.lens.subject.model.config.get_text_config()))
         return read_ids(self.lens, ids).expand_as(batch["activations"])
 
-    def _random_tokens(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+    def _random_tokens(self, batch: Batch, rows: slice, text_ids: Tensor) -> Tensor:
         return read_ids(self.lens, self.random_ids[rows])
 
-    def _context_tail(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+    def _context_tail(self, batch: Batch, rows: slice, text_ids: Tensor) -> Tensor:
         return read_ids(self.lens, batch["tail_ids"], batch["tail_mask"])
 
-    def _current_token_only(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+    def _current_token_only(self, batch: Batch, rows: slice, text_ids: Tensor) -> Tensor:
         return read_ids(self.lens, batch["tail_ids"][:, -1:])
 
-    def _untrained(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+    def _untrained(self, batch: Batch, rows: slice, text_ids: Tensor) -> Tensor:
         return read_ids(self.untrained, self.untrained.decode_ids(batch["activations"]))
 
-    def _residual_vq(self, batch: dict[str, Tensor], rows: slice, text_ids: Tensor) -> Tensor:
+    def _residual_vq(self, batch: Batch, rows: slice, text_ids: Tensor) -> Tensor:
         normaliser = self.lens.encoder.normaliser
         return normaliser.denormalise(self.quantiser(normaliser.normalise(batch["activations"])))
 

@@ -12,7 +12,7 @@ from ..data.collator import ActivationCollator
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..subject import Subject, SubjectContext
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 # What training rows are drawn for, and how many are read at a time.
 TRAINING_COLUMNS = ("activations", "tail_ids", "tail_mask")
@@ -72,15 +72,20 @@ def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[Subj
 
     Args:
         subject: the model being read.
-        batch: from `data.collator.ActivationCollator`, on the subject's device.
+        batch: from `data.collator.ActivationCollator`, on the subject's device. Where it brings the `context` of
+            `data.on_the_fly.read_activations`, the pass over the contexts has been made.
         reconstructions: (B, n, d).
 
     Returns:
         The context, read at P alone (K = 1), and the logits (B, n, V) after each replacement.
     """
     positions, count = batch["positions"][:, None], reconstructions.shape[1]
-    subject.check_one_token(batch["input_ids"].shape[1] + count)
-    context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
+    one_token = subject.check_one_token(batch["input_ids"].shape[1] + count)
+    context = batch.get("context")
+    if context is None:
+        context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
+    elif not one_token:
+        context = context._replace(cache=None)
     repeated = context._replace(positions=positions.expand(-1, count))
     return context, subject.replaced_logits(repeated, reconstructions)
 

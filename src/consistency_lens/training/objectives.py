@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
 from ..straight_through import fold_in, row_keys
 from ..subject import Subject
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 # (activations (B, d), text ids (B, T)) -> the reference's logits (B, T, V) for each token of the text
 Reference = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,6 +70,11 @@ class Losses:
 class Objective(Protocol):
     """Batch in, losses out. `model` is the (possibly wrapped) lens, `lens` the same without wrapper."""
 
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the subject judges reconstructions."""
+        ...
+
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses: ...
 
 
@@ -86,6 +91,7 @@ class WarmStart:
 
     own_share: float = 0.0
     shorter_share: float = 0.0
+    needs_kl: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
         activations, length = batch["activations"], batch["tail_ids"].shape[1]
@@ -234,6 +240,11 @@ class PolicyGradient:
     length_penalty: float = 0.0
     straight_through: bool = False
 
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the subject judges reconstructions."""
+        return self.reward == "-kl"
+
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
         activations = batch["activations"].repeat_interleave(self.group_size, dim=0)
         texts = self.sample(lens, batch, step)
@@ -326,11 +337,9 @@ def uniform(keys: Tensor, salt: int) -> Tensor:
 
 def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Tensor:
     """KL(p(.|A) || p(.|Â)) in nats for each row, (B,): what the subject would predict instead."""
-    positions = batch["positions"][:, None]
     with in_full_precision(reconstruction):
-        context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
-        replaced = subject.replaced_logits(context, reconstruction[:, None])
-    return kl_divergence(context.logits, replaced)[:, 0]
+        context, logits = judge(subject, batch, reconstruction[:, None])
+    return kl_divergence(context.logits, logits)[:, 0]
 
 
 def in_full_precision(tensor: Tensor) -> AbstractContextManager:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from ..atomic_write import write_json, write_tensors
+from ..data.on_the_fly import read_activations
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
 from ..schedules import Schedule
 from . import checkpoint
@@ -186,20 +187,35 @@ class ConsistencyLensTrainer(Trainer):
 
     # --- the loss
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device; where its rows came without activations, the subject is run for them."""
+        batch = super()._prepare_inputs(inputs)
+        if "activations" in batch:
+            return batch
+        return read_activations(self.lens.subject, batch, keep_context=self.current_objective().needs_kl)
+
+    def current_objective(self) -> Objective:
+        """The objective of the stage that the next step lies in."""
+        number, total = self.state.global_step, self.total_steps()
+        return self.objective_at(self.stage_at(min(number, total - 1), total)[0])
+
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return max(1, self.state.max_steps or self.args.max_steps)
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of the current objective's terms."""
-        number, total = self.state.global_step, max(1, self.state.max_steps or self.args.max_steps)
-        index, _, _ = self.stage_at(min(number, total - 1), total)
+        number, total = self.state.global_step, self.total_steps()
         step = Step(self.args.seed, number, self.scheduled("tau", number, total))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
         with self.accelerator.autocast():
-            losses = self.objective_at(index)(model, self.lens, inputs, step)
+            losses = self.current_objective()(model, self.lens, inputs, step)
         weights = {name: self.scheduled(f"{name}_weight", number, total) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
         if model.training:
@@ -215,7 +231,7 @@ class ConsistencyLensTrainer(Trainer):
             self._sums[name] += value.detach().float() if isinstance(value, Tensor) else value
             self._counts[name] += 1
 
-    def count(self, inputs: dict[str, Tensor]) -> None:
+    def count(self, inputs: dict[str, Any]) -> None:
         """Counts the samples and tokens of a batch, for the speed that `log` reports."""
         samples, tokens, since = self._since
         # padding counts: it is what the machine works on, and counting real tokens would sync with the device

@@ -1,0 +1,207 @@
+"""Activations on the fly: the subject runs when a row is asked for, and nothing is stored.
+
+The rows are those that a cache of the same corpus and settings would hold, in the same order, so training on either
+gives the same losses. Training reads their contexts alone (`ContextRows`); the trainer runs the subject on the batch
+(`read_activations`), and where the loss asks for the KL, what that pass has kept of the context makes it cost one
+token more.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..residual_stream import gather_positions
+from ..subject import Subject
+from .activation_reading import ActivationReader
+from .activation_source import ActivationSource, rows_of
+from .cache_plan import CachePlan, ShardPlan, plan_cache
+from .moments import Moments, streaming_moments
+
+MOMENT_ROWS = 8192  # rows that mean and RMS are taken from, spread over the corpus
+
+
+class OnTheFlyActivations(ActivationSource):
+    """The rows of a plan, read from the subject whenever they are asked for.
+
+    Args:
+        subject: the model being read.
+        plan: which sequences are read, at which positions.
+        provenance: what the rows come from.
+        batch_size: sequences in a pass of the subject where activations are read by index, as evaluation does.
+        rows, training_part: see `ActivationSource`.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        plan: CachePlan,
+        provenance: dict[str, Any],
+        batch_size: int = 32,
+        rows: np.ndarray | None = None,
+        training_part: ActivationSource | None = None,
+    ) -> None:
+        self._first_rows = np.cumsum(plan.sequence_rows) - plan.sequence_rows
+        num_rows = int(plan.sequence_rows.sum())
+        super().__init__(provenance, np.arange(num_rows) if rows is None else rows, training_part)
+        self.subject = subject
+        self.plan = plan
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_corpus(
+        cls,
+        subject: Subject,
+        corpus: Dataset,
+        provenance: dict[str, Any],
+        *,
+        positions_per_sequence: int,
+        min_position: int,
+        seed: int,
+        batch_size: int = 32,
+    ) -> "OnTheFlyActivations":
+        """The rows that `build_activation_cache` would write with these arguments.
+
+        Args:
+            provenance: what is known of subject and corpus; positions, counts and hash are added to it.
+
+        Raises:
+            ValueError: as `plan_cache`: for a corpus that does not fit the subject, or has no sequence long enough.
+        """
+        stream = subject.stream
+        plan = plan_cache(
+            corpus,
+            positions_per_sequence=positions_per_sequence,
+            min_position=min_position,
+            rows_per_shard=1,  # there are no shards
+            seed=seed,
+            vocab_size=stream.input_embedding.get_parameter("weight").shape[0],
+            max_length=getattr(stream.decoder.config.get_text_config(), "max_position_embeddings", None),
+        )
+        facts = {
+            "source": "on_the_fly",
+            "layer": subject.layer,
+            "width": stream.width,
+            "positions": {"per_sequence": positions_per_sequence, "min_position": min_position},
+            "dataset_hash": plan.dataset_hash,
+            "seed": seed,
+            "rows": int(plan.sequence_rows.sum()),
+            "sequences": {"kept": len(plan.sequences), "skipped_too_short": plan.num_skipped},
+        }
+        return cls(subject, plan, provenance | facts, batch_size)
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """Document hash of every row, (N,) int64."""
+        return self.plan.documents[self._sequences(self.rows)]
+
+    def contexts(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Tokens 0..P of the given rows, int32."""
+        shard, place, kth = self._lookup(indices)
+        return [shard.contexts[i][: shard.positions[i][k] + 1] for i, k in zip(place, kth, strict=True)]
+
+    def activations(self, indices: np.ndarray) -> np.ndarray:
+        """Activations of the given rows, (B, d) float32; the blocks above the layer do not run."""
+        return self.read(indices)[0]
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Activations (B, d) float32 and contexts of the given rows.
+
+        Raises:
+            ValueError: if an activation is not finite, or a batch does not fit the device.
+        """
+        contexts = self.contexts(indices)
+        last = [np.array([len(context) - 1]) for context in contexts]
+        reader = ActivationReader(self.subject.stream, self.batch_size)
+        shard = ShardPlan(contexts, last, self.documents[indices])
+        return reader.read(shard, [self.subject.layer])[0], contexts
+
+    def part(self, rows: np.ndarray, training_part: ActivationSource | None = None) -> "OnTheFlyActivations":
+        """The rows with these indices in the whole."""
+        return OnTheFlyActivations(self.subject, self.plan, self.provenance, self.batch_size, rows, training_part)
+
+    def own_moments(self) -> Moments:
+        """Mean and RMS of up to 8,192 of these rows, spread evenly: all of them would be the pass that is saved."""
+        spread = np.linspace(0, len(self) - 1, min(MOMENT_ROWS, len(self))).astype(np.int64)
+        blocks = range(0, len(spread), 1024)
+        return streaming_moments(self.activations(spread[start : start + 1024]) for start in blocks)
+
+    def _sequences(self, rows: np.ndarray) -> np.ndarray:
+        """For each row the index of its sequence among those of the plan."""
+        return np.searchsorted(self._first_rows, rows, side="right") - 1
+
+    def _lookup(self, indices: np.ndarray) -> tuple[ShardPlan, np.ndarray, np.ndarray]:
+        """The sequences of the given rows, and for each row which of them it is of, and at which of its positions."""
+        rows = self.rows[indices]
+        sequences = self._sequences(rows)
+        distinct, place = np.unique(sequences, return_inverse=True)
+        return self.plan.read(self.plan.sequences[distinct]), place, rows - self._first_rows[sequences]
+
+
+class ContextRows(torch.utils.data.Dataset):
+    """The rows of a source without their activations: the trainer reads these from the subject, batch by batch.
+
+    Keys as those of `ActivationRows`, but for `activation`; with `pair_seed`, `other_input_ids` is the context that A'
+    is read from.
+
+    Args:
+        source: where the rows come from.
+        pair_seed: of the pairing; None for rows without A'.
+
+    Raises:
+        ValueError: with `pair_seed`, if all rows come from one document.
+    """
+
+    def __init__(self, source: ActivationSource, pair_seed: int | None = None) -> None:
+        self.source = source
+        self.partners = None if pair_seed is None else source.pair(pair_seed)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of a batch, read together."""
+        chosen = np.asarray(indices)
+        contexts = self.source.contexts(chosen)
+        columns: dict[str, Any] = {
+            "input_ids": contexts,
+            "position": [len(context) - 1 for context in contexts],
+            "document": self.source.documents[chosen],
+            "row": self.source.rows[chosen],
+        }
+        if self.partners is not None:
+            columns["other_input_ids"] = self.source.contexts(self.partners[chosen])
+        return rows_of(columns)
+
+
+def read_activations(subject: Subject, batch: dict[str, Any], keep_context: bool) -> dict[str, Any]:
+    """A batch of contexts with the activations that the subject has at their ends.
+
+    Args:
+        subject: the model being read.
+        batch: from `data.collator.ActivationCollator`, of `ContextRows`, on the subject's device.
+        keep_context: whether the subject runs to its head and keeps what a later KL takes one token for. If not, the
+            blocks above the layer do not run.
+
+    Returns:
+        The batch with `activations` (B, d) float32; `context`, a `subject.SubjectContext` read at P, where it was
+        kept; and `other_activations` where the batch has contexts for them.
+    """
+    positions = batch["positions"][:, None]
+    if keep_context:
+        context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
+        read = {"activations": context.activations[:, 0].float(), "context": context}
+    else:
+        hidden = subject.activations(batch["input_ids"], batch["attention_mask"])
+        read = {"activations": gather_positions(hidden, positions)[:, 0].float()}
+    if "other_input_ids" in batch:
+        hidden = subject.activations(batch["other_input_ids"], batch["other_attention_mask"])
+        last = batch["other_attention_mask"].sum(dim=1, keepdim=True) - 1
+        read["other_activations"] = gather_positions(hidden, last)[:, 0].float()
+    return batch | read
