@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     settings = {
         "model": folder / "subject", "layer": 1, "num_text_tokens": 3, "min_position": 4, "max_length": 16,
-        "text_file": folder / "text.txt", "positions_per_sequence": 3, "validation_fraction": 0.3, "eval_rows": 16,
+        "dataset": folder / "text.txt", "positions_per_sequence": 3, "validation_fraction": 0.3, "eval_rows": 16,
         "num_samples": 2, "max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True, "seed": SEED,
         "output_dir": folder / "lens", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "sample_steps": 2, "tracked_samples": 2, "eval_strategy": "steps", "eval_steps": 2, "interim_eval_rows": 6,
@@ -89,7 +89,7 @@ class TestEvaluation:
         metrics = metrics_in(lens)
         assert set(CHECKS) <= metrics.keys()
         assert metrics["arguments"]["evaluation"]["best_of"] == 2
-        assert metrics["arguments"]["lens"]["cache"] == str(lens / "data" / "activations-layer1")
+        assert metrics["arguments"]["lens"]["activations"] == str(lens / "data" / "activations-layer1")
         assert metrics["arguments"]["recipe"]["num_text_tokens"] == 3
         card, printed = (lens / "README.md").read_text(), capsys.readouterr().out
         for text in ("another reader", "linear probe"):
@@ -148,7 +148,7 @@ class TestMistakes:
             ({"lens": ""}, "lens: got none"),
             ({"lens": "no/such/lens"}, "output_dir: the lens 'no/such/lens' is no folder"),
             ({"lens": "no/such/lens", "output_dir": "."}, "cannot load 'no/such/lens'"),
-            ({"cache": "nowhere"}, "no activation cache at 'nowhere'; pass --cache"),
+            ({"activations": "no/such/cache"}, "cannot read split 'train' of 'no/such/cache'"),
             ({"validation_fraction": 0.9}, "the training held out 0.3 of the documents, got 0.9"),
             ({"validation_fraction": -1}, "validation_fraction must lie between 0 and 1"),
             ({"dtype": "int3"}, "dtype must be one of"),
@@ -165,7 +165,7 @@ class TestMistakes:
         assert message in one_error(capsys)
         assert metrics_in(trained / "lens") == before
 
-    @pytest.mark.parametrize(("name", "value"), [("layer", 0), ("width", 64), ("subject", "another/model")])
+    @pytest.mark.parametrize(("name", "value"), [("layer", 0), ("width", 64), ("weights_hash", "0" * 64)])
     def test_a_cache_of_another_lens_is_named_with_both_values(self, lens, capsys, name, value):
         record_in_cache(lens, **{name: value})
         assert evaluate(lens) == 2

@@ -1,6 +1,7 @@
 """The whole job through its command: a tiny subject on disk, a few steps, and every mistake that a user can make."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModel
 
+from consistency_lens.cli.eval import main as evaluate
+from consistency_lens.cli.tokenize import main as tokenize
 from consistency_lens.cli.train import main
+from consistency_lens.data.activation_cache import ActivationCache
+from consistency_lens.data.tokenization import open_corpus
 from consistency_lens.training import recipe
 
 TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))
@@ -29,7 +34,7 @@ def subject_folder(tmp_path_factory):
 def flags(subject_folder, output_dir, **changes):
     settings = {
         "model": subject_folder, "layer": 1, "num_text_tokens": 3, "min_position": 4, "max_length": 16,
-        "text_file": Path(subject_folder) / "text.txt", "positions_per_sequence": 3, "validation_fraction": 0.3,
+        "dataset": Path(subject_folder) / "text.txt", "positions_per_sequence": 3, "validation_fraction": 0.3,
         "eval_rows": 16, "num_samples": 2, "max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True,
         "output_dir": output_dir, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 2,
     } | changes  # fmt: skip
@@ -55,6 +60,52 @@ def test_a_run_leaves_a_lens_its_figures_and_its_arguments(run_folder):
     assert run["recipe"]["layer"] == 1 and run["seconds"] > 0
     assert "FVE" in (run_folder / "README.md").read_text()
     assert not list(run_folder.rglob("*.bin")) + list(run_folder.rglob("*.pt")) + list(run_folder.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize("activations", ["on_the_fly", "folder"])
+def test_every_source_of_activations_gives_the_same_lens(subject_folder, run_folder, tmp_path, activations):
+    changes = {"activations": activations}
+    if activations == "folder":
+        changes = {"activations": run_folder / "data" / "activations-layer1", "dataset": None, "layer": None}
+    arguments = flags(subject_folder, tmp_path / "run", **changes)
+    arguments = [
+        part for pair in zip(arguments[::2], arguments[1::2], strict=True) if pair[1] != "None" for part in pair
+    ]
+    assert main(arguments) == 0
+    assert not list(tmp_path.rglob("*.arrow"))
+    metrics, expected = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "run", run_folder))
+    for name in ("fve", "kl", "kl_recovered", "text_perplexity"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-3)
+    for name in ("rows", "documents"):
+        assert metrics[name] == expected[name]
+    # and what it was trained on is found again
+    assert evaluate(["--lens", str(tmp_path / "run"), "--rows", "16", "--checks", "none"]) == 0
+    again = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert again["fve"] == pytest.approx(metrics["fve"], rel=1e-6)
+
+
+def test_a_tokenised_corpus_keeps_its_own_split(subject_folder, tmp_path):
+    text = subject_folder / "text.txt"
+    corpus = {"dataset": text, "model": subject_folder, "output_dir": tmp_path / "corpus", "validation_fraction": 0.4}
+    assert tokenize([part for name, value in corpus.items() for part in (f"--{name}", str(value))]) == 0
+    assert main(flags(subject_folder, tmp_path / "run", dataset=tmp_path / "corpus")) == 0
+    lens = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    held_out = [row["document"] for row in open_corpus(tmp_path / "corpus", "validation")]
+    cache = ActivationCache.open(tmp_path / "run" / "data" / "activations-layer1" / "validation")
+    assert set(cache.documents) == set(held_out)
+    assert lens["validation_rows"] == len(cache) and lens["cache"]["dataset"] == str(text)
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(subject_folder, tmp_path, capsys):
+    folder = tmp_path / "other"
+    shutil.copytree(subject_folder, folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(folder)
+    corpus = {"dataset": subject_folder / "text.txt", "model": folder, "output_dir": tmp_path / "corpus"}
+    assert tokenize([part for name, value in corpus.items() for part in (f"--{name}", str(value))]) == 0
+    assert main(flags(subject_folder, tmp_path / "run", dataset=tmp_path / "corpus")) == 2
+    assert "was made with the tokenizer of" in capsys.readouterr().err
 
 
 def test_the_artifact_is_little_more_than_what_was_trained(run_folder):
@@ -89,7 +140,7 @@ def test_a_lens_finds_its_subject_from_anywhere(subject_folder, tmp_path, monkey
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "subject").symlink_to(subject_folder)
     monkeypatch.chdir(tmp_path)
-    assert main(flags("models/subject", tmp_path / "outputs" / "run", text_file=subject_folder / "text.txt")) == 0
+    assert main(flags("models/subject", tmp_path / "outputs" / "run", dataset=subject_folder / "text.txt")) == 0
     monkeypatch.chdir(subject_folder)
     assert len(AutoModel.from_pretrained(tmp_path / "outputs" / "run").explain("w5 w6 w7")) == 3
 
@@ -100,7 +151,7 @@ def test_a_lens_loads_its_subject_in_the_precision_that_it_was_trained_with(subj
     tiny_model("llama").bfloat16().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     text = subject_folder / "text.txt"
-    assert main(flags(folder, tmp_path / "run", text_file=text, clones=clones, dtype="float32")) == 0
+    assert main(flags(folder, tmp_path / "run", dataset=text, clones=clones, dtype="float32")) == 0
     lens = AutoModel.from_pretrained(tmp_path / "run")
     assert lens.subject.model.dtype == torch.float32
     assert {parameter.dtype for parameter in lens.parameters()} == {torch.float32}
@@ -113,7 +164,7 @@ def test_the_saved_lens_loads_and_explains(run_folder):
 
 def test_sampling_serves_where_there_is_no_text(subject_folder, tmp_path):
     arguments = flags(subject_folder, tmp_path, num_documents=20)
-    position = arguments.index("--text_file")
+    position = arguments.index("--dataset")
     assert main(arguments[:position] + arguments[position + 2 :]) == 0
     assert list((tmp_path / "data").glob("corpus-*"))
 
@@ -141,7 +192,7 @@ def test_sampling_serves_where_there_is_no_text(subject_folder, tmp_path):
         ({"max_length": 5}, "max_length 5 leaves no position"),
         ({"min_position": 40, "max_length": 60}, "min_position"),
         ({"model": "no/such/folder"}, "cannot load"),
-        ({"text_file": "nowhere.txt"}, "no text file"),
+        ({"dataset": "nowhere.txt"}, "no text file"),
         ({"clones": "half"}, "training must be one of"),
         ({"stages": "gumbel"}, "needs a warm_start stage"),
         ({"group_size": 1, "stages": "policy_gradient"}, "group_size must be at least 2"),
@@ -158,7 +209,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(subject_folder, tmp_path, caps
 
 def test_an_empty_text_file_is_a_mistake(subject_folder, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n<|endoftext|>\n")
-    assert main(flags(subject_folder, tmp_path, text_file=tmp_path / "empty.txt")) == 2
+    assert main(flags(subject_folder, tmp_path, dataset=tmp_path / "empty.txt")) == 2
     assert "holds no text" in capsys.readouterr().err
 
 
@@ -177,13 +228,13 @@ def test_activations_that_are_not_finite_are_a_mistake(subject_folder, tmp_path,
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert main(flags(folder, tmp_path / "run", text_file=subject_folder / "text.txt")) == 2
+    assert main(flags(folder, tmp_path / "run", dataset=subject_folder / "text.txt")) == 2
     assert "not finite" in capsys.readouterr().err
 
 
 def test_lora_without_peft_is_a_mistake(subject_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    monkeypatch.setattr(recipe, "build_activation_cache", None)  # found before the cache is built
+    monkeypatch.setattr(recipe, "open_rows", None)  # found before the cache is built
     assert main(flags(subject_folder, tmp_path, clones="lora")) == 2
     assert 'pip install "consistency-lens[lora]"' in capsys.readouterr().err
 

@@ -1,9 +1,12 @@
 """A tiny subject, its activations and a lens, for the tests of training; made the same way in every process."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
+from published_rows import published
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import PreTrainedTokenizerFast
@@ -14,24 +17,36 @@ from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.data.corpus import corpus_from_rows, document_hash
+from consistency_lens.data.on_the_fly import ContextRows, OnTheFlyActivations
 from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
 from consistency_lens.training.trainer import ConsistencyLensTrainer
 
 LAYER, NUM_TEXT_TOKENS = 1, 3
 
 
-def tiny_cache(folder: Path, num_documents: int = 24) -> tuple[Subject, PreTrainedTokenizerFast, ActivationCache]:
-    model = tiny_model("llama")
-    tokenizer = tiny_tokenizer()
+def tiny_corpus(num_documents: int = 24) -> Dataset:
     random = np.random.default_rng(0)
     documents = [[1, *random.integers(3, 97, random.integers(10, 16)).tolist(), 2] for _ in range(num_documents)]
-    corpus = corpus_from_rows({"input_ids": ids, "document": document_hash(ids)} for ids in documents)
-    subject = Subject(model, LAYER)
+    return corpus_from_rows({"input_ids": ids, "document": document_hash(ids)} for ids in documents)
+
+
+def tiny_cache(folder: Path, num_documents: int = 24) -> tuple[Subject, PreTrainedTokenizerFast, ActivationCache]:
+    tokenizer, subject = tiny_tokenizer(), Subject(tiny_model("llama"), LAYER)
     cache = build_activation_cache(
-        subject, corpus, folder, tokenizer=tokenizer, subject_name="tiny", dataset_name="random", dtype="float32",
-        positions_per_sequence=3, min_position=4, progress=False,
+        subject, tiny_corpus(num_documents), folder, tokenizer=tokenizer, subject_name="tiny", dataset_name="random",
+        dtype="float32", positions_per_sequence=3, min_position=4, progress=False,
     )  # fmt: skip
     return subject, tokenizer, cache
+
+
+def training_rows(source: str, subject: Subject, cache: ActivationCache, pair_seed: int | None) -> Any:
+    """The rows of a cache as each of the three sources gives them."""
+    if source == "stream":
+        return published(cache).stream(pair_seed=pair_seed)
+    if source == "on_the_fly":
+        settings = {"positions_per_sequence": 3, "min_position": 4, "seed": 0}
+        return ContextRows(OnTheFlyActivations.from_corpus(subject, tiny_corpus(), {}, **settings), pair_seed)
+    return ActivationRows(cache, pair_seed)
 
 
 def tiny_lens(subject: Subject, tokenizer: PreTrainedTokenizerFast, cache: ActivationCache, **settings):
@@ -42,7 +57,9 @@ def tiny_lens(subject: Subject, tokenizer: PreTrainedTokenizerFast, cache: Activ
     return lens
 
 
-def tiny_trainer(folder: Path, lens_settings: dict | None = None, **arguments) -> ConsistencyLensTrainer:
+def tiny_trainer(
+    folder: Path, lens_settings: dict | None = None, source: str = "cache", **arguments
+) -> ConsistencyLensTrainer:
     subject, tokenizer, cache = tiny_cache(folder / "cache")
     defaults = {
         "output_dir": str(folder / "run"), "use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 8,
@@ -54,7 +71,7 @@ def tiny_trainer(folder: Path, lens_settings: dict | None = None, **arguments) -
     return ConsistencyLensTrainer(
         model=tiny_lens(subject, tokenizer, cache, **(lens_settings or {})),
         args=args,
-        train_dataset=ActivationRows(cache, pair_seed),
+        train_dataset=training_rows(source, subject, cache, pair_seed),
         eval_dataset=ActivationRows(cache, pair_seed),
         data_collator=ActivationCollator(0, NUM_TEXT_TOKENS, bos_token_id=1),
     )

@@ -71,12 +71,7 @@ class ActivationCache(ActivationSource):
             raise ValueError(f"activation cache: {state} cache at {str(path)!r}; run its build (again) to finish it")
         provenance = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
         expected = {"subject": subject_name, "weights_hash": weights_hash, "layer": layer, "width": width}
-        for name, value in expected.items():
-            if value is not None and value != provenance[name]:
-                raise ValueError(
-                    f"activation cache: {str(path)!r} has {name} {provenance[name]!r}, but the lens has {value!r}; "
-                    "build a cache for this lens or pass the right one"
-                )
+        check_provenance(str(path), provenance, **expected)
         for shard in provenance["shards"]:
             file = path / shard["file"]
             size = file.stat().st_size if file.is_file() else 0
@@ -143,6 +138,27 @@ class ActivationCache(ActivationSource):
                     f"activation cache: {str(file)!r} has {len(activations)} rows of {shard['rows']}, or values that "
                     "are not finite; delete the folder and build again"
                 )
+
+
+def check_provenance(place: str, provenance: dict[str, Any], **expected: Any) -> None:
+    """Checks activations against what they are to be used with.
+
+    Args:
+        place: what the message calls them.
+        provenance: of the activations.
+        expected: keys of the provenance with the lens's own values; None for what is not known.
+
+    Raises:
+        ValueError: naming the first that differs, with both values.
+    """
+    for name, value in expected.items():
+        if value is not None and value != provenance[name]:
+            loaded = provenance.get("loaded_as", {}).get("dtype")
+            hint = f" (the cache was read in {loaded})" if name == "weights_hash" and loaded else ""
+            raise ValueError(
+                f"activation cache: {place!r} has {name} {provenance[name]!r}, but the lens has {value!r}{hint}; "
+                "build a cache for this lens or pass the right one"
+            )
 
 
 def cache_path(root: str | Path, dataset: str, model: str, layer: int, split: str) -> Path:

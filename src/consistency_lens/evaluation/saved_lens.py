@@ -8,9 +8,8 @@ import torch
 from transformers import AutoConfig
 
 from ..configuration_consistency_lens import ConsistencyLensConfig
-from ..data.activation_cache import ActivationCache
-from ..data.activation_source import ActivationRows
 from ..data.collator import ActivationCollator
+from ..data.sources import CACHE, ON_THE_FLY, Reader, SourceArguments, SplitRows, cache_folder, open_rows
 from ..hub.cards import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .arguments import CHECKS, EvaluationArguments
@@ -29,8 +28,15 @@ class SavedLensArguments:
         default=None, metadata={"help": "The subject, where it is not to be found at the place that the lens names."}
     )
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the lens on the Hub."})
-    cache: str | None = field(
-        default=None, metadata={"help": "Folder of the activation cache; default: the one that the lens came from."}
+    activations: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a cache, Hub id of a published one, or on_the_fly; default: those that the lens was "
+            "trained on."
+        },
+    )
+    activations_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of published activations."}
     )
     validation_fraction: float | None = field(
         default=None, metadata={"help": "Share of the documents held out; default: as in the lens's training."}
@@ -88,12 +94,12 @@ def evaluate_saved_lens(
     """
     folder = output_folder(args, evaluation)
     lens = load_lens(args)
-    cache = open_cache(args, lens)
-    train, validation = (ActivationRows(part) for part in cache.split_unseen(validation_fraction(args, lens)))
+    source = source_arguments(args, lens)
+    rows = open_held_out(args, source, lens)
     collator = collator_for(lens)
-    metrics = Evaluator(lens, validation, collator, evaluation, train_rows=train)()
-    samples = collect_samples(lens, validation, collator, count=args.num_samples, seed=evaluation.seed)
-    resolved = {"lens": asdict(args) | {"cache": str(cache.path)}, "evaluation": asdict(evaluation)}
+    metrics = Evaluator(lens, rows.held_out, collator, evaluation, train_rows=rows.true_text)()
+    samples = collect_samples(lens, rows.held_out, collator, count=args.num_samples, seed=evaluation.seed)
+    resolved = {"lens": asdict(args) | {"activations": source.activations}, "evaluation": asdict(evaluation)}
     write_metrics(folder / "metrics.json", metrics, {**resolved, "recipe": recipe_of(lens)})
     write_samples(folder / "samples.jsonl", samples)
     if folder.resolve() == Path(args.lens).resolve():
@@ -153,31 +159,64 @@ def device_of(args: SavedLensArguments) -> torch.device:
         raise ValueError(f"device: got {name!r}, which is not to be had here; try cpu") from error
 
 
-def open_cache(args: SavedLensArguments, lens: ConsistencyLensModel) -> ActivationCache:
-    """The cache that the arguments name, or the one that the lens was trained on, checked against the lens.
+def source_arguments(args: SavedLensArguments, lens: ConsistencyLensModel) -> SourceArguments:
+    """Where the activations come from: what the arguments say, over what the lens's training had.
 
     Raises:
-        ValueError: if it is not to be found, or has another subject, layer or width (with both values).
+        ValueError: if the cache of the training is not to be found.
     """
-    name = f"activations-layer{lens.config.layer}"
-    if args.cache is not None:
-        places = [Path(args.cache)]
-    else:
-        recorded = recipe_of(lens).get("cache_dir")
-        places = [Path(args.lens) / "data" / name, *([Path(recorded) / name] if recorded else [])]
+    changes: dict[str, Any] = {"validation_fraction": validation_fraction(args, lens)}
+    recipe = recipe_of(lens)
+    if args.activations is not None:
+        changes |= {"activations": args.activations, "activations_revision": args.activations_revision}
+    elif recipe.get("activations", CACHE) == CACHE:
+        # of the training there is only the cache left to open, which needs no text
+        changes["activations"] = str(cache_of_training(args, lens))
+    if changes.get("activations", ON_THE_FLY) != ON_THE_FLY:
+        changes["dataset"] = None
+    return SourceArguments.recorded(recipe, **changes)
+
+
+def data_folders(args: SavedLensArguments, lens: ConsistencyLensModel) -> list[Path]:
+    """Where the training may have kept its corpus and cache."""
+    recorded = recipe_of(lens).get("cache_dir")
+    return [Path(args.lens) / "data", *([Path(recorded)] if recorded else [])]
+
+
+def cache_of_training(args: SavedLensArguments, lens: ConsistencyLensModel) -> Path:
+    """The cache that the training has left.
+
+    Raises:
+        ValueError: if it is not to be found.
+    """
+    places = [cache_folder(folder, lens.config.layer) for folder in data_folders(args, lens)]
     path = next((place for place in places if place.is_dir()), None)
     if path is None:
         raise ValueError(
-            f"cache: no activation cache at {' or '.join(repr(str(place)) for place in places)}; pass --cache, or "
-            "build one for this lens"
+            f"activations: no cache at {' or '.join(repr(str(place)) for place in places)}; pass --activations with "
+            "the folder of one, or on_the_fly"
         )
-    return ActivationCache.open(
-        path,
-        subject_name=lens.config.base_model_name_or_path,
-        weights_hash=(lens.provenance or {}).get("cache", {}).get("weights_hash"),
-        layer=lens.config.layer,
-        width=len(lens.mean),
+    return path
+
+
+def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: ConsistencyLensModel) -> SplitRows:
+    """The rows that the lens is measured on, checked against it.
+
+    Raises:
+        ValueError: if they are not to be found, or have another subject, layer or width (with both values).
+    """
+    trained_on = (lens.provenance or {}).get("cache", {})
+    reader = Reader(
+        lens.subject,
+        lens.require_tokenizer(),
+        lens.config.base_model_name_or_path,
+        lens.config.base_model_revision,
+        # of the weights as the training had them, for they may be loaded in another precision now
+        known_hash=trained_on.get("weights_hash"),
     )
+    folders = data_folders(args, lens)
+    folder = next((place for place in folders if place.is_dir()), folders[0])
+    return open_rows(source, reader, folder, seed=trained_on.get("seed", 0))
 
 
 def validation_fraction(args: SavedLensArguments, lens: ConsistencyLensModel) -> float:

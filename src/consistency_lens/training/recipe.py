@@ -6,24 +6,19 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from torch.utils.data import ConcatDataset, Subset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from .. import __version__
 from ..atomic_write import write_json
-from ..data.activation_cache import ActivationCache
-from ..data.activation_source import ActivationRows
-from ..data.cache_building import build_activation_cache, weights_hash
-from ..data.corpus import read_documents, tokenize_documents
-from ..data.generation import sample_documents
+from ..data.sources import Reader, SourceArguments, SplitRows, layer_of, open_rows
+from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
 from ..data.summaries import SummaryRows, read_summaries
 from ..evaluation.arguments import CHECKS, EvaluationArguments
 from ..evaluation.controls import check_names
@@ -34,7 +29,6 @@ from ..evaluation.saved_lens import collator_for
 from ..hub.cards import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
-from ..subject import Subject
 from .arguments import ConsistencyLensTrainingArguments
 from .evaluation_callback import EvaluateLens
 from .sample_tables import SampleTables
@@ -42,17 +36,11 @@ from .trainer import ConsistencyLensTrainer, check_settings
 
 logger = logging.getLogger(__name__)
 
-
-DTYPES = ("float32", "bfloat16", "float16")
-AT_LEAST_ONE = ("positions_per_sequence", "num_documents", "min_position", "eval_rows", "num_samples") + (
-    "eval_fresh_encoder_steps",
-    "interim_eval_rows",
-    "tracked_samples",
-)
+AT_LEAST_ONE = ("eval_rows", "num_samples", "eval_fresh_encoder_steps", "interim_eval_rows", "tracked_samples")
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(SourceArguments):
     """What is read, on which text, and how the lens is built."""
 
     model: str = field(default="", metadata={"help": "The subject: Hub id or folder of a causal LM."})
@@ -73,23 +61,10 @@ class RecipeArguments:
     blocks: str | None = field(default=None, metadata={"help": "Path of the blocks in an unknown architecture."})
     final_norm: str | None = field(default=None, metadata={"help": "Path of the final norm, likewise."})
 
-    text_file: str | None = field(
-        default=None,
-        metadata={"help": "Documents divided by lines of <|endoftext|>; unset: the subject writes its own."},
-    )
     summaries: str | None = field(
         default=None,
         metadata={"help": "Pairs of context and summary (file or Hub id), as further training rows."},
     )
-    num_documents: int = field(default=4000, metadata={"help": "Documents to sample where there is no text file."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of a document; the rest is cut."})
-    positions_per_sequence: int = field(default=8, metadata={"help": "K, activations cached from one document."})
-    min_position: int = field(default=8, metadata={"help": "First position that may be read."})
-    cache_dtype: str = field(default="float32", metadata={"help": "float16 or float32."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Corpus and activations; default <output_dir>/data."}
-    )
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of the documents held out."})
 
     eval_rows: int = field(default=1024, metadata={"help": "Held-out activations in the final evaluation."})
     eval_checks: list[str] = field(
@@ -108,24 +83,15 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model: got none; pass the subject's Hub id or folder, e.g. --model gpt2")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.cache_dtype not in ("float16", "float32"):
-            raise ValueError(f"cache_dtype must be float16 or float32, got {self.cache_dtype!r}")
+        super().__post_init__()
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sample_steps < 0:
             raise ValueError(f"sample_steps must be 0 (no tables) or more, got {self.sample_steps}")
         check_names("eval_checks", self.eval_checks, CHECKS)
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}; try 0.1")
         if self.num_text_tokens < 1:
             raise ValueError(f"num_text_tokens must be at least 1, got {self.num_text_tokens}; 8 is a good start")
-        if self.max_length < self.min_position + 2:
-            raise ValueError(
-                f"max_length {self.max_length} leaves no position after min_position {self.min_position}; raise it"
-            )
 
 
 @dataclass(frozen=True)
@@ -151,76 +117,20 @@ class Clock:
         self.laps[name], self._since = now - self._since, now
 
 
-def load_subject_and_tokenizer(args: RecipeArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen subject and its tokenizer, in the evaluation mode that both sides of the lens are measured in.
+def check_length(args: RecipeArguments, subject: LoadedSubject) -> None:
+    """Checks that the subject can read documents of the length that is asked for.
 
     Raises:
-        ValueError: if they cannot be loaded, or `max_length` is beyond the subject's context.
+        ValueError: if they are beyond its context.
     """
-    revision = pinned_revision(args)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(args.model, revision=revision, dtype=getattr(torch, args.dtype))
-    except (OSError, ValueError) as error:
-        raise not_loaded(args, error) from error
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and args.max_length > context:
+    context = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    if args.reads_text and context is not None and args.max_length > context:
         raise ValueError(f"max_length {args.max_length} is beyond the subject's context of {context}; lower it")
-    return model.eval().requires_grad_(False), tokenizer
 
 
-def pinned_revision(args: RecipeArguments) -> str | None:
-    """The commit that a Hub subject is at, so that the artifact names it for good; None for a local folder."""
-    if Path(args.model).is_dir():
-        return None
-    try:
-        config_file = cached_file(args.model, "config.json", revision=args.revision)
-    except (OSError, ValueError) as error:
-        raise not_loaded(args, error) from error
-    return extract_commit_hash(config_file, None) or args.revision
-
-
-def not_loaded(args: RecipeArguments, error: Exception) -> ValueError:
-    """The one-line error for a subject that cannot be loaded, with its cause."""
-    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(f"model: cannot load {args.model!r}; pass a Hub id or a folder with a causal LM ({cause})")
-
-
-def make_corpus(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, folder: Path, seed: int) -> Dataset:
-    """The documents to read: from a text file, or sampled from the subject; kept under `folder`."""
-    if args.text_file is not None:
-        return tokenize_documents(read_documents(args.text_file), tokenizer, args.max_length)
-    settings = f"n{args.num_documents}-length{args.max_length}-seed{seed}-{weights_hash(model)[:12]}"
-    path = folder / f"corpus-{settings}"
-    if not path.is_dir():
-        corpus = sample_documents(model, tokenizer, args.num_documents, args.max_length, seed=seed, batch_size=256)
-        partial = path.with_name(f".{path.name}.partial")
-        corpus.save_to_disk(partial)
-        partial.rename(path)
-    return load_from_disk(path)
-
-
-def make_cache(args: RecipeArguments, subject: Subject, tokenizer: Any, folder: Path, seed: int) -> ActivationCache:
-    """Corpus and activation cache; what already lies there with the same settings is used again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = make_corpus(args, subject.model, tokenizer, folder, seed)
-    return build_activation_cache(
-        subject,
-        corpus,
-        folder / f"activations-layer{subject.layer}",
-        tokenizer=tokenizer,
-        subject_name=args.model,
-        subject_revision=pinned_revision(args),
-        dataset_name=args.text_file or f"samples of {args.model}",
-        positions_per_sequence=args.positions_per_sequence,
-        min_position=args.min_position,
-        dtype=args.cache_dtype,
-        seed=seed,
-    )
-
-
-def make_lens(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, layer: int) -> ConsistencyLensModel:
+def make_lens(args: RecipeArguments, subject: LoadedSubject, layer: int) -> ConsistencyLensModel:
     """A new lens for the subject; the statistics of its training rows come later."""
+    model, tokenizer = subject.model, subject.tokenizer
     start_token(model.config.get_text_config())  # texts are measured behind it
     if args.stop_at_eos and tokenizer.eos_token_id is None:
         raise ValueError("stop_at_eos: the subject's tokenizer has no EOS token; set it to false")
@@ -237,7 +147,7 @@ def make_lens(args: RecipeArguments, model: PreTrainedModel, tokenizer: Any, lay
         injection_layers=args.injection_layers,
         stop_token_id=tokenizer.eos_token_id if args.stop_at_eos else None,
         output_layer=args.output_layer,
-        revision=pinned_revision(args),
+        revision=subject.revision,
         blocks=args.blocks,
         final_norm=args.final_norm,
     )
@@ -254,23 +164,26 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     output_dir = Path(str(training_args.output_dir))
     resume = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
     training_args.check_stages()
-    model, tokenizer = load_subject_and_tokenizer(args)
-    model.to(training_args.device)  # type: ignore[arg-type]
-    layer = args.layer
-    if layer is None:
-        layer = ResidualStream(model, blocks=args.blocks, final_norm=args.final_norm).num_layers // 2
-    # made before the cache, so that every mistake in its settings is found before the long work
-    lens = make_lens(args, model, tokenizer, layer)
+    subject = load_subject_and_tokenizer(args.model, args.revision, args.dtype)
+    check_length(args, subject)
+    subject.model.to(training_args.device)  # type: ignore[arg-type]
+    # made before any activations, so that every mistake in its settings is found before the long work
+    lens = make_lens(args, subject, layer_to_read(args, subject))
     check_settings(lens, training_args)
-    summaries = read_summaries(args.summaries) if args.summaries else None
-    if summaries is not None and training_args.delta_residual != "none":
-        raise ValueError("summaries: their rows have no second activation; set delta_residual to none")
-
-    with training_args.main_process_first(desc="activation cache"):
-        folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
-        cache = make_cache(args, lens.subject, tokenizer, folder, training_args.seed)
+    summaries = read_checked_summaries(args, training_args)
+    folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
+    rows = open_rows(
+        args,
+        Reader(lens.subject, subject.tokenizer, args.model, subject.revision),
+        folder,
+        training_args.seed,
+        pair_seed=training_args.seed if training_args.delta_residual != "none" else None,
+        state=training_args.distributed_state if training_args.world_size > 1 else None,
+    )
     clock.lap("corpus_and_cache")
-    rows = split_rows(args, training_args, lens, cache, summaries)
+    describe_training(lens, args, rows)
+    if summaries is not None:
+        rows = with_summaries(rows, summaries, args, lens)
     trainer = make_trainer(args, training_args, lens, rows)
     trainer.train(resume_from_checkpoint=resume)
     lens.eval()
@@ -283,40 +196,49 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     return RunResult(lens, output_dir, metrics, samples)
 
 
-class SplitRows(NamedTuple):
-    """The rows of a run: `train`, what is trained on; `true_text`, those of them whose tails are true text (all but
-    summaries); `held_out`, of other documents."""
+def layer_to_read(args: RecipeArguments, subject: LoadedSubject) -> int:
+    """The layer that is asked for; else that of the activations, where they are there already, or the middle."""
+    layer = layer_of(args) if args.layer is None else args.layer
+    if layer is not None:
+        return layer
+    return ResidualStream(subject.model, blocks=args.blocks, final_norm=args.final_norm).num_layers // 2
 
-    train: Any
-    true_text: ActivationRows
-    held_out: ActivationRows
 
-
-def split_rows(
-    args: RecipeArguments,
-    training_args: ConsistencyLensTrainingArguments,
-    lens: ConsistencyLensModel,
-    cache: ActivationCache,
-    summaries: Dataset | None = None,
-) -> SplitRows:
-    """The rows of a cache by document, summaries joined; the lens gets its statistics and its provenance."""
-    train, held_out = cache.split_unseen(args.validation_fraction)
-    lens.set_statistics(train.mean, train.rms)
+def describe_training(lens: ConsistencyLensModel, args: RecipeArguments, rows: SplitRows) -> None:
+    """Gives the lens the statistics of its training rows, and its provenance."""
+    lens.set_statistics(rows.mean, rows.rms)
+    long = ("mean", "shards", "parquet")
     lens.provenance = {
         "consistency_lens": __version__,
         "recipe": asdict(args),
-        "cache": {key: value for key, value in cache.provenance.items() if key not in ("mean", "shards")},
-        "train_rows": len(train),
-        "validation_rows": len(held_out),
+        "cache": {key: value for key, value in rows.provenance.items() if key not in long},
+        "train_rows": len(rows.train),
+        "validation_rows": len(rows.held_out),
     }
-    pair_seed = training_args.seed if training_args.delta_residual != "none" else None
-    true_text = ActivationRows(train, pair_seed)
-    rows: Any = true_text
-    if summaries is not None:
-        tokenizer = lens.require_tokenizer()
-        extra = SummaryRows(summaries, lens.subject, tokenizer, args.max_length, first_row=len(cache))
-        rows = ConcatDataset([true_text, extra])
-    return SplitRows(rows, true_text, ActivationRows(held_out, pair_seed))
+
+
+def read_checked_summaries(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) -> Dataset | None:
+    """The summaries that are asked for.
+
+    Raises:
+        ValueError: if they cannot be read, or do not go with the other settings.
+    """
+    if args.summaries is None:
+        return None
+    if training_args.delta_residual != "none":
+        raise ValueError("summaries: their rows have no second activation; set delta_residual to none")
+    if args.is_streamed:
+        raise ValueError("summaries: they cannot be mixed into a stream; pull the cache and pass its folder")
+    return read_summaries(args.summaries)
+
+
+def with_summaries(
+    rows: SplitRows, summaries: Dataset, args: RecipeArguments, lens: ConsistencyLensModel
+) -> SplitRows:
+    """The rows of a run with those of summaries among them."""
+    tokenizer, first_row = lens.require_tokenizer(), rows.provenance["rows"]
+    extra = SummaryRows(summaries, lens.subject, tokenizer, args.max_length, first_row=first_row)
+    return rows._replace(train=ConcatDataset([rows.train, extra]))
 
 
 def make_trainer(

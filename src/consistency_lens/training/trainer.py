@@ -17,6 +17,7 @@ from transformers import ProgressCallback, Trainer
 
 from ..atomic_write import write_json, write_tensors
 from ..data.on_the_fly import read_activations
+from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
 from ..schedules import Schedule
 from . import checkpoint
@@ -66,6 +67,11 @@ class ConsistencyLensTrainer(Trainer):
         self.label_names = []
         self.lens = model
         check_settings(model, args)
+        if isinstance(self.train_dataset, StreamedActivations) and args.dataloader_num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers: got {args.dataloader_num_workers}, but each would download the whole "
+                "stream; set it to 0 or 1"
+            )
         self.warm_start_end: WarmStartEnd | None = None
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()
@@ -185,7 +191,15 @@ class ConsistencyLensTrainer(Trainer):
             self._reference = freeze_copy(self.lens.decoder)
         return self._reference
 
-    # --- the loss
+    # --- the rows
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(rows, StreamedActivations):
+            return super()._get_train_sampler(train_dataset)
+        return StreamSampler(
+            rows, self.args.seed, self.args.train_batch_size, self.args.world_size, self.args.process_index
+        )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device; where its rows came without activations, the subject is run for them."""
@@ -193,6 +207,8 @@ class ConsistencyLensTrainer(Trainer):
         if "activations" in batch:
             return batch
         return read_activations(self.lens.subject, batch, keep_context=self.current_objective().needs_kl)
+
+    # --- the loss
 
     def current_objective(self) -> Objective:
         """The objective of the stage that the next step lies in."""

@@ -1,0 +1,342 @@
+"""One argument, three ways to activations: a cache on disk, a published one that is streamed, or the subject itself.
+
+Training and evaluation open their rows here, so both see the same rows held out.
+"""
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from ..subject import Subject
+from .activation_cache import PROVENANCE_FILE, ActivationCache, check_provenance
+from .activation_source import ActivationRows, ActivationSource
+from .cache_building import build_activation_cache, tokenizer_hash, weights_hash
+from .corpus import read_documents, tokenize_documents
+from .generation import sample_documents
+from .on_the_fly import ContextRows, OnTheFlyActivations
+from .streaming import open_stream
+from .tokenization import open_corpus, read_tokenization
+
+CACHE, ON_THE_FLY = "cache", "on_the_fly"
+WHOLE, SPLITS = "all", ("train", "validation")
+# Held-out rows, and training rows that controls are fitted to, of a stream: those are kept in memory.
+ROWS_IN_MEMORY = 8192
+
+
+@dataclass
+class SourceArguments:
+    """Which text is read, and how its activations come."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that consistency-lens tokenize made, or text file with documents divided by lines of "
+            "<|endoftext|>; unset: the subject writes its own."
+        },
+    )
+    activations: str = field(
+        default=CACHE,
+        metadata={
+            "help": "cache: of the dataset, kept under cache_dir; on_the_fly: the subject runs as rows are needed; or "
+            "a cache that there is: its folder, or the Hub id of a published one, which is streamed."
+        },
+    )
+    activations_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of published activations."}
+    )
+    stream_window: int = field(default=8, metadata={"help": "Streaming: files whose rows are mixed in memory."})
+    num_documents: int = field(default=4000, metadata={"help": "Documents to sample where there is no dataset."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a document; the rest is cut."})
+    positions_per_sequence: int = field(default=8, metadata={"help": "K, activations read from one document."})
+    min_position: int = field(default=8, metadata={"help": "First position that may be read."})
+    cache_dtype: str = field(default="float32", metadata={"help": "float16 or float32."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Corpus and activations; default <output_dir>/data."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the documents held out, where the dataset does not say which."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("stream_window", "num_documents", "positions_per_sequence", "min_position"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.cache_dtype not in ("float16", "float32"):
+            raise ValueError(f"cache_dtype must be float16 or float32, got {self.cache_dtype!r}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}; try 0.1")
+        if self.max_length < self.min_position + 2:
+            raise ValueError(
+                f"max_length {self.max_length} leaves no position after min_position {self.min_position}; raise it"
+            )
+        if self.dataset is not None and not self.reads_text:
+            raise ValueError(
+                f"dataset: got {self.dataset!r}, but the activations {self.activations!r} are there already; pass one"
+            )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether activations are made from text, and not there already."""
+        return self.activations in (CACHE, ON_THE_FLY)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether activations come from the Hub."""
+        return not self.reads_text and not Path(self.activations).exists()
+
+    @classmethod
+    def recorded(cls, record: dict[str, Any], **changes: Any) -> "SourceArguments":
+        """The arguments that a lens's provenance has, with changes."""
+        known = {key: value for key, value in record.items() if key in {item.name for item in fields(cls)}}
+        return cls(**(known | changes))
+
+
+class Reader:
+    """The model whose activations are read, and what tells it from others.
+
+    Args:
+        subject: at the layer that is read.
+        tokenizer: of the subject.
+        name, revision: Hub id or folder of the subject, and its commit.
+        known_hash: the hash of its weights where that is known, as they were loaded when a lens was trained.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+        known_hash: str | None = None,
+    ) -> None:
+        self.subject = subject
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.known_hash = known_hash
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Sha256 of the weights; where it is not known, a pass over them."""
+        return self.known_hash or weights_hash(self.subject.model)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the provenance of activations says if they are this subject's."""
+        return {
+            "weights_hash": self.weights_hash,
+            "tokenizer_hash": tokenizer_hash(self.tokenizer),
+            "layer": self.subject.layer,
+            "width": self.subject.stream.width,
+        }
+
+
+class SplitRows(NamedTuple):
+    """The rows of a run, split by document."""
+
+    train: Any
+    """What is trained on, a torch dataset."""
+    true_text: Any
+    """Training rows with their activations, whose tails are true text: what controls are fitted to."""
+    held_out: Any
+    """Rows of other documents, with their activations."""
+    mean: torch.Tensor
+    """(d,), of the training rows."""
+    rms: float
+    provenance: dict[str, Any]
+
+
+class Corpus(NamedTuple):
+    """Text as tokens: its parts by name, `all` where it is not split, and where it comes from."""
+
+    name: str
+    revision: str | None
+    parts: dict[str, Dataset]
+
+
+def open_rows(
+    args: SourceArguments,
+    reader: Reader,
+    folder: Path,
+    seed: int,
+    pair_seed: int | None = None,
+    state: PartialState | None = None,
+) -> SplitRows:
+    """The rows that the arguments name, split by document; a cache is built first where it has to be.
+
+    Args:
+        reader: the subject whose activations they are.
+        folder: where corpus and cache are kept.
+        seed: of positions and sampled documents.
+        pair_seed: of the pairing of A and A'; None for rows without A'.
+        state: with it, its processes share the building of a cache; all of them call this function.
+
+    Raises:
+        ValueError: if text or activations cannot be read, do not fit the subject, or cannot be split.
+    """
+    if args.is_streamed:
+        return stream_rows(args, reader, seed, pair_seed)
+    sources = open_sources(args, reader, folder, seed, state)
+    train, held_out = split_sources(sources, args.validation_fraction)
+    true_text = ActivationRows(train, pair_seed)
+    rows = ContextRows(train, pair_seed) if args.activations == ON_THE_FLY else true_text
+    return SplitRows(rows, true_text, ActivationRows(held_out, pair_seed), train.mean, train.rms, train.provenance)
+
+
+def open_sources(
+    args: SourceArguments, reader: Reader, folder: Path, seed: int, state: PartialState | None = None
+) -> dict[str, ActivationSource]:
+    """The parts of a source that is not streamed: `all`, or `train` and `validation`."""
+    if not args.reads_text:
+        found = open_caches(Path(args.activations))
+        for cache in found.values():
+            check_provenance(str(cache.path), cache.provenance, **reader.identity)
+        return dict(found)
+    corpus = read_corpus(args, reader, folder, seed, state)
+    if args.activations == ON_THE_FLY:
+        return {part: on_the_fly(args, reader, corpus, part, seed) for part in corpus.parts}
+    return {part: built_cache(args, reader, corpus, part, folder, seed, state) for part in corpus.parts}
+
+
+def on_the_fly(args: SourceArguments, reader: Reader, corpus: Corpus, part: str, seed: int) -> OnTheFlyActivations:
+    """The activations of a part of a corpus, read from the subject when they are needed."""
+    provenance = {
+        "subject": reader.name,
+        "subject_revision": reader.revision,
+        "dataset": corpus.name,
+        "dataset_revision": corpus.revision,
+        "dataset_split": None if part == WHOLE else part,
+    }
+    return OnTheFlyActivations.from_corpus(
+        reader.subject,
+        corpus.parts[part],
+        provenance | reader.identity,
+        positions_per_sequence=args.positions_per_sequence,
+        min_position=args.min_position,
+        seed=seed,
+    )
+
+
+def built_cache(
+    args: SourceArguments,
+    reader: Reader,
+    corpus: Corpus,
+    part: str,
+    folder: Path,
+    seed: int,
+    state: PartialState | None = None,
+) -> ActivationCache:
+    """The cache of a part of a corpus, built where it is not there already."""
+    return build_activation_cache(
+        reader.subject,
+        corpus.parts[part],
+        cache_folder(folder, reader.subject.layer, part),
+        tokenizer=reader.tokenizer,
+        subject_name=reader.name,
+        subject_revision=reader.revision,
+        subject_hash=reader.weights_hash,
+        dataset_name=corpus.name,
+        dataset_revision=corpus.revision,
+        dataset_split=None if part == WHOLE else part,
+        positions_per_sequence=args.positions_per_sequence,
+        min_position=args.min_position,
+        dtype=args.cache_dtype,
+        seed=seed,
+        state=state,
+    )
+
+
+def cache_folder(folder: Path, layer: int, part: str = WHOLE) -> Path:
+    """Where a run keeps its cache."""
+    whole = folder / f"activations-layer{layer}"
+    return whole if part == WHOLE else whole / part
+
+
+def open_caches(path: Path) -> dict[str, ActivationCache]:
+    """The cache in a folder, or those of both splits below it.
+
+    Raises:
+        ValueError: if there is neither, or one is not finished.
+    """
+    parts = [split for split in SPLITS if (path / split).is_dir()]
+    if (path / PROVENANCE_FILE).is_file() or len(parts) < len(SPLITS):
+        return {WHOLE: ActivationCache.open(path)}
+    return {split: ActivationCache.open(path / split) for split in SPLITS}
+
+
+def split_sources(sources: dict[str, Any], validation_fraction: float) -> tuple[ActivationSource, ActivationSource]:
+    """(train, held-out): as the dataset was split, or by document hash; see `ActivationSource.held_out_from`."""
+    if WHOLE in sources:
+        return sources[WHOLE].split_unseen(validation_fraction)
+    return sources["train"], sources["validation"].held_out_from(sources["train"])
+
+
+def stream_rows(args: SourceArguments, reader: Reader, seed: int, pair_seed: int | None) -> SplitRows:
+    """The rows of a published cache; those for evaluation are few and in memory."""
+    train, validation = (
+        open_stream(args.activations, split, args.activations_revision, pair_seed, args.stream_window)
+        for split in SPLITS
+    )
+    for stream in (train, validation):
+        check_provenance(args.activations, stream.provenance, **reader.identity)
+    true_text, held_out = (stream.take(ROWS_IN_MEMORY, seed) for stream in (train, validation))
+    return SplitRows(train, true_text, held_out, train.mean, train.rms, train.provenance)
+
+
+def layer_of(args: SourceArguments) -> int | None:
+    """The layer of activations that are there already; None for such as are to be made.
+
+    Raises:
+        ValueError: if they are not to be found.
+    """
+    if args.reads_text:
+        return None
+    if args.is_streamed:
+        return open_stream(args.activations, SPLITS[0], args.activations_revision).provenance["layer"]
+    return next(iter(open_caches(Path(args.activations)).values())).provenance["layer"]
+
+
+def read_corpus(
+    args: SourceArguments, reader: Reader, folder: Path, seed: int, state: PartialState | None = None
+) -> Corpus:
+    """The text to read, as tokens: a corpus folder, a text file, or documents that the subject writes."""
+    if args.dataset is None:
+        documents = sampled_documents(args, reader, folder, seed, state)
+        return Corpus(f"samples of {reader.name}", None, {WHOLE: documents})
+    if not Path(args.dataset).is_dir():
+        sequences = tokenize_documents(read_documents(args.dataset), reader.tokenizer, args.max_length)
+        return Corpus(args.dataset, None, {WHOLE: sequences})
+    record = read_tokenization(args.dataset)
+    settings, own_hash = record["settings"], tokenizer_hash(reader.tokenizer)
+    if settings["tokenizer_hash"] != own_hash:
+        raise ValueError(
+            f"dataset: {args.dataset!r} was made with the tokenizer of {settings['model']!r} (hash "
+            f"{settings['tokenizer_hash'][:12]}), but that of {reader.name!r} differs (hash {own_hash[:12]}); "
+            f"tokenise again with --model {reader.name}"
+        )
+    revision = record["dataset_commit"] or settings["dataset_revision"]
+    return Corpus(settings["dataset"], revision, {split: open_corpus(args.dataset, split) for split in SPLITS})
+
+
+def sampled_documents(
+    args: SourceArguments, reader: Reader, folder: Path, seed: int, state: PartialState | None = None
+) -> Dataset:
+    """Documents that the subject writes, kept in the folder; the first process writes them."""
+    settings = f"n{args.num_documents}-length{args.max_length}-seed{seed}-{reader.weights_hash[:12]}"
+    path = folder / f"corpus-{settings}"
+    if (state is None or state.is_main_process) and not path.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        model, count = reader.subject.model, args.num_documents
+        corpus = sample_documents(model, reader.tokenizer, count, args.max_length, seed=seed, batch_size=256)
+        partial = path.with_name(f".{path.name}.partial")
+        corpus.save_to_disk(partial)
+        partial.rename(path)
+    if state is not None:
+        state.wait_for_everyone()
+    return load_from_disk(path)

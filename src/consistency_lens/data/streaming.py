@@ -1,0 +1,252 @@
+"""A published cache, streamed: its shards come from the Hub when training reaches them, and go when it has passed.
+
+The rows are numbered as in the cache, so an epoch is an order of numbers (`StreamSampler`) that follows from the seed
+alone: training can stop anywhere and go on at the very row, and skipping to it downloads nothing.
+"""
+
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from .activation_cache import activation_matrix, token_lists
+from .activation_source import pair_documents
+
+COLUMNS = ["activation", "input_ids", "document"]
+LOADING_THREADS = 2
+
+
+@dataclass
+class Shard:
+    """The rows of one file; `others` are the activations that A' is taken from, by index."""
+
+    activations: np.ndarray
+    contexts: list[np.ndarray]
+    documents: np.ndarray
+    others: np.ndarray | None = None
+    partners: np.ndarray | None = None
+
+
+class StreamedActivations(torch.utils.data.Dataset):
+    """The rows of one split of a published cache, as `ActivationRows` gives them; a few shards are held in memory.
+
+    Args:
+        provenance: of the split, as it was published: counts and checksums of its parquet files are in it.
+        read_file: the name of a file -> its content.
+        pair_seed: of the pairing of A and A', within a shard where this has two documents; None for rows without A'.
+        window: shards whose rows are mixed, and which are held in memory together. As many again are loaded ahead.
+
+    Raises:
+        ValueError: if the provenance names no parquet files.
+    """
+
+    def __init__(
+        self,
+        provenance: dict[str, Any],
+        read_file: Callable[[str], bytes],
+        pair_seed: int | None = None,
+        window: int = 8,
+    ) -> None:
+        if not provenance.get("parquet"):
+            raise ValueError("activations: the stream has no parquet files; publish it with: consistency-lens push")
+        self.provenance = provenance
+        self.read_file = read_file
+        self.pair_seed = pair_seed
+        self.window = window
+        self.shard_rows = np.array([file["rows"] for file in provenance["parquet"]], dtype=np.int64)
+        self.first_rows = np.cumsum(self.shard_rows) - self.shard_rows
+        self._shards: OrderedDict[int, Future[Shard]] = OrderedDict()
+        self._ahead: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return int(self.shard_rows.sum())
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean activation of the whole split, (d,) float32."""
+        return torch.tensor(self.provenance["mean"], dtype=torch.float32)
+
+    @property
+    def rms(self) -> float:
+        """Root mean square over rows and dimensions of A - mean."""
+        return self.provenance["rms"]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of a batch; waits for the shards that are not here yet.
+
+        Raises:
+            ValueError: if a file is not the one that was published, or cannot be had.
+        """
+        return [self._row(int(index)) for index in indices]
+
+    def take(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """Up to `count` random rows of a window of random shards, in memory, in the order of their numbers."""
+        generator = np.random.default_rng(seed)
+        shards = generator.permutation(np.flatnonzero(self.shard_rows))[: self.window]
+        rows = np.concatenate([self.first_rows[shard] + np.arange(self.shard_rows[shard]) for shard in shards])
+        chosen = np.sort(generator.choice(rows, min(count, len(rows)), replace=False))
+        return self.__getitems__(chosen.tolist())
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Says in which order shards will be asked for, so that each is loaded while the ones before it are used."""
+        self._ahead = {shard: list(shards[place + 1 : place + 1 + self.window]) for place, shard in enumerate(shards)}
+
+    def _row(self, index: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self.first_rows, index, side="right")) - 1
+        shard, place = self._shard(number), index - int(self.first_rows[number])
+        row = {
+            "activation": shard.activations[place],
+            "input_ids": shard.contexts[place],
+            "position": len(shard.contexts[place]) - 1,
+            "document": shard.documents[place],
+            "row": index,
+        }
+        if shard.others is not None and shard.partners is not None:
+            row["other_activation"] = shard.others[shard.partners[place]]
+        return row
+
+    def _shard(self, number: int) -> Shard:
+        if number in self._shards:
+            self._shards.move_to_end(number)
+        for wanted in (number, *self._ahead.get(number, ())):
+            if wanted not in self._shards:
+                self._shards[wanted] = self._loader.submit(self._load, wanted)
+        self._shards.move_to_end(number)
+        while len(self._shards) > 2 * self.window:
+            self._shards.popitem(last=False)
+        try:
+            return self._shards[number].result()
+        except Exception:
+            del self._shards[number]  # the next time it is tried anew
+            raise
+
+    @cached_property
+    def _loader(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(LOADING_THREADS, "shards")
+
+    def _load(self, number: int) -> Shard:
+        shard = self._read(number)
+        if self.pair_seed is None:
+            return shard
+        documents, others, following = shard.documents, shard.activations, number
+        while (documents == documents[0]).all():
+            following = (following + 1) % len(self.shard_rows)
+            if following == number:
+                break  # pair_documents says what is wrong
+            beside = self._read(following)
+            documents = np.concatenate([documents, beside.documents])
+            others = np.concatenate([others, beside.activations])
+        partners = pair_documents(documents, self.pair_seed + number)[: len(shard.documents)]
+        return Shard(shard.activations, shard.contexts, shard.documents, others, partners)
+
+    def _read(self, number: int) -> Shard:
+        file = self.provenance["parquet"][number]
+        content = self.read_file(file["file"])
+        if sha256(content).hexdigest() != file["sha256"]:
+            raise ValueError(
+                f"activations: the sha256 of {file['file']!r} is not {file['sha256']}, as published; try again, or "
+                "have it published anew"
+            )
+        table = pq.read_table(io.BytesIO(content), columns=COLUMNS)
+        return Shard(activation_matrix(table), token_lists(table), table["document"].to_numpy())
+
+
+def open_stream(
+    repo: str, split: str, revision: str | None = None, pair_seed: int | None = None, window: int = 8
+) -> StreamedActivations:
+    """A split of a cache on the Hub, at the commit that `revision` is at now.
+
+    Args:
+        repo: Hub id of the dataset.
+        pair_seed, window: see `StreamedActivations`.
+
+    Raises:
+        ValueError: if there is no such dataset, split or revision, or it was not made by `consistency-lens push`.
+    """
+    try:
+        commit = HfApi().dataset_info(repo, revision=revision).sha
+        download = partial(hf_hub_download, repo, repo_type="dataset", revision=commit)
+        provenance = json.loads(Path(download(f"provenance/{split}.json")).read_text(encoding="utf-8"))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"activations: cannot read split {split!r} of {repo!r}; pass the folder of a cache, or the Hub id of one "
+            f"that consistency-lens push published ({str(error).splitlines()[0]})"
+        ) from error
+
+    def read_file(name: str) -> bytes:
+        with TemporaryDirectory() as folder:
+            return Path(download(name, local_dir=folder)).read_bytes()
+
+    return StreamedActivations(provenance | {"repo": repo, "commit": commit}, read_file, pair_seed, window)
+
+
+class StreamSampler(torch.utils.data.Sampler[int]):
+    """The order of a pass over a stream: shards in random order, the rows of a window of them mixed.
+
+    Each process gets the rows of shards of its own, but for a rest at the end that makes the counts even. The order
+    follows from the seed and the epoch, and is the same in every process.
+
+    Args:
+        stream: what is read.
+        seed: of the order.
+        batch_size: rows that a process takes at a time.
+        num_processes, process_index: of the training.
+    """
+
+    def __init__(
+        self, stream: StreamedActivations, seed: int, batch_size: int, num_processes: int = 1, process_index: int = 0
+    ) -> None:
+        self.stream = stream
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order in every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order, shards = self.order()
+        self.stream.expect(shards[self.process_index])
+        return iter(order.tolist())
+
+    def order(self) -> tuple[np.ndarray, list[list[int]]]:
+        """The rows (N,) in order, batches of the processes in turn; and the shards of each process, in order."""
+        stream, generator = self.stream, np.random.default_rng([self.seed, self.epoch])
+        permuted = generator.permutation(np.flatnonzero(stream.shard_rows)).tolist()
+        shards = [permuted[process :: self.num_processes] for process in range(self.num_processes)]
+        rows = [self._mixed(own, generator) for own in shards]
+        batches = min(map(len, rows)) // self.batch_size
+        even = batches * self.batch_size
+        in_turn = np.stack([own[:even].reshape(batches, self.batch_size) for own in rows], axis=1).reshape(-1)
+        return np.concatenate([in_turn, *(own[even:] for own in rows)]), shards
+
+    def _mixed(self, shards: list[int], generator: np.random.Generator) -> np.ndarray:
+        """The rows of shards, window after window, each mixed."""
+        stream, parts = self.stream, [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(shards), stream.window):
+            window = shards[start : start + stream.window]
+            rows = [stream.first_rows[shard] + np.arange(stream.shard_rows[shard]) for shard in window]
+            parts.append(generator.permutation(np.concatenate(rows)))
+        return np.concatenate(parts)

@@ -1,0 +1,99 @@
+"""Training on each of the three sources of activations."""
+
+import pytest
+import torch
+from lens_runs import tiny_trainer
+from test_trainer import losses, parameters
+
+TERMS = ("loss", "ce", "mse", "kl", "policy", "lm", "entropy")
+RUNS = {
+    "warm_start": {"stages": ["warm_start"], "own_share": 0.5},
+    "gumbel": {"stages": ["gumbel"]},
+    "delta_residual": {"stages": ["gumbel"], "delta_residual": "full"},
+    "policy_gradient": {"stages": ["policy_gradient"], "reward": "-kl", "group_size": 3},
+    "accumulation": {"stages": ["warm_start 2s", "gumbel"], "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_on_the_fly_and_cached_training_give_the_same_losses(tmp_path, run):
+    cached, on_the_fly = (
+        tiny_trainer(tmp_path / source, source=source, max_steps=4, lm_reference="subject", **RUNS[run])
+        for source in ("cache", "on_the_fly")
+    )
+    cached.train()
+    on_the_fly.train()
+    compared = 0
+    for entry, other in zip(cached.state.log_history, on_the_fly.state.log_history, strict=True):
+        for term in TERMS:
+            assert entry.get(term) == pytest.approx(other.get(term), abs=1e-5)
+            compared += term in entry
+        assert entry.get("grad_norm") == pytest.approx(other.get("grad_norm"), abs=1e-3)
+    assert compared >= 8
+
+
+def test_the_kl_of_activations_on_the_fly_takes_no_second_pass_over_the_context(tmp_path, monkeypatch):
+    for source in ("cache", "on_the_fly"):
+        trainer = tiny_trainer(tmp_path / source, source=source, max_steps=3, stages=["gumbel"], lm_weight="0")
+        subject, tokens = trainer.lens.subject, []
+        subject.check_one_token(64)
+        hook = subject.model.register_forward_pre_hook(
+            lambda _, args, kwargs, tokens=tokens: tokens.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        trainer.train()
+        hook.remove()
+        # a step: the context once, and then one token
+        assert [length > 1 for length in tokens] == [True, False] * 3
+
+
+def test_stages_without_a_kl_stop_the_subject_at_the_layer(tmp_path):
+    trainer = tiny_trainer(tmp_path, source="on_the_fly", max_steps=2, stages=["warm_start"])
+    subject, ran = trainer.lens.subject, []
+    subject.stream.blocks[-1].register_forward_hook(lambda *_: ran.append(1))
+    trainer.train()
+    assert ran == []
+
+
+@pytest.mark.parametrize("source", ["on_the_fly", "stream"])
+@pytest.mark.parametrize("save_at", [2, 7])
+def test_a_resumed_run_goes_on_at_the_very_row(tmp_path, source, save_at):
+    """An epoch has nine steps of eight rows; the run is cut in the middle of one."""
+    arguments = {"stages": ["warm_start"], "source": source, "max_steps": 12}
+    whole = tiny_trainer(tmp_path / "whole", **arguments)
+    seen = rows_seen(whole)
+    whole.train()
+    tiny_trainer(tmp_path / "cut", save_strategy="steps", save_steps=save_at, **arguments).train()
+    resumed = tiny_trainer(tmp_path / "cut", **arguments)
+    seen_again = rows_seen(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "run" / f"checkpoint-{save_at}"))
+    assert seen_again == seen[save_at:]
+    assert len({row for batch in seen[:9] for row in batch}) == 72
+    assert losses(resumed)[save_at:] == losses(whole)[save_at:]
+    for name, tensor in parameters(whole).items():
+        assert torch.equal(tensor, parameters(resumed)[name]), name
+
+
+def rows_seen(trainer):
+    """A list that fills with the rows of each batch."""
+    seen, compute_loss = [], trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        seen.append(tuple(inputs["rows"].tolist()))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watched
+    return seen
+
+
+def test_a_second_epoch_of_a_stream_has_another_order(tmp_path):
+    trainer = tiny_trainer(tmp_path, source="stream", stages=["warm_start"], max_steps=18)
+    seen = rows_seen(trainer)
+    trainer.train()
+    first, second = seen[:9], seen[9:]
+    assert sorted(sum(first, ())) == sorted(sum(second, ())) == list(range(72))
+    assert first != second
+
+
+def test_a_stream_is_not_read_by_many_workers(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_num_workers: got 2, but each would download the whole stream"):
+        tiny_trainer(tmp_path, source="stream", dataloader_num_workers=2)
