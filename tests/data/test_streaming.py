@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from published_rows import Published, numbered_table
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.data.streaming import StreamedActivations, StreamSampler
@@ -191,3 +192,18 @@ def test_a_stream_reaches_a_worker_process(published):
     )
     rows = torch.cat([batch["rows"] for batch in loader])
     assert sorted(rows.tolist()) == list(range(TOTAL))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_accelerate_gives_a_process_comes_from_its_shards(published, processes):
+    batch, seen = 3, []
+    for process in range(processes):
+        stream = published.stream()
+        sampler = StreamSampler(stream, 0, batch, processes, process)
+        mine = BatchSamplerShard(BatchSampler(sampler, batch, drop_last=False), processes, process)
+        own = sampler.order()[1][process]
+        rows = [row for rows in mine for row in rows]
+        shards = np.searchsorted(stream.first_rows, rows, side="right") - 1
+        assert np.isin(shards, own).mean() > 0.7
+        seen += rows
+    assert set(seen) == set(range(TOTAL))
