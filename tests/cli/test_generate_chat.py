@@ -92,7 +92,7 @@ def test_an_interrupted_run_says_how_to_go_on(flags, tmp_path, capsys):
     assert len((tmp_path / "answers" / "answers.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("source", ["answers", "answers/train/messages.parquet", "answers/messages.jsonl"])
+@pytest.mark.parametrize("source", ["answers", "answers/messages.jsonl"])
 def test_what_is_written_flows_into_tokenize_with_its_thinking(flags, tmp_path, source):
     prompts = "".join(f"w{n}\n" for n in range(10, 40))
     (tmp_path / "prompts.txt").write_text(prompts)
@@ -137,6 +137,12 @@ def test_settings_may_come_from_a_file(flags, tmp_path):
         assert command_line.main(["generate-chat", "--config", str(recipe), *flags(server.url)]) == 0
     for body in server.requests:
         assert body["chat_template_kwargs"] == {"enable_thinking": True} and body["temperature"] == 0.5
+
+
+def test_further_fields_may_come_from_a_flag(flags):
+    with ChatServer() as server:
+        assert main(flags(server.url, extra_body='{"top_k": 3}', reasoning_effort="low")) == 0
+    assert all((body["top_k"], body["reasoning_effort"]) == (3, "low") for body in server.requests)
 
 
 class TestMistakes:
@@ -210,16 +216,13 @@ class TestJob:
         assert "the server is ready" in printed and "stopping the server" in printed
         assert_nothing_is_left(tmp_path)
 
-    def test_all_gpus_hold_one_copy_unless_it_is_told_otherwise(self, start, tmp_path):
-        start().communicate(timeout=60)
-        served = (tmp_path / "served").read_text().split()
-        assert served[served.index("--tensor-parallel-size") + 1] == "8"
-        assert served[served.index("--data-parallel-size") + 1] == "1"
-
     def test_a_generation_that_fails_stops_the_server_and_shows_in_the_exit_code(self, start, tmp_path):
         job = start(lens="exit 7")
         job.communicate(timeout=60)
         assert job.returncode == 7
+        served = (tmp_path / "served").read_text().split()
+        assert served[served.index("--tensor-parallel-size") + 1] == "8"
+        assert served[served.index("--data-parallel-size") + 1] == "1"
         assert_nothing_is_left(tmp_path)
 
     def test_a_server_that_ends_early_ends_the_job(self, start, tmp_path):
@@ -228,6 +231,14 @@ class TestJob:
         assert job.returncode == 1 and "the server ended before it was ready:\nno such model" in printed
         assert not (tmp_path / "generated").exists()
         assert_nothing_is_left(tmp_path)
+
+    def test_a_port_with_another_server_ends_the_job(self, start, tmp_path):
+        with ChatServer() as server:
+            port = server.url.removesuffix("/v1").rpartition(":")[2]
+            job = start(PORT=port)
+            printed = job.communicate(timeout=60)[0]
+        assert job.returncode == 1 and f"another server answers at port {port}" in printed
+        assert not (tmp_path / "served").exists()
 
     def test_a_server_that_is_never_ready_ends_the_job(self, start, tmp_path):
         job = start("time.sleep(100)", READY_SECONDS="1")

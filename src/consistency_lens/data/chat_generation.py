@@ -213,14 +213,15 @@ def generate_chat(args: ChatGenerationArguments, on_first: Callable[[Row], None]
             retries = asyncio.run(complete_all(args, api_key, answers, on_first))
         seconds = time.perf_counter() - started
         answers.write_messages(args.drop_truncated)
-        statistics = {"model": args.model, **statistics_of(answers, args.drop_truncated, tokenizer)}
-    statistics["this_run"] = {
+        counts = statistics_of(answers, args.drop_truncated, tokenizer, args.disable_tqdm)
+    run = {
         "answers": answers.added,
         "seconds": seconds,
         "answers_per_second": answers.added / seconds,
         "completion_tokens_per_second": answers.added_tokens / seconds,
         "retries": dict(retries),
     }
+    statistics = {"model": args.model, **counts, "this_run": run}
     write_json(folder / STATISTICS_FILE, statistics)
     return statistics
 
@@ -298,7 +299,6 @@ async def complete_all(
         with tqdm(total=total, initial=initial, desc="answers", unit="answer", disable=args.disable_tqdm) as bar:
 
             async def work() -> None:
-                nonlocal on_first
                 for prompt in prompts:
                     try:
                         completion = await client.complete(prompt.messages, request_seed(args.seed, prompt.id))
@@ -307,9 +307,8 @@ async def complete_all(
                         logger.warning("prompt %s is left out after %d tries: %s", prompt.id, error.tries, error)
                     else:
                         row = answers.add(prompt, completion)
-                        if on_first is not None:
-                            show, on_first = on_first, None
-                            show(row)
+                        if on_first is not None and answers.added == 1:
+                            on_first(row)
                     bar.update()
                     speed = f"{answers.added_tokens / (time.perf_counter() - started):.0f} tokens/s"
                     lost = f"failed {answers.failed + answers.skipped}, retries {client.retries.total()}"

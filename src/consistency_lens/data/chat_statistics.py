@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .chat_answers import AnswerFiles, Row
@@ -11,15 +12,24 @@ from .chat_prompts import SYSTEM_ROLES
 
 
 def statistics_of(
-    answers: AnswerFiles, drop_truncated: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
+    answers: AnswerFiles,
+    drop_truncated: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    disable_tqdm: bool = True,
 ) -> dict[str, Any]:
     """Counts and token lengths of all answers, whichever run they come from.
 
-    The server counts a conversation as its chat template renders it; a tokenizer counts the texts alone.
+    Lengths are by who counts them: the server, a conversation as its chat template renders it, and the tokenizer, the
+    texts alone. Under each stand the parts of an example, as `server_counts` and `text_counts` name them.
+
+    Args:
+        drop_truncated: whether the data set leaves out the answers cut at the token limit.
+        tokenizer: counts the texts beside the server; this takes a while.
     """
     number = truncated = with_thinking = 0
     lengths: dict[str, dict[str, list[int]]] = {"server": {}, "tokenizer": {}}
-    for row in answers.rows():
+    total = len(answers.prompts) - len(answers.waiting())
+    for row in tqdm(answers.rows(), total=total, desc="token lengths", unit="answer", disable=disable_tqdm):
         number += 1
         truncated += row["finish_reason"] == "length"
         with_thinking += "thinking" in row["messages"][-1]
