@@ -65,10 +65,13 @@ class TestRun:
         assert pq.read_table(tmp_path / "answers" / "train").to_pylist()[7]["messages"][1]["content"] == "To p7?"
 
     def test_requests_under_way_are_as_many_as_allowed_and_no_more(self, run):
-        together = threading.Barrier(4)
+        together, fifth = threading.Barrier(4), threading.Event()
 
         def reply(text, tries):
+            if server.in_flight > 4:
+                fifth.set()
             together.wait(timeout=20)  # only when four are here does one go on
+            fifth.wait(0.2)  # and leaves a fifth the time to come
             return echo(text, tries)
 
         with ChatServer(reply) as server:

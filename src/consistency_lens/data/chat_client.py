@@ -80,7 +80,7 @@ class ChatClient:
         model: name that the server knows the model by.
         parameters: of every request, such as `max_tokens` and `temperature`.
         api_key: sent as a bearer token; None for none.
-        connections: most connections at a time.
+        connections: kept open between requests; how many are under way is the caller's to bound.
         timeout: seconds for one request from its start to the end of its answer.
         max_tries: requests for one conversation before it is given up.
         retry_delay: seconds before the second try, doubled for each further one, up to `LONGEST_DELAY`; shortened by
@@ -111,7 +111,7 @@ class ChatClient:
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections),
         )
 
     async def __aenter__(self) -> Self:
