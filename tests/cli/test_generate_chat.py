@@ -52,8 +52,8 @@ def test_a_run_shows_its_first_answer_and_its_lengths(flags, tmp_path, capsys):
     assert printed.out.count("[user]") == 1
     assert "2 of 2 prompts answered by tiny/chat: 2 with thinking, 0 cut at max_tokens" in printed.out
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.out.splitlines() if "│" in line]
-    assert ["prompt + system", "server", "2", "30", "30", "30", "30"] in table
-    assert ["thinking + content", "server", "2", "400", "400", "400", "400"] in table
+    assert ["prompt_and_system", "server", "2", "30", "30", "30", "30"] in table
+    assert ["completion", "server", "2", "400", "400", "400", "400"] in table
     assert "2/2" in printed.err and "answer/s" in printed.err and "tokens/s" in printed.err
     assert "HTTP Request" not in printed.err
     assert len((tmp_path / "answers" / "messages.jsonl").read_text().splitlines()) == 2
@@ -343,8 +343,8 @@ class TestTransformersServe:
         ]
         statistics = json.loads((tmp_path / "answers" / "stats.json").read_text())
         assert (statistics["with_thinking"], statistics["truncated"]) == (3, 0)
-        assert statistics["tokens"]["server"]["prompt + system"]["max"] == 4
-        assert statistics["tokens"]["server"]["thinking + content"]["mean"] == len(CHAIN)
+        assert statistics["tokens"]["server"]["prompt_and_system"]["max"] == 4
+        assert statistics["tokens"]["server"]["completion"]["mean"] == len(CHAIN)
         assert caplog.text.count("first output of the server: {") == 1
 
     def test_knows_an_answer_that_was_cut_and_a_model_that_is_not_there(self, served, flags, tmp_path, capsys):

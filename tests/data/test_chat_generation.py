@@ -58,10 +58,7 @@ class TestRun:
         assert set(server.tries.values()) == {1}
         assert json.loads((tmp_path / "answers" / "stats.json").read_text()) == statistics
         assert (statistics["prompts"], statistics["answers"], statistics["failed"]) == (12, 12, 0)
-        assert (
-            statistics["tokens"]["server"]["thinking + content"]["max"] == 4
-            and statistics["this_run"]["answers"] == 12
-        )
+        assert statistics["tokens"]["server"]["completion"]["max"] == 4 and statistics["this_run"]["answers"] == 12
         assert pq.read_table(tmp_path / "answers" / "train").to_pylist()[7]["messages"][1]["content"] == "To p7?"
 
     def test_requests_under_way_are_as_many_as_allowed_and_no_more(self, run):

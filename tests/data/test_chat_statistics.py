@@ -38,17 +38,17 @@ def test_counts_are_of_all_runs(answers):
 
 def test_the_servers_counts_are_taken_as_far_as_they_go(answers):
     assert counted(answers, "server") == {
-        "prompt + system": (2, 15.0, 20),
+        "prompt_and_system": (2, 15.0, 20),
         "thinking": (1, 7.0, 7),
         "content": (2, 5.0, 8),  # 9 - 7, and 8 without thinking
-        "thinking + content": (2, 8.5, 9),
+        "completion": (2, 8.5, 9),
     }
 
 
 def test_a_tokenizer_counts_the_texts_alone(answers):
     assert counted(answers, "tokenizer", tokenizer=tiny_tokenizer()) == {
         "prompt": (3, 2.0, 2),
-        "prompt + system": (3, 5.0, 5),
+        "prompt_and_system": (3, 5.0, 5),
         "thinking": (2, 3.0, 4),
         "content": (3, 5 / 3, 3),
     }
@@ -58,7 +58,7 @@ def test_a_tokenizer_counts_the_texts_alone(answers):
 def test_thinking_that_the_server_does_not_count_leaves_the_content_uncounted(tmp_path):
     with AnswerFiles(tmp_path, PROMPTS) as answers:
         answers.add(PROMPTS[0], Completion("w8", "w9", False, "stop", 10, 9, None))
-        assert counted(answers, "server").keys() == {"prompt + system", "thinking + content"}
+        assert counted(answers, "server").keys() == {"prompt_and_system", "completion"}
 
 
 def test_lengths_have_a_mean_a_median_and_a_tail():

@@ -56,13 +56,13 @@ def statistics_of(
 
 
 def server_counts(row: Row) -> dict[str, int]:
-    """Tokens of the parts of one example, as far as the server says; the content is what is not thinking."""
+    """Tokens of the parts of one example, as far as the server says; the completion is thinking and content."""
     completion, thinking = row["completion_tokens"], row["thinking_tokens"]
     if thinking is None and "thinking" not in row["messages"][-1]:
         thinking = 0
     content = None if completion is None or thinking is None else completion - thinking
-    counts = {"prompt + system": row["prompt_tokens"], "thinking": thinking or None, "content": content}
-    counts["thinking + content"] = completion
+    counts = {"prompt_and_system": row["prompt_tokens"], "thinking": thinking or None, "content": content}
+    counts["completion"] = completion
     return {part: count for part, count in counts.items() if count is not None}
 
 
@@ -74,7 +74,7 @@ def text_counts(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedToke
         "prompt": sum(
             length for message, length in zip(asked, lengths, strict=True) if message["role"] not in SYSTEM_ROLES
         ),
-        "prompt + system": sum(lengths),
+        "prompt_and_system": sum(lengths),
     }
     for part in ("thinking", "content"):
         if part in answer:
