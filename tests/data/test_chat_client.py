@@ -70,6 +70,7 @@ class TestAnswers:
         ("message", "thinking", "content"),
         [
             ({"content": "Yes.", "reasoning_content": "Hm.\n"}, "Hm.", "Yes."),
+            ({"content": "Yes.", "thinking": "Hm."}, "Hm.", "Yes."),
             ({"content": "Yes.", "reasoning": "Hm.", "reasoning_content": None}, "Hm.", "Yes."),
             ({"content": "Yes.", "reasoning_content": " ", "reasoning": "Hm."}, "Hm.", "Yes."),
             ({"content": "<think>no</think>Yes.", "reasoning": "Hm."}, "Hm.", "<think>no</think>Yes."),
@@ -97,6 +98,13 @@ class TestAnswers:
     )
     def test_a_block_of_thinking_stands_at_the_start(self, content, parts):
         assert split_thinking(content) == parts
+
+    def test_the_first_output_is_logged_as_it_came(self, caplog):
+        caplog.set_level(logging.INFO)
+        with ChatServer(lambda text, tries: Reply({"odd": "é"}) if tries < 1 else answer()) as server:
+            complete(server, calls=2)
+        shown = [record.getMessage() for record in caplog.records if record.name.endswith("chat_client")]
+        assert shown == ['first output of the server: {"odd": "é"}']
 
     @pytest.mark.parametrize(
         "message", [{"content": "An ans"}, {"content": None, "reasoning": "Hm"}, {"content": "<think>H"}]
@@ -139,7 +147,7 @@ class TestFailures:
     def test_a_prompt_is_given_up_after_so_many_tries(self, kind, failure):
         with ChatServer(lambda *_: failure) as server, pytest.raises(PromptFailedError) as error:
             complete(server, max_tries=3)
-        assert len(server.requests) == 3 == error.value.tries
+        assert len(server.requests) == 3 == error.value.tries and not error.value.refused
         assert str(error.value) and "\n" not in str(error.value)
 
     def test_a_request_that_takes_too_long_is_tried_again(self):
@@ -162,11 +170,17 @@ class TestFailures:
     @pytest.mark.parametrize("status", [400, 413])
     def test_a_refusal_of_one_prompt_is_not_tried_again(self, status):
         refusal = Reply({"error": {"message": "the prompt is long"}}, status=status)
-        with ChatServer(lambda *_: refusal) as server, pytest.raises(PromptFailedError, match="the prompt is long"):
-            complete(server)
-        assert len(server.requests) == 1
+        with ChatServer(lambda *_: refusal) as server:
+            with pytest.raises(PromptFailedError, match="the prompt is long") as error:
+                complete(server)
+        assert len(server.requests) == 1 and error.value.refused
 
-    @pytest.mark.parametrize("status", [401, 403, 404, 422])
+    def test_a_refused_key_ends_the_run_whenever_it_comes(self):
+        with ChatServer(lambda text, tries: answer() if tries < 1 else Reply({}, status=401)) as server:
+            with pytest.raises(ValueError, match="api_key_variable: the server refuses .*status 401"):
+                complete(server, calls=2)
+
+    @pytest.mark.parametrize("status", [403, 404, 405, 422])
     def test_a_refusal_of_every_prompt_ends_the_run_if_it_comes_first(self, status):
         def reply(text, tries):
             return answer() if tries < answered else Reply({}, status=status)
@@ -248,6 +262,11 @@ class TestCheck:
                 check(server.url)
             with pytest.raises(ValueError, match="api_key_variable: the server refuses the API key"):
                 check(server.url, api_key=KEY)
+
+    def test_a_key_that_only_answers_need(self):
+        with ChatServer(lambda *_: Reply({}, status=401), models=Reply({"data": []})) as server:
+            with pytest.raises(ValueError, match="api_key_variable: the server refuses a request without an API key"):
+                check(server.url)
 
 
 class TestKey:

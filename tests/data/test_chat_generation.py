@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 
+import pyarrow.parquet as pq
 import pytest
 from chat_server import MODEL, ChatServer, Reply, answer
+from tiny_lenses import tiny_tokenizer
 
 from consistency_lens.data.chat_client import ServerGoneError
 from consistency_lens.data.chat_generation import ChatGenerationArguments, generate_chat, only_writer, request_seed
@@ -44,26 +46,29 @@ class TestRun:
     def test_every_prompt_is_answered_once(self, run, tmp_path):
         with ChatServer(echo) as server:
             statistics = run(server)
-        assert [row["messages"] for row in rows(tmp_path / "answers")] == [
-            [
-                {"role": "user", "content": f"p{i}?"},
-                {"role": "assistant", "content": f"To p{i}?", "thinking": f"Hm, p{i}?"},
-            ]
+        assert rows(tmp_path / "answers") == [
+            {
+                "messages": [
+                    {"role": "user", "content": f"p{i}?"},
+                    {"role": "assistant", "content": f"To p{i}?", "thinking": f"Hm, p{i}?"},
+                ]
+            }
             for i in range(12)
         ]
         assert set(server.tries.values()) == {1}
         assert json.loads((tmp_path / "answers" / "stats.json").read_text()) == statistics
         assert (statistics["prompts"], statistics["answers"], statistics["failed"]) == (12, 12, 0)
-        assert statistics["tokens"]["completion"]["max"] == 4 and statistics["this_run"]["answers"] == 12
-        assert {"messages.jsonl", "messages.parquet", "stats.json", "generation.json"} <= {
-            path.name for path in (tmp_path / "answers").iterdir()
-        }
+        assert statistics["tokens"]["server"]["completion"]["max"] == 4 and statistics["this_run"]["answers"] == 12
+        assert pq.read_table(tmp_path / "answers" / "train").to_pylist()[7]["messages"][1]["content"] == "To p7?"
 
     def test_requests_under_way_are_as_many_as_allowed_and_no_more(self, run):
-        together = threading.Barrier(4)
+        together, fifth = threading.Barrier(4), threading.Event()
 
         def reply(text, tries):
+            if server.in_flight > 4:
+                fifth.set()
             together.wait(timeout=20)  # only when four are here does one go on
+            fifth.wait(0.2)  # and leaves a fifth the time to come
             return echo(text, tries)
 
         with ChatServer(reply) as server:
@@ -85,7 +90,7 @@ class TestRun:
         with ChatServer(reply) as server:
             statistics = run(server, request_timeout=1.0, max_tries=4)
         assert statistics["failed"] == 0 and sum(statistics["this_run"]["retries"].values()) == 3 * (0 + 1 + 2 + 3)
-        for name in ("messages.jsonl", "messages.parquet"):
+        for name in ("messages.jsonl", "train/messages.parquet"):
             assert (tmp_path / "answers" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
     def test_a_prompt_that_keeps_failing_is_counted_and_tried_in_the_next_run(self, run, tmp_path, caplog):
@@ -98,7 +103,7 @@ class TestRun:
             (failure,) = rows(tmp_path / "answers", "failures.jsonl")
             assert failure["tries"] == 3 and failure["messages"] == [{"role": "user", "content": "p3?"}]
             assert failure["error"].startswith("status 500")
-            assert "given up after 3 tries: status 500" in caplog.text
+            assert "is left out after 3 tries: status 500" in caplog.text
             statistics = run(server, max_tries=3)
         assert (statistics["answers"], statistics["failed"], statistics["this_run"]["answers"]) == (12, 0, 1)
         assert not (tmp_path / "answers" / "failures.jsonl").exists()
@@ -110,18 +115,19 @@ class TestRun:
             return answer(text, finish_reason="length") if text in ("p1?", "p2?") else echo(text, tries)
 
         with ChatServer(reply) as server:
-            kept = run(server, output_dir=str(tmp_path / "kept"))
+            kept = run(server)
+            assert len(rows(tmp_path / "answers")) == 12
             dropped = run(server, drop_truncated=True)
+            assert len(rows(tmp_path / "answers")) == 10
         assert (kept["answers"], kept["truncated"], kept["dropped"]) == (12, 2, 0)
-        assert [row["finish_reason"] for row in rows(tmp_path / "kept")].count("length") == 2
-        assert (dropped["answers"], dropped["truncated"], dropped["dropped"]) == (10, 2, 2)
-        assert len(rows(tmp_path / "answers")) == 10
+        assert (dropped["answers"], dropped["truncated"], dropped["dropped"]) == (12, 2, 2)
+        assert len(server.requests) == 12
 
     def test_the_first_answer_is_handed_over_once(self, run, tmp_path):
         seen = []
         with ChatServer(echo) as server:
             run(server, on_first=seen.append)
-        assert len(seen) == 1 and seen[0] in rows(tmp_path / "answers")
+        assert len(seen) == 1 and seen[0] == rows(tmp_path / "answers", "answers.jsonl")[0]
 
     def test_seeds_belong_to_the_prompts(self, run, tmp_path):
         with ChatServer(echo) as server:
@@ -134,22 +140,58 @@ class TestRun:
         assert all(0 <= seed < 2**31 for seed in many.values())
         assert request_seed(0, "a") != request_seed(1, "a")
 
-    def test_sampling_parameters_are_sent_and_others_left_to_the_server(self, run):
+    def test_sampling_parameters_are_sent_and_others_left_to_the_server(self, run, tmp_path):
         with ChatServer(echo) as server:
-            run(server, count=1, temperature=0.0, max_tokens=9, extra_body='{"top_k": 3}')
-        (body,) = server.requests
-        assert body.keys() == {"model", "messages", "seed", "max_tokens", "temperature", "top_k"}
-        assert (body["temperature"], body["max_tokens"], body["top_k"]) == (0.0, 9, 3)
+            sampling = {"temperature": 0.0, "max_tokens": 9, "reasoning_effort": "low"}
+            run(server, count=1, **sampling, extra_body='{"top_k": 3}')
+            run(server, count=1, output_dir=str(tmp_path / "plain"), seed=None)
+        given, plain = server.requests
+        assert given.keys() == {"model", "messages", "seed", *sampling, "top_k"}
+        assert given | sampling | {"top_k": 3} == given
+        assert plain.keys() == {"model", "messages", "max_tokens"}
+
+    def test_what_the_server_refuses_is_skipped_with_its_reason(self, run, tmp_path):
+        def reply(text, tries):
+            long = Reply({"error": {"message": "maximum context length is 8 tokens"}}, status=400)
+            return long if text == "p3?" else echo(text, tries)
+
+        with ChatServer(reply) as server:
+            statistics = run(server)
+        assert (statistics["answers"], statistics["failed"], statistics["skipped"]) == (11, 0, 1)
+        assert server.tries["p3?"] == 1 and len(rows(tmp_path / "answers")) == 11
+        (skipped,) = rows(tmp_path / "answers", "failures.jsonl")
+        assert skipped["messages"][0]["content"] == "p3?" and "maximum context length" in skipped["error"]
+
+    def test_a_key_that_is_refused_in_the_middle_ends_the_run_and_keeps_the_answers(self, run, tmp_path, monkeypatch):
+        monkeypatch.setenv("MY_KEY", KEY)
+
+        def reply(text, tries):
+            return Reply({"error": KEY}, status=401) if text == "p5?" else echo(text, tries)
+
+        with ChatServer(reply) as server, pytest.raises(ValueError, match="refuses the API key") as error:
+            run(server, concurrency=1, api_key_variable="MY_KEY")
+        assert KEY not in str(error.value) and len(server.requests) == 6
+        assert len(rows(tmp_path / "answers", "answers.jsonl")) == 5
+
+    def test_a_tokenizer_counts_the_texts(self, run, tmp_path):
+        tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+        with ChatServer(echo) as server:
+            statistics = run(server, count=2, tokenizer=str(tmp_path / "tokenizer"))
+            assert statistics["tokens"]["tokenizer"]["content"] == {
+                "count": 2, "mean": 2.0, "median": 2.0, "p95": 2.0, "max": 2,
+            }  # fmt: skip
+            with pytest.raises(ValueError, match="tokenizer: cannot load that of .*nothing' .*; pass a Hub id"):
+                run(server, tokenizer=str(tmp_path / "nothing"))
 
 
 class TestResume:
     def test_a_finished_folder_needs_no_server(self, run, tmp_path):
         with ChatServer(echo) as server:
             run(server)
-        before = (tmp_path / "answers" / "messages.parquet").read_bytes()
+        before = (tmp_path / "answers" / "train" / "messages.parquet").read_bytes()
         statistics = run(server)
         assert statistics["answers"] == 12 and statistics["this_run"]["answers"] == 0
-        assert (tmp_path / "answers" / "messages.parquet").read_bytes() == before
+        assert (tmp_path / "answers" / "train" / "messages.parquet").read_bytes() == before
 
     def test_a_run_whose_server_went_away_goes_on(self, run, tmp_path):
         def reply(text, tries):
@@ -160,14 +202,15 @@ class TestResume:
 
         with ChatServer(reply) as server, pytest.raises(ServerGoneError):
             run(server, concurrency=1, max_tries=2)
-        assert len(rows(tmp_path / "answers")) == 5 and not (tmp_path / "answers" / "messages.parquet").exists()
+        log = rows(tmp_path / "answers", "answers.jsonl")
+        assert len(log) == 5 and not (tmp_path / "answers" / "messages.jsonl").exists()
         with ChatServer(echo) as server:
             statistics = run(server)
         assert statistics["answers"] == 12 and len(server.requests) == 7
 
     def test_more_prompts_may_be_asked_for(self, run, tmp_path):
         with ChatServer(echo) as server:
-            assert run(server, max_prompts=3)["answers"] == 3
+            assert run(server, max_examples=3)["answers"] == 3
             assert run(server)["answers"] == 12
             assert run(server, count=14)["answers"] == 14
         assert set(server.tries.values()) == {1}
@@ -211,14 +254,14 @@ class TestResume:
             finally:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-        messages = tmp_path / "answers" / "messages.jsonl"
-        assert 5 <= len(rows(tmp_path / "answers")) <= 6 and not (tmp_path / "answers" / "stats.json").exists()
-        with open(messages, "ab") as file:  # what a crash in the middle of a write leaves
-            file.write(messages.read_bytes()[:40])
+        log = tmp_path / "answers" / "answers.jsonl"
+        assert 5 <= len(log.read_bytes().splitlines()) <= 6 and not (tmp_path / "answers" / "stats.json").exists()
+        with open(log, "ab") as file:  # what a crash in the middle of a write leaves
+            file.write(log.read_bytes()[:40])
         with ChatServer(echo) as server:
             run(server)
         assert len(server.requests) in (6, 7)
-        for name in ("messages.jsonl", "messages.parquet"):
+        for name in ("messages.jsonl", "train/messages.parquet"):
             assert (tmp_path / "answers" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -233,9 +276,10 @@ class TestKey:
 
         with ChatServer(reply) as server:
             statistics = run(server, count=3, api_key_variable="MY_KEY", disable_tqdm=False)
-        assert statistics["failed"] == 1 and server.authorizations == {f"Bearer {KEY}"}
+        assert statistics["skipped"] == 1 and server.authorizations == {f"Bearer {KEY}"}
         assert "<API key>" in (tmp_path / "answers" / "failures.jsonl").read_text()
-        texts = [path.read_bytes().decode(errors="replace") for path in (tmp_path / "answers").iterdir()]
+        files = [path for path in (tmp_path / "answers").rglob("*") if path.is_file()]
+        texts = [path.read_bytes().decode(errors="replace") for path in files]
         assert not any("sk-secret" in text for text in [*texts, caplog.text, *capfd.readouterr()])
 
     def test_none_is_sent_where_none_is_set(self, run, monkeypatch):
@@ -262,7 +306,7 @@ class TestArguments:
             ({"model": ""}, "model: got none"),
             ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
             ({"max_tokens": -1}, "max_tokens must be at least 1"),
-            ({"max_prompts": 0}, "max_prompts must be at least 1"),
+            ({"max_examples": 0}, "max_examples must be at least 1"),
             ({"request_timeout": 0.0}, "request_timeout must be above 0"),
             ({"temperature": -1.0}, "temperature must be 0"),
             ({"top_p": 1.5}, "top_p must lie above 0"),

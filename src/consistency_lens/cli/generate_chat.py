@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
-    from rich.table import Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,19 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         (arguments,) = parse_arguments((ChatGenerationArguments,), argv)
         with logging_redirect_tqdm():
             statistics = generate_chat(arguments, on_first=lambda row: print_example(console, row))
-    except (ValueError, ServerGoneError, OSError) as error:
+    except (ValueError, ServerGoneError, OSError, KeyboardInterrupt) as error:
         mistake = isinstance(error, ValueError)
         again = "" if mistake else "; what was answered is kept, run the same command again to go on"
-        message = f"{'error' if mistake else 'failed'}: {error}{again}"
+        message = f"{'error' if mistake else 'failed'}: {str(error) or 'interrupted'}{again}"
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
         return 2 if mistake else 1
     console.print(statistics_report(statistics))
-    where = f"The answers lie in {arguments.output_dir} (messages.parquet, messages.jsonl; counts: stats.json)"
-    console.print(where, markup=False)
-    if not statistics["failed"]:
-        return 0
-    console.print(f"{statistics['failed']} prompts failed (failures.jsonl); run the same command again to retry them")
-    return 1
+    where = f"The data set lies in {arguments.output_dir} (train/messages.parquet, messages.jsonl; counts: stats.json)"
+    console.print(where, markup=False, soft_wrap=True)
+    if statistics["failed"] + statistics["skipped"]:
+        console.print("failures.jsonl says which prompts have no answer and why; the same command tries them again")
+    return 1 if statistics["failed"] or not statistics["answers"] else 0
 
 
 def print_example(console: "Console", row: Mapping[str, Any]) -> None:
@@ -61,30 +59,26 @@ def statistics_report(statistics: Mapping[str, Any]) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
+    from ..evaluation.report import rich_table
+
     run = statistics["this_run"]
     retries = ", ".join(f"{cause} {count}" for cause, count in run["retries"].items()) or "none"
     lines = [
         f"{statistics['answers']:,} of {statistics['prompts']:,} prompts answered by {statistics['model']}: "
         f"{statistics['with_thinking']:,} with thinking, {statistics['truncated']:,} cut at max_tokens "
-        f"({statistics['dropped']:,} of them dropped), {statistics['failed']:,} failed",
+        f"({statistics['dropped']:,} of them dropped); {statistics['failed']:,} failed, "
+        f"{statistics['skipped']:,} skipped, for the server refuses them",
         f"This run: {run['answers']:,} answers in {run['seconds']:.0f} s, {run['answers_per_second']:.2f} answers/s, "
         f"{run['completion_tokens_per_second']:.0f} tokens/s; repeated requests: {retries}",
     ]
-    return Group(*map(Text, lines), token_table(statistics["tokens"]))
+    columns = ("tokens", "counted by the", "examples", "mean", "median", "95%", "most")
+    return Group(*map(Text, lines), rich_table(columns, length_rows(statistics["tokens"])))
 
 
-def token_table(tokens: Mapping[str, Mapping[str, float]]) -> "Table":
-    """One row for each kind of token count that the server gave."""
-    from rich.table import Table
-
-    columns = {
-        "count": "answers", "total": "all tokens", "mean": "mean", "min": "least",
-        "p05": "5%", "p50": "50%", "p95": "95%", "max": "most",
-    }  # fmt: skip
-    table = Table(title="Tokens, as the server counts them (completion includes thinking)")
-    table.add_column("of the")
-    for label in columns.values():
-        table.add_column(label, justify="right")
-    for name, lengths in tokens.items():
-        table.add_row(name, *(f"{lengths[key]:,.0f}" for key in columns))
-    return table
+def length_rows(tokens: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[tuple[str, ...]]:
+    """A row for each part of an example, as the server and the tokenizer count it."""
+    return [
+        (part, counter, *(f"{lengths[name]:,.0f}" for name in ("count", "mean", "median", "p95", "max")))
+        for counter, parts in tokens.items()
+        for part, lengths in parts.items()
+    ]

@@ -1,6 +1,8 @@
 """A client of OpenAI-compatible chat servers (vLLM, `transformers serve`): retries, answers and their thinking."""
 
 import asyncio
+import json
+import logging
 import random
 import time
 from collections import Counter
@@ -10,14 +12,18 @@ from typing import Any, NamedTuple, Self
 
 import httpx2
 
+from .chat import THINKING_KEYS
 from .chat_prompts import Message, is_unicode
+from .dataset_reading import cause_of
+
+logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
 LIST_TIMEOUT = httpx2.Timeout(60.0, connect=CONNECT_SECONDS)  # `transformers serve` looks through the Hub's cache
 LONGEST_DELAY, LONGEST_RETRY_AFTER = 60.0, 600.0  # seconds
 TRANSIENT_STATUS = {408, 425, 429}  # and all from 500 on
-REFUSED_STATUS = {401, 403, 404, 405, 422}  # not about one prompt: the first such answer ends the run
-THINKING_FIELDS = ("reasoning_content", "reasoning")
+# Not about one prompt where they come before any answer; later they may be, as in the 403 of a moderated prompt.
+REFUSED_STATUS = {403, 404, 405, 422}
 
 
 class Completion(NamedTuple):
@@ -52,11 +58,11 @@ class RejectedError(Exception):
 
 
 class PromptFailedError(Exception):
-    """One prompt was given up, after `tries` requests."""
+    """One prompt was given up, after `tries` requests; `refused` where the server's no is a lasting one."""
 
-    def __init__(self, message: str, tries: int) -> None:
+    def __init__(self, message: str, tries: int, refused: bool = False) -> None:
         super().__init__(message)
-        self.tries = tries
+        self.tries, self.refused = tries, refused
 
 
 class ServerGoneError(RuntimeError):
@@ -74,7 +80,7 @@ class ChatClient:
         model: name that the server knows the model by.
         parameters: of every request, such as `max_tokens` and `temperature`.
         api_key: sent as a bearer token; None for none.
-        connections: most connections at a time.
+        connections: kept open between requests; how many are under way is the caller's to bound.
         timeout: seconds for one request from its start to the end of its answer.
         max_tries: requests for one conversation before it is given up.
         retry_delay: seconds before the second try, doubled for each further one, up to `LONGEST_DELAY`; shortened by
@@ -100,12 +106,12 @@ class ChatClient:
         self.timeout, self.max_tries, self.retry_delay = timeout, max_tries, retry_delay
         self.retries: Counter[str] = Counter()
         self._api_key = api_key
-        self._answered = False
+        self._answered = self._shown = False
         self._http = httpx2.AsyncClient(
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections),
         )
 
     async def __aenter__(self) -> Self:
@@ -125,7 +131,7 @@ class ChatClient:
             # On a connection of its own: uvicorn cuts it after an error, when the next request may be under way.
             response = await self._http.get("models", timeout=LIST_TIMEOUT, headers={"Connection": "close"})
         except httpx2.RequestError as error:
-            cause = self._without_key(reason(error))
+            cause = self._without_key(cause_of(error))
             raise ValueError(
                 f"base_url: no server answers at {self.base_url} ({cause}); start one, say: vllm serve {self.model}"
             ) from error
@@ -139,34 +145,40 @@ class ChatClient:
         try:
             await self._post(probe)
         except (TransientError, RejectedError) as error:
+            if isinstance(error, RejectedError) and error.status in (401, 403):
+                raise self._refused(error) from error
             models = ", ".join(listed) or f"no models (status {response.status_code})"
             raise ValueError(
                 f"model: the server at {self.base_url} lists {models}, and gave no answer for {self.model!r} "
                 f"({error}); pass --model as the server names it, and --base_url up to /v1"
             ) from error
 
-    async def complete(self, messages: Sequence[Message], seed: int) -> Completion:
+    async def complete(self, messages: Sequence[Message], seed: int | None = None) -> Completion:
         """The model's answer, after as many tries as it takes.
 
         Args:
             messages: the conversation, which ends with the user's turn.
-            seed: of the sampling.
+            seed: of the sampling; None leaves it to the server.
 
         Raises:
             PromptFailedError: if this conversation is given up.
             ServerGoneError: if no server listens any more.
-            ValueError: if the server refuses the key or the kind of request, and has answered none before.
+            ValueError: if the server refuses the key, or the kind of request before it has answered any.
         """
-        body = {"model": self.model, "messages": messages, "seed": seed, **self.parameters}
+        body = {"model": self.model, "messages": messages, **self.parameters}
+        if seed is not None:
+            body["seed"] = seed
         tries = 0
         while True:
             tries += 1
             try:
-                completion = completion_from(await self._post(body))
+                answer = await self._post(body)
+                self._show_first(answer)
+                completion = completion_from(answer)
             except RejectedError as error:
-                if error.status in REFUSED_STATUS and not self._answered:
+                if error.status == 401 or (error.status in REFUSED_STATUS and not self._answered):
                     raise self._refused(error) from error
-                raise PromptFailedError(str(error), tries) from error
+                raise PromptFailedError(str(error), tries, refused=True) from error
             except TransientError as error:
                 if tries >= self.max_tries:
                     raise await self._last_failure(error) from error
@@ -175,6 +187,12 @@ class ChatClient:
             else:
                 self._answered = True
                 return completion
+
+    def _show_first(self, answer: Any) -> None:
+        """Logs the server's first output as it came: whether the thinking is where it should be shows there."""
+        if not self._shown:
+            self._shown = True
+            logger.info("first output of the server: %s", self._without_key(json.dumps(answer, ensure_ascii=False)))
 
     async def _last_failure(self, error: TransientError) -> Exception:
         """What a conversation's last try comes to: its own failure, or that of the whole run."""
@@ -199,7 +217,7 @@ class ChatClient:
         except TimeoutError as error:
             raise TransientError("time-out", f"no answer within {self.timeout:g} seconds") from error
         except httpx2.RequestError as error:
-            raise TransientError("connection", self._without_key(reason(error))) from error
+            raise TransientError("connection", self._without_key(cause_of(error))) from error
         if not response.is_success:
             status, message = response.status_code, f"status {response.status_code}: {self._said(response)}"
             if status in TRANSIENT_STATUS or status >= 500:
@@ -251,7 +269,7 @@ def completion_from(answer: Any) -> Completion:
         raise TransientError("unfinished", f"an answer with finish_reason {finish_reason!r}")
     if not isinstance(content, str):
         raise TransientError("malformed", f"an answer whose content is of type {type(content).__name__}")
-    fields = (message.get(name) for name in THINKING_FIELDS)
+    fields = (message.get(name) for name in THINKING_KEYS)
     thinking = next((text.strip() for text in fields if isinstance(text, str) and text.strip()), None)
     if thinking is None:
         thinking, content = split_thinking(content)
@@ -302,8 +320,3 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
         return 0.0
-
-
-def reason(error: Exception) -> str:
-    """An exception's first line, or its type."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,11 +1,11 @@
 """Chats written by a served model: each prompt completed once and kept at once, the whole in the prompts' order.
 
 A folder of answers holds
-  - `messages.jsonl`: one finished answer a line: `id`, `messages` (of the assistant's also `thinking`),
-    `finish_reason` and the numbers of tokens; while answers come in, in the order of their coming;
-  - `messages.parquet`: the same, written at the end;
-  - `truncated.jsonl`: answers cut at the token limit, if these are dropped from the two above;
-  - `failures.jsonl`: the prompts that were given up, which the next run tries again;
+  - `answers.jsonl`: the log, one finished answer a line in the order of their coming: `id`, `messages`,
+    `finish_reason` and the server's numbers of tokens;
+  - `train/messages.parquet` and `messages.jsonl`: `messages` alone (of the assistant's also `thinking`), in the order
+    of the prompts, written at the end. `consistency-lens tokenize` reads either of them, or the whole folder;
+  - `failures.jsonl`: the prompts that were given up or refused, and why; the next run tries them again;
   - `generation.json`: the arguments; `stats.json`: counts, token lengths and speed.
 """
 
@@ -26,11 +26,15 @@ from typing import Any
 import httpx2
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .. import __version__
 from ..atomic_write import write_json
-from .chat_answers import TRUNCATED_FILE, AnswerFiles, Row, statistics_of
+from .chat_answers import AnswerFiles, Row
 from .chat_client import ChatClient, PromptFailedError
 from .chat_prompts import read_prompts
+from .chat_statistics import statistics_of
+from .dataset_reading import cause_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +43,10 @@ API_KEY_VARIABLE = "OPENAI_API_KEY"
 # What may change between a run and the next one on the same folder: where prompts lie (each is compared with its
 # answer), how many are completed, and how answers are got.
 OPERATION = {
-    *("prompts", "output_dir", "max_prompts", "base_url", "concurrency", "max_tries", "retry_delay"),
-    *("request_timeout", "api_key_variable", "disable_tqdm"),
+    *("prompts", "output_dir", "max_examples", "tokenizer", "drop_truncated", "base_url", "api_key_variable"),
+    *("concurrency", "max_tries", "retry_delay", "request_timeout", "disable_tqdm"),
 }
-OWN_PARAMETERS = {"model", "messages", "seed", "max_tokens", "temperature", "top_p", "n", "stream"}
+OWN_PARAMETERS = {"model", "messages", "seed", "max_tokens", "temperature", "top_p", "reasoning_effort", "n", "stream"}
 
 
 @dataclass
@@ -67,18 +71,28 @@ class ChatGenerationArguments:
     system_prompt: str | None = field(
         default=None, metadata={"help": "First message of the conversations that have no system message."}
     )
-    max_prompts: int | None = field(default=None, metadata={"help": "Complete only so many, the first ones."})
+    max_examples: int | None = field(default=None, metadata={"help": "Complete only so many prompts, the first ones."})
 
     max_tokens: int = field(default=4096, metadata={"help": "Most tokens of an answer, thinking included."})
     temperature: float | None = field(default=None, metadata={"help": "Default: the server's."})
     top_p: float | None = field(default=None, metadata={"help": "Default: the server's."})
+    reasoning_effort: str | None = field(
+        default=None, metadata={"help": "How long gpt-oss and its like think: low, medium or high."}
+    )
     extra_body: dict | str | None = field(
         default=None,
         metadata={"help": 'More fields of a request, as JSON: {"chat_template_kwargs": {"enable_thinking": true}}.'},
     )
-    seed: int = field(default=0, metadata={"help": "Every prompt is sampled with a seed of its own, made from this."})
+    seed: int | None = field(
+        default=0,
+        metadata={"help": "Every prompt is sampled with a seed of its own, made from this; null in a recipe: none."},
+    )
     drop_truncated: bool = field(
-        default=False, metadata={"help": f"Put answers cut at max_tokens into {TRUNCATED_FILE} instead."}
+        default=False, metadata={"help": "Leave conversations whose answer was cut at max_tokens out of the data set."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder; counts the texts' tokens, beside what the server counts."},
     )
 
     concurrency: int = field(default=64, metadata={"help": "Requests under way at a time."})
@@ -97,7 +111,7 @@ class ChatGenerationArguments:
         for name, example in examples.items():
             if not getattr(self, name):
                 raise ValueError(f"{name}: got none; pass one, such as --{name} {example}")
-        for name in ("max_prompts", "max_tokens", "concurrency", "max_tries"):
+        for name in ("max_examples", "max_tokens", "concurrency", "max_tries"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -115,9 +129,9 @@ class ChatGenerationArguments:
 
     def parameters(self) -> dict[str, Any]:
         """The fields of every request but the model, the conversation and the seed."""
-        chosen = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        names = ("max_tokens", "temperature", "top_p", "reasoning_effort")
         extra: Any = self.extra_body or {}
-        return {name: value for name, value in chosen.items() if value is not None} | extra
+        return {name: value for name in names if (value := getattr(self, name)) is not None} | extra
 
 
 def check_base_url(base_url: str) -> None:
@@ -186,28 +200,40 @@ def generate_chat(args: ChatGenerationArguments, on_first: Callable[[Row], None]
         split=args.prompts_split,
         revision=args.prompts_revision,
         system_prompt=args.system_prompt,
-        limit=args.max_prompts,
+        limit=args.max_examples,
     )
     api_key = api_key_from(args.api_key_variable)
+    tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
     folder = Path(args.output_dir)
     check_settings(folder, args)
     retries: Counter[str] = Counter()
     started = time.perf_counter()
-    with only_writer(folder), AnswerFiles(folder, prompts, args.drop_truncated) as answers:
+    with only_writer(folder), AnswerFiles(folder, prompts) as answers:
         if answers.waiting():
             retries = asyncio.run(complete_all(args, api_key, answers, on_first))
         seconds = time.perf_counter() - started
-        statistics = {"model": args.model, **statistics_of(answers)}
-        answers.finish()
-    statistics["this_run"] = {
+        answers.write_messages(args.drop_truncated)
+        counts = statistics_of(answers, args.drop_truncated, tokenizer, args.disable_tqdm)
+    run = {
         "answers": answers.added,
         "seconds": seconds,
         "answers_per_second": answers.added / seconds,
         "completion_tokens_per_second": answers.added_tokens / seconds,
         "retries": dict(retries),
     }
+    statistics = {"model": args.model, **counts, "this_run": run}
     write_json(folder / STATISTICS_FILE, statistics)
     return statistics
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hub id or folder; a ValueError if it cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer: cannot load that of {name!r} ({cause_of(error)}); pass a Hub id or a folder"
+        ) from error
 
 
 def check_settings(folder: Path, args: ChatGenerationArguments) -> None:
@@ -237,8 +263,10 @@ def only_writer(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def request_seed(seed: int, prompt_id: str) -> int:
+def request_seed(seed: int | None, prompt_id: str) -> int | None:
     """A 31-bit seed for one prompt: its answer depends neither on the order of the prompts nor on their number."""
+    if seed is None:
+        return None
     return int.from_bytes(hashlib.sha256(f"{seed} {prompt_id}".encode()).digest()[:4], "big") >> 1
 
 
@@ -264,26 +292,27 @@ async def complete_all(
     """Completes the waiting prompts, `concurrency` at a time; returns how often requests were repeated, by cause."""
     async with make_client(args, api_key) as client:
         await client.check()
-        write_json(Path(args.output_dir) / SETTINGS_FILE, {"arguments": asdict(args)})
+        started = time.perf_counter()
+        write_json(Path(args.output_dir) / SETTINGS_FILE, {"arguments": asdict(args), "version": __version__})
         waiting, total = answers.waiting(), len(answers.prompts)
         initial, prompts = total - len(waiting), iter(waiting)
         with tqdm(total=total, initial=initial, desc="answers", unit="answer", disable=args.disable_tqdm) as bar:
 
             async def work() -> None:
-                nonlocal on_first
                 for prompt in prompts:
                     try:
                         completion = await client.complete(prompt.messages, request_seed(args.seed, prompt.id))
                     except PromptFailedError as error:
                         answers.fail(prompt, error)
-                        logger.warning("prompt %s is given up after %d tries: %s", prompt.id, error.tries, error)
+                        logger.warning("prompt %s is left out after %d tries: %s", prompt.id, error.tries, error)
                     else:
                         row = answers.add(prompt, completion)
-                        if on_first is not None:
-                            show, on_first = on_first, None
-                            show(row)
+                        if on_first is not None and answers.added == 1:
+                            on_first(row)
                     bar.update()
-                    bar.set_postfix(failed=answers.failed, retries=client.retries.total(), refresh=False)
+                    speed = f"{answers.added_tokens / (time.perf_counter() - started):.0f} tokens/s"
+                    lost = f"failed {answers.failed + answers.skipped}, retries {client.retries.total()}"
+                    bar.set_postfix_str(f"{speed}, {lost}", refresh=False)
 
             try:
                 async with asyncio.TaskGroup() as group:

@@ -13,7 +13,8 @@ from .dataset_reading import read_dataset
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("system", "developer", "user", "assistant")
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "thinking")
 COLUMNS = ("prompt", "messages")
 
@@ -150,7 +151,7 @@ def _conversations(
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else _messages(value, place)
         if not all(is_unicode(text) for message in messages for text in message.values()):
             raise ValueError(f"prompts: {place} has half of a surrogate pair, which is no character; take it out")
-        if system_prompt and messages[0]["role"] not in ("system", "developer"):
+        if system_prompt and messages[0]["role"] not in SYSTEM_ROLES:
             messages.insert(0, {"role": "system", "content": system_prompt})
         yield None if row.get("id") is None else str(row["id"]), messages
     if empty:
