@@ -216,7 +216,7 @@ def corpus_origin(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") ->
     Raises:
         ValueError: if it is no corpus, or was made with another tokenizer than the subject's.
     """
-    from ..data.cache_building import tokenizer_hash
+    from ..data.fingerprints import tokenizer_hash
     from ..data.tokenization import read_tokenization
 
     record: dict[str, Any] = read_tokenization(args.dataset)

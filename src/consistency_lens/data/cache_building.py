@@ -4,8 +4,6 @@ Each rank owns every n-th shard. What a shard holds follows from the plan alone,
 the finished cache does not depend on how many ranks built it, or how often they were killed.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from accelerate.utils import align_module_device
 from datasets import Dataset
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..residual_stream import ResidualStream
 from ..subject import Subject
@@ -28,6 +23,7 @@ from .activation_reading import ActivationReader
 from .cache_folder import CacheFolder, norms
 from .cache_plan import POSITIONS_RULE, CachePlan, plan_cache
 from .corpus import CORPUS_FEATURES
+from .fingerprints import tokenizer_hash, weights_hash
 
 FORMAT = 1
 STORED_DTYPES = ("float16", "float32")
@@ -168,31 +164,6 @@ def check_settings(
             f"activation cache: max_norm is a multiple of the median norm and must be at least 2, got {max_norm}; "
             "try 10, or leave it out to keep every row"
         )
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """Sha256 over names, dtypes, shapes and bytes of a model's parameters as loaded, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        if parameter.is_meta:
-            # Offloaded by its device map: accelerate brings the values when they are asked for.
-            module, _, own_name = name.rpartition(".")
-            with align_module_device(model.get_submodule(module), torch.device("cpu")):
-                _update(digest, model.get_submodule(module).get_parameter(own_name))
-        else:
-            _update(digest, parameter)
-    return digest.hexdigest()
-
-
-def _update(digest: Any, parameter: Tensor) -> None:
-    digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Sha256 over a tokenizer's vocabulary and special tokens."""
-    content = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items())]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True, default=str).encode()).hexdigest()
 
 
 class _Build:

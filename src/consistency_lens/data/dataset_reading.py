@@ -10,8 +10,9 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 
 from .corpus import iterate_documents
-from .summaries import LOADERS
 
+# suffix of a file -> the loader of `datasets` that reads it
+LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXT_FEATURES = Features({"text": Value("string")})
 
 

@@ -26,10 +26,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..atomic_write import write_json
-from .cache_building import tokenizer_hash
 from .chat import chat_template, chat_template_hash
 from .corpus import CORPUS_FEATURES, PACKED_FEATURES, pack_whole, sequence_lengths, split_by_document, unpacked
 from .dataset_reading import check_column, hub_commit, local_hash, read_dataset
+from .fingerprints import tokenizer_hash
 from .sequences import COUNTED_FEATURES, SequenceMaker, count
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from transformers.utils.hub import extract_commit_hash
 from .. import __version__
 from ..atomic_write import write_json
 from ..data.activation_cache import ActivationCache, ActivationRows
-from ..data.cache_building import build_activation_cache, weights_hash
+from ..data.cache_building import build_activation_cache
 from ..data.corpus import read_documents, tokenize_documents
+from ..data.fingerprints import weights_hash
 from ..data.generation import sample_documents
 from ..data.summaries import SummaryRows, read_summaries
 from ..evaluation.arguments import CHECKS, EvaluationArguments
