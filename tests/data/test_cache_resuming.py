@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,66 +147,6 @@ def test_provenance_is_written_last(build, monkeypatch, tmp_path):
         build()
     assert json.loads((tmp_path / "cache" / "building.json").read_text())["layer"] == LAYER
     assert not (tmp_path / "cache" / "provenance.json").exists()
-
-
-KILLED_BUILDS = """
-import multiprocessing, random, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from cache_builds import make_corpus
-from test_cache_resuming import build_both, uneven_subject
-
-def build(folder):
-    build_both(folder, SUBJECT, corpus=CORPUS, rows_per_shard=6)
-
-def start(folder):
-    process = fork.Process(target=build, args=(folder,))
-    process.start()
-    return process
-
-CORPUS, SUBJECT = make_corpus(120), uneven_subject()
-fork = multiprocessing.get_context("fork")
-root, draw = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-begin = time.perf_counter()
-start(root / "whole").join()
-seconds = time.perf_counter() - begin
-folder, kills = 0, 0
-while kills < 20:
-    process = start(root / str(folder))
-    process.join(draw.uniform(0, seconds / 4))
-    if process.is_alive():
-        process.kill()
-        process.join()
-        kills += process.exitcode == -9
-    else:
-        folder += 1
-for number in range(folder + 1):
-    process = start(root / str(number))
-    process.join()
-    assert process.exitcode == 0
-print(folder + 1)
-"""
-
-
-@pytest.mark.slow
-def test_builds_killed_at_20_random_moments_end_as_one_that_was_not(tmp_path):
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    finished = subprocess.run(
-        [sys.executable, "-c", KILLED_BUILDS, str(tmp_path), "0"],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    whole = both_files(tmp_path / "whole")
-    assert len(whole[0]) > 60
-    for number in range(int(finished.stdout)):
-        assert both_files(tmp_path / str(number)) == whole
-        for layer in LAYERS:
-            ActivationCache.open(tmp_path / str(number) / str(layer)).verify()
 
 
 # Started again

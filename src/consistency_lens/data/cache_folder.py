@@ -113,6 +113,21 @@ class CacheFolder:
             with writing(self.path):
                 write_json(self.path / BUILDING_FILE, self.settings)
 
+    def join(self) -> None:
+        """Takes up what the first rank has claimed, on another rank.
+
+        Raises:
+            ValueError: if this rank would build something else, as with other weights or another corpus.
+        """
+        found = self._read(BUILDING_FILE)
+        key = self._differing(found)
+        if key is not None:
+            raise ValueError(
+                f"activation cache: the first process has {key} {found.get(key)!r}, another one "
+                f"{self.settings[key]!r}; give all of them the same arguments, subject and corpus"
+            )
+        self.median_norm = found.get("median_norm")
+
     def keep_median_norm(self, median_norm: float) -> None:
         """Fixes the norm that rows are dropped by, so that it is the same after a kill and for every rank."""
         with writing(self.path):

@@ -126,6 +126,7 @@ def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
     Raises:
         ValueError: for a user's mistake: data, column or tokenizer that cannot be read, documents that do not fit the
             subject, all of them empty, a side of the split that is empty, or a folder that holds something else.
+        OSError: if the files cannot be written, as when the disk is full.
     """
     tokenizer = load_tokenizer(args)
     context = subject_context(args)
@@ -139,6 +140,11 @@ def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
         record = _write_corpus(args, settings, tokenizer, context, work)
         _sync(work / "corpus")
         os.replace(work / "corpus", path)
+    except OSError as error:
+        raise OSError(
+            f"corpus: cannot write to {str(path)!r}: {error.strerror or error}; make room (or mend what it says) and "
+            "run the same again"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return TokenizedCorpus(path, record, True)
