@@ -1,6 +1,7 @@
 """Activation caches through their command: from a corpus folder or a text file, on one process or two."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from cache_runs import content, flags, text, write_subject
@@ -9,7 +10,7 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from consistency_lens.cli.cache import main
+from consistency_lens.cli.cache import CacheArguments, cache_activations, main
 from consistency_lens.cli.tokenize import main as tokenize
 from consistency_lens.data import cache_folder
 from consistency_lens.data.activation_cache import ActivationCache
@@ -136,6 +137,13 @@ def test_mistakes_end_in_one_line_and_exit_code_2(subject_folder, corpus_folder,
     lines = capsys.readouterr().err.rstrip().splitlines()
     assert lines[-1].startswith("error: ") and message in lines[-1]
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("device", "cuda:1"), ("device_map", "auto")])
+def test_one_place_for_several_processes_is_a_mistake(subject_folder, corpus_folder, name, value):
+    arguments = CacheArguments(model=str(subject_folder), dataset=str(corpus_folder), **{name: value})
+    with pytest.raises(ValueError, match=f"{name}: got '{value}' with 8 processes; leave it out"):
+        cache_activations(arguments, SimpleNamespace(num_processes=8))
 
 
 def test_a_folder_that_is_no_corpus_is_a_mistake(subject_folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from cache_builds import ARGUMENTS, LAYER, files_of, make_corpus, make_subject, 
 
 from consistency_lens import atomic_write
 from consistency_lens.data.activation_cache import ActivationCache
+from consistency_lens.data.activation_reading import ActivationReader
 from consistency_lens.data.cache_building import build_activation_cache, build_activation_caches
 from consistency_lens.data.cache_folder import CacheFolder, CacheWriteError
 
@@ -208,6 +210,28 @@ def test_two_builds_in_one_folder_at_a_time_are_refused(build, tmp_path):
     assert files_of(build().path).keys().isdisjoint({".building.lock"})
 
 
+def test_a_shard_is_written_while_the_next_one_is_read(build, monkeypatch):
+    read, write_shard = ActivationReader.read, CacheFolder.write_shard
+    second_read, overlapped = threading.Event(), []
+
+    def reading(self, *arguments):
+        reading.calls += 1
+        if reading.calls == 2:
+            second_read.set()
+        return read(self, *arguments)
+
+    def writing(self, index, *arguments):
+        if index == 0:
+            overlapped.append(second_read.wait(timeout=30))
+        write_shard(self, index, *arguments)
+
+    reading.calls = 0
+    monkeypatch.setattr(ActivationReader, "read", reading)
+    monkeypatch.setattr(CacheFolder, "write_shard", writing)
+    build()
+    assert overlapped == [True]
+
+
 # Full disk
 
 
@@ -305,6 +329,31 @@ def test_each_rank_writes_its_own_shards(tmp_path, monkeypatch):
     )
     build_with_ranks(tmp_path / "ranks", 2)
     assert sorted(written) == [(layer, index) for layer in LAYERS for index in range(4)]
+
+
+def test_ranks_that_would_build_something_else_are_refused(subject, tmp_path):
+    other = uneven_subject()
+    other.model.model.norm.weight.data[0] = 2
+    barrier = threading.Barrier(2)
+    folder = tmp_path / "ranks"
+
+    def build(rank):
+        try:
+            build_both(folder, [subject, other][rank], state=Rank(rank, barrier))
+        except Exception as error:
+            barrier.abort()
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build, range(2))
+    assert isinstance(first, threading.BrokenBarrierError)
+    assert isinstance(second, ValueError)
+    assert re.search("weights_hash '.{64}', .* '.{64}'", str(second)) and "\n" not in str(second)
+    for layer in LAYERS:
+        assert not (folder / str(layer) / "provenance.json").exists()
+    build_both(folder, subject)
+    build_both(tmp_path / "alone", subject)
+    assert both_files(folder) == both_files(tmp_path / "alone")
 
 
 def test_another_number_of_ranks_goes_on_where_one_was_killed(subject, tmp_path):
