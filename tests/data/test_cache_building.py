@@ -310,8 +310,9 @@ def test_the_peak_of_memory_does_not_grow_with_the_rows(tmp_path):
 
 
 def test_the_bar_shows_rows_and_tokens_a_second_and_the_time_that_is_left(build, capsys):
-    build(progress=True)
+    build(progress=True, dataset_split="train")
     shown = capsys.readouterr().err
+    assert "caching activations of train:" in shown
     assert "72/72" in shown and "rows/s" in shown and "tokens/s" in shown
     assert "00:00<00:00" in shown
 

@@ -297,13 +297,13 @@ class Rank:
         self.barrier.wait(timeout=60)
 
 
-def build_with_ranks(folder, num_ranks):
+def build_with_ranks(folder, num_ranks, **changes):
     barrier = threading.Barrier(num_ranks)
     subjects = [uneven_subject() for _ in range(num_ranks)]
 
     def build(rank):
         try:
-            return build_both(folder, subjects[rank], state=Rank(rank, barrier))
+            return build_both(folder, subjects[rank], state=Rank(rank, barrier), **changes)
         except BaseException:
             barrier.abort()
             raise
@@ -318,6 +318,13 @@ def test_any_number_of_ranks_writes_the_same_cache(subject, tmp_path, num_ranks)
     for caches in build_with_ranks(tmp_path / "ranks", num_ranks):
         assert caches.keys() == set(LAYERS)
     assert both_files(tmp_path / "ranks") == both_files(tmp_path / "alone")
+
+
+def test_the_first_rank_alone_shows_how_far_it_is(tmp_path, capsys):
+    build_with_ranks(tmp_path / "ranks", 2, progress=True)
+    shown = capsys.readouterr().err
+    assert "rank 1 of 2: 100%" in shown and "36/36" in shown and "rows/s" in shown and "tokens/s" in shown
+    assert "72" not in shown and "rank 2" not in shown
 
 
 def test_each_rank_writes_its_own_shards(tmp_path, monkeypatch):

@@ -241,7 +241,8 @@ class _Build:
         rows = {index: int(self.plan.shard_rows[index]) for index in own}
         done = sum(rows[index] for index in own if not missing[index])
         written: Future[None] | None = None
-        with self._bar(sum(rows.values()), done) as bar, ThreadPoolExecutor(max_workers=1) as writer:
+        split = folders[0].settings["dataset_split"]
+        with self._bar(split, sum(rows.values()), done) as bar, ThreadPoolExecutor(max_workers=1) as writer:
             count = _Counter(bar)
             for index in own:
                 if not missing[index]:
@@ -255,13 +256,14 @@ class _Build:
             if written is not None:
                 written.result()
 
-    def _bar(self, rows: int, done: int) -> tqdm:
+    def _bar(self, split: str | None, rows: int, done: int) -> tqdm:
         """A bar over the rows of this rank; the others, with as many, are about as far."""
+        what = "caching activations" + (f" of {split}" if split is not None else "")
         share = f", rank 1 of {self.num_ranks}" if self.num_ranks > 1 else ""
         return tqdm(
             total=rows,
             initial=done,
-            desc=f"caching activations{share}",
+            desc=f"{what}{share}",
             unit=" rows",
             disable=not self.progress,
             smoothing=0,  # long sequences come first in each shard: the rate of the last batches says little
