@@ -196,6 +196,18 @@ def test_a_subject_that_overflows_float16_is_a_mistake_that_names_the_way_out(te
     assert main(flags(folder, text_file, tmp_path / "out", 1, cache_dtype="float32")) == 0
 
 
+def test_weights_that_are_not_numbers_are_a_mistake_and_leave_no_cache(text_file, tmp_path, capsys):
+    folder = tmp_path / "broken"
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.down_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert main(flags(folder, text_file, tmp_path / "out", 1)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "activations of layer 1 are not finite (the first at position" in last and "check the subject's wei" in last
+    assert not list((tmp_path / "out").rglob("provenance.json"))
+
+
 def test_a_full_disk_is_exit_code_1_and_one_line(subject_folder, corpus_folder, tmp_path, capsys, monkeypatch):
     def full(*_arguments):
         raise OSError(28, "No space left on device")

@@ -132,6 +132,19 @@ def test_what_a_killed_build_finished_is_not_built_again(build, monkeypatch, tmp
     assert files_of(resumed.path) == files_of(whole.path)
 
 
+def test_the_norm_that_rows_are_dropped_by_is_measured_once(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(CacheFolder, "write_shard", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        build("killed", max_norm=4.0)
+    monkeypatch.undo()
+    file = tmp_path / "killed" / "building.json"
+    kept = json.loads(file.read_text())
+    # as another device might have rounded it
+    file.write_text(json.dumps(kept | {"median_norm": kept["median_norm"] * 1.001}))
+    resumed = build("killed", max_norm=4.0)
+    assert resumed.provenance["norm_filter"]["median_norm"] == kept["median_norm"] * 1.001
+
+
 def test_a_shard_that_lost_its_end_is_written_again(build, monkeypatch, tmp_path):
     whole = build("whole")
     monkeypatch.setattr(CacheFolder, "finish", lambda *_: (_ for _ in ()).throw(Killed))
