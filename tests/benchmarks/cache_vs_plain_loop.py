@@ -1,12 +1,16 @@
 """Building an activation cache against a plain loop: `output_hidden_states=True` and one position a sequence.
 
-Both sides make the same number of activations of block 7 of 12 and leave them on disk. The loop runs whole batches of
-equal length and the whole model, as such loops do, and saves one array; ours is a whole build, from the plan and the
-hash of the weights to synced shards and provenance, and takes K positions of a sequence.
+Both sides make the same number of float32 activations of block 7 of 12, by the same model, in passes of as many
+tokens, and leave them on disk. The loop runs the whole model, as such loops do, and saves one array. Ours is a whole
+build, from the plan and the hash of the weights to synced shards and provenance; it ends after block 7 and takes K
+positions of a sequence, so it reads K times fewer sequences. That is where most of the ratio comes from, and it has a
+price: K rows of one document are less varied than rows of K documents. So the ratio at K=1 is measured too, where both
+sides have the same sequences, and ours reads each as far as its position.
 Run with `python tests/benchmarks/cache_vs_plain_loop.py`.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,7 @@ from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.cache_plan import draw_positions
 from consistency_lens.subject import Subject
 
-NUM_ACTIVATIONS, POSITIONS = 512, 8
+NUM_ACTIVATIONS, POSITIONS = 256, 8
 
 
 @torch.no_grad()
@@ -71,15 +75,17 @@ def main() -> None:
             return plain_loop(model, corpora[1], Path(folder) / "loop.npy")
 
         np.testing.assert_allclose(build(1), loop(), rtol=1e-3, atol=1e-4)
-        compare(
-            "cache_vs_plain_loop",
-            f"{NUM_ACTIVATIONS} activations of block {LAYER} of {NUM_LAYERS}, S={LENGTH}: a cache of K={POSITIONS} "
-            "against a loop over whole hidden states with one position a sequence",
-            lambda: build(POSITIONS),
-            loop,
-            device,
-            runs=5,
-        )
+        for positions in (1, POSITIONS):
+            name = "cache_vs_plain_loop" if positions == POSITIONS else "cache_vs_plain_loop_k1"
+            compare(
+                name,
+                f"{NUM_ACTIVATIONS} activations of block {LAYER} of {NUM_LAYERS}, S={LENGTH}, on disk: a cache of "
+                f"K={positions} against a loop over whole hidden states with one position a sequence",
+                partial(build, positions),
+                loop,
+                device,
+                runs=3,
+            )
 
 
 if __name__ == "__main__":

@@ -1,32 +1,27 @@
 """Activation caches through their command: from a corpus folder or a text file, on one process or two."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
+from cache_runs import content, flags, text, write_subject
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from consistency_lens.cli.cache import main
+from consistency_lens.cli.cache import CacheArguments, cache_activations, main
 from consistency_lens.cli.tokenize import main as tokenize
 from consistency_lens.data import cache_folder
 from consistency_lens.data.activation_cache import ActivationCache
 
-ROOT = Path(__file__).parents[2]
-TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))
+TEXT = text()
 
 
 @pytest.fixture(scope="module")
 def subject_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "subject"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    write_subject(folder)
     (folder.parent / "stories.txt").write_text(TEXT)
     return folder
 
@@ -42,21 +37,6 @@ def corpus_folder(subject_folder, text_file):
     arguments = {"dataset": text_file, "model": subject_folder, "output_dir": folder, "max_length": 16}
     assert tokenize([part for name, value in arguments.items() for part in (f"--{name}", str(value))]) == 0
     return folder
-
-
-def flags(subject_folder, corpus, output_dir, *layers, **changes):
-    settings = {
-        "model": subject_folder, "dataset": corpus, "output_dir": output_dir, "min_position": 4,
-        "positions_per_sequence": 3, "rows_per_shard": 12, "device": "cpu", "disable_tqdm": True,
-    } | changes  # fmt: skip
-    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    return arguments + (["--layer", *map(str, layers)] if layers else [])
-
-
-def content(folder):
-    """Bytes of every file of every cache under a folder, but for the arguments, which name the folder."""
-    files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name != "arguments.json"]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def test_a_corpus_gives_a_cache_of_each_split_and_layer(subject_folder, corpus_folder, text_file, tmp_path, capsys):
@@ -146,7 +126,9 @@ def test_a_config_file_sets_and_a_flag_wins(subject_folder, corpus_folder, tmp_p
         ({"device": "cuda:99"}, "device: got 'cuda:99'"),
         ({"device_map": "auto"}, "device: got 'cpu' and device_map 'auto'"),
         ({"blocks": "model.nothing"}, "blocks='model.nothing' names no module"),
-        ({"validation_fraction": 1}, "validation_fraction must lie between 0 and 1"),
+        ({"dataset": "someone/stories"}, "tokenize made (of a data set on the Hub, too)"),
+        ({"max_length": 8}, "is tokenised and split already; leave it out"),
+        ({"validation_fraction": 0.2}, "validation_fraction: got 0.2, but"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(subject_folder, corpus_folder, tmp_path, capsys, changes, message):
@@ -157,9 +139,23 @@ def test_mistakes_end_in_one_line_and_exit_code_2(subject_folder, corpus_folder,
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize(("name", "value"), [("device", "cuda:1"), ("device_map", "auto")])
+def test_one_place_for_several_processes_is_a_mistake(subject_folder, corpus_folder, name, value):
+    arguments = CacheArguments(model=str(subject_folder), dataset=str(corpus_folder), **{name: value})
+    with pytest.raises(ValueError, match=f"{name}: got '{value}' with 8 processes; leave it out"):
+        cache_activations(arguments, SimpleNamespace(num_processes=8))
+
+
 def test_a_folder_that_is_no_corpus_is_a_mistake(subject_folder, tmp_path, capsys):
     assert main(flags(subject_folder, subject_folder, tmp_path)) == 2
     assert "no finished corpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("validation_fraction", 1), ("max_length", 0)])
+def test_wrong_arguments_of_a_text_are_mistakes(subject_folder, text_file, tmp_path, capsys, name, value):
+    assert main(flags(subject_folder, text_file, tmp_path / "out", **{name: value})) == 2
+    assert f"{name} must" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_text_is_a_mistake(subject_folder, tmp_path, capsys):
@@ -200,6 +196,18 @@ def test_a_subject_that_overflows_float16_is_a_mistake_that_names_the_way_out(te
     assert main(flags(folder, text_file, tmp_path / "out", 1, cache_dtype="float32")) == 0
 
 
+def test_weights_that_are_not_numbers_are_a_mistake_and_leave_no_cache(text_file, tmp_path, capsys):
+    folder = tmp_path / "broken"
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.down_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert main(flags(folder, text_file, tmp_path / "out", 1)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "activations of layer 1 are not finite (the first at position" in last and "check the subject's wei" in last
+    assert not list((tmp_path / "out").rglob("provenance.json"))
+
+
 def test_a_full_disk_is_exit_code_1_and_one_line(subject_folder, corpus_folder, tmp_path, capsys, monkeypatch):
     def full(*_arguments):
         raise OSError(28, "No space left on device")
@@ -213,24 +221,3 @@ def test_a_full_disk_is_exit_code_1_and_one_line(subject_folder, corpus_folder, 
     assert main(arguments) == 0
     assert main(flags(subject_folder, corpus_folder, tmp_path / "other")) == 0
     assert content(tmp_path / "cache") == content(tmp_path / "other")
-
-
-# Ranks
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on the CPU")
-def test_two_processes_write_what_one_writes(subject_folder, corpus_folder, tmp_path):
-    assert main(flags(subject_folder, corpus_folder, tmp_path / "one", 0, 1, max_norm=4)) == 0
-    script = [str(ROOT / "examples" / "cache_activations.py")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        launch + script + flags(subject_folder, corpus_folder, tmp_path / "two", 0, 1, max_norm=4),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    assert len(finished.stdout.splitlines()) == 4  # the first process alone speaks
-    two = content(tmp_path / "two")
-    assert len(two) > 12
-    assert two == content(tmp_path / "one")

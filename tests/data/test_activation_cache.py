@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 
 from consistency_lens.data.activation_cache import ActivationCache, cache_path
 from consistency_lens.data.activation_source import ActivationRows
-from consistency_lens.data.cache_building import build_activation_cache, weights_hash
+from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.data.corpus import corpus_from_rows, is_validation_document
+from consistency_lens.data.fingerprints import weights_hash
 
 
 @pytest.fixture(scope="module")

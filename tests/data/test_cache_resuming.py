@@ -3,8 +3,7 @@
 import errno
 import json
 import os
-import subprocess
-import sys
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from cache_builds import ARGUMENTS, LAYER, files_of, make_corpus, make_subject, 
 
 from consistency_lens import atomic_write
 from consistency_lens.data.activation_cache import ActivationCache
+from consistency_lens.data.activation_reading import ActivationReader
 from consistency_lens.data.cache_building import build_activation_cache, build_activation_caches
 from consistency_lens.data.cache_folder import CacheFolder, CacheWriteError
 
@@ -132,6 +132,19 @@ def test_what_a_killed_build_finished_is_not_built_again(build, monkeypatch, tmp
     assert files_of(resumed.path) == files_of(whole.path)
 
 
+def test_the_norm_that_rows_are_dropped_by_is_measured_once(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(CacheFolder, "write_shard", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        build("killed", max_norm=4.0)
+    monkeypatch.undo()
+    file = tmp_path / "killed" / "building.json"
+    kept = json.loads(file.read_text())
+    # as another device might have rounded it
+    file.write_text(json.dumps(kept | {"median_norm": kept["median_norm"] * 1.001}))
+    resumed = build("killed", max_norm=4.0)
+    assert resumed.provenance["norm_filter"]["median_norm"] == kept["median_norm"] * 1.001
+
+
 def test_a_shard_that_lost_its_end_is_written_again(build, monkeypatch, tmp_path):
     whole = build("whole")
     monkeypatch.setattr(CacheFolder, "finish", lambda *_: (_ for _ in ()).throw(Killed))
@@ -149,66 +162,6 @@ def test_provenance_is_written_last(build, monkeypatch, tmp_path):
         build()
     assert json.loads((tmp_path / "cache" / "building.json").read_text())["layer"] == LAYER
     assert not (tmp_path / "cache" / "provenance.json").exists()
-
-
-KILLED_BUILDS = """
-import multiprocessing, random, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from cache_builds import make_corpus
-from test_cache_resuming import build_both, uneven_subject
-
-def build(folder):
-    build_both(folder, SUBJECT, corpus=CORPUS, rows_per_shard=6)
-
-def start(folder):
-    process = fork.Process(target=build, args=(folder,))
-    process.start()
-    return process
-
-CORPUS, SUBJECT = make_corpus(120), uneven_subject()
-fork = multiprocessing.get_context("fork")
-root, draw = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-begin = time.perf_counter()
-start(root / "whole").join()
-seconds = time.perf_counter() - begin
-folder, kills = 0, 0
-while kills < 20:
-    process = start(root / str(folder))
-    process.join(draw.uniform(0, seconds / 4))
-    if process.is_alive():
-        process.kill()
-        process.join()
-        kills += process.exitcode == -9
-    else:
-        folder += 1
-for number in range(folder + 1):
-    process = start(root / str(number))
-    process.join()
-    assert process.exitcode == 0
-print(folder + 1)
-"""
-
-
-@pytest.mark.slow
-def test_builds_killed_at_20_random_moments_end_as_one_that_was_not(tmp_path):
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    finished = subprocess.run(
-        [sys.executable, "-c", KILLED_BUILDS, str(tmp_path), "0"],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    whole = both_files(tmp_path / "whole")
-    assert len(whole[0]) > 60
-    for number in range(int(finished.stdout)):
-        assert both_files(tmp_path / str(number)) == whole
-        for layer in LAYERS:
-            ActivationCache.open(tmp_path / str(number) / str(layer)).verify()
 
 
 # Started again
@@ -268,6 +221,28 @@ def test_two_builds_in_one_folder_at_a_time_are_refused(build, tmp_path):
     with folder.locked(), pytest.raises(ValueError, match="another build is at work in .*cache"):
         build()
     assert files_of(build().path).keys().isdisjoint({".building.lock"})
+
+
+def test_a_shard_is_written_while_the_next_one_is_read(build, monkeypatch):
+    read, write_shard = ActivationReader.read, CacheFolder.write_shard
+    second_read, overlapped = threading.Event(), []
+
+    def reading(self, *arguments):
+        reading.calls += 1
+        if reading.calls == 2:
+            second_read.set()
+        return read(self, *arguments)
+
+    def writing(self, index, *arguments):
+        if index == 0:
+            overlapped.append(second_read.wait(timeout=30))
+        write_shard(self, index, *arguments)
+
+    reading.calls = 0
+    monkeypatch.setattr(ActivationReader, "read", reading)
+    monkeypatch.setattr(CacheFolder, "write_shard", writing)
+    build()
+    assert overlapped == [True]
 
 
 # Full disk
@@ -335,13 +310,13 @@ class Rank:
         self.barrier.wait(timeout=60)
 
 
-def build_with_ranks(folder, num_ranks):
+def build_with_ranks(folder, num_ranks, **changes):
     barrier = threading.Barrier(num_ranks)
     subjects = [uneven_subject() for _ in range(num_ranks)]
 
     def build(rank):
         try:
-            return build_both(folder, subjects[rank], state=Rank(rank, barrier))
+            return build_both(folder, subjects[rank], state=Rank(rank, barrier), **changes)
         except BaseException:
             barrier.abort()
             raise
@@ -358,6 +333,13 @@ def test_any_number_of_ranks_writes_the_same_cache(subject, tmp_path, num_ranks)
     assert both_files(tmp_path / "ranks") == both_files(tmp_path / "alone")
 
 
+def test_the_first_rank_alone_shows_how_far_it_is(tmp_path, capsys):
+    build_with_ranks(tmp_path / "ranks", 2, progress=True)
+    shown = capsys.readouterr().err
+    assert "rank 1 of 2: 100%" in shown and "36/36" in shown and "rows/s" in shown and "tokens/s" in shown
+    assert "72" not in shown and "rank 2" not in shown
+
+
 def test_each_rank_writes_its_own_shards(tmp_path, monkeypatch):
     write_shard, written = CacheFolder.write_shard, []
     monkeypatch.setattr(
@@ -367,6 +349,31 @@ def test_each_rank_writes_its_own_shards(tmp_path, monkeypatch):
     )
     build_with_ranks(tmp_path / "ranks", 2)
     assert sorted(written) == [(layer, index) for layer in LAYERS for index in range(4)]
+
+
+def test_ranks_that_would_build_something_else_are_refused(subject, tmp_path):
+    other = uneven_subject()
+    other.model.model.norm.weight.data[0] = 2
+    barrier = threading.Barrier(2)
+    folder = tmp_path / "ranks"
+
+    def build(rank):
+        try:
+            build_both(folder, [subject, other][rank], state=Rank(rank, barrier))
+        except Exception as error:
+            barrier.abort()
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build, range(2))
+    assert isinstance(first, threading.BrokenBarrierError)
+    assert isinstance(second, ValueError)
+    assert re.search("weights_hash '.{64}', .* '.{64}'", str(second)) and "\n" not in str(second)
+    for layer in LAYERS:
+        assert not (folder / str(layer) / "provenance.json").exists()
+    build_both(folder, subject)
+    build_both(tmp_path / "alone", subject)
+    assert both_files(folder) == both_files(tmp_path / "alone")
 
 
 def test_another_number_of_ranks_goes_on_where_one_was_killed(subject, tmp_path):

@@ -13,9 +13,9 @@ from tiny_models import MAX_POSITIONS, tiny_model
 from transformers import ByT5Tokenizer
 
 from consistency_lens.data import tokenization
-from consistency_lens.data.cache_building import tokenizer_hash
 from consistency_lens.data.chat import chat_key
 from consistency_lens.data.corpus import document_hash, is_validation_document
+from consistency_lens.data.fingerprints import tokenizer_hash
 from consistency_lens.data.tokenization import TokenizationArguments, open_corpus, open_rows, tokenize_corpus
 
 PAD, BOS, EOS = 0, 1, 2

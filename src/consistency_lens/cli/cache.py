@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ARGUMENTS_FILE = "arguments.json"
 SPLITS = ("train", "validation")
+VALIDATION_FRACTION = 0.1
 
 
 @dataclass
@@ -65,7 +66,9 @@ class CacheArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Text file: tokens of a document, the rest is cut; default: all."}
     )
-    validation_fraction: float = field(default=0.1, metadata={"help": "Text file: share of the documents held out."})
+    validation_fraction: float | None = field(
+        default=None, metadata={"help": f"Text file: share of the documents held out; default: {VALIDATION_FRACTION}."}
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:
@@ -76,7 +79,7 @@ class CacheArguments:
         if not Path(self.dataset).exists():
             raise ValueError(
                 f"dataset: nothing at {self.dataset!r}; pass a text file, or a folder that consistency-lens tokenize "
-                "made"
+                "made (of a data set on the Hub, too)"
             )
         # a config file may name one without brackets
         self.split = [self.split] if isinstance(self.split, str) else self.split
@@ -84,7 +87,17 @@ class CacheArguments:
         unknown = [split for split in self.split if split not in SPLITS]
         if unknown:
             raise ValueError(f"split must be {' or '.join(SPLITS)} or both, got {unknown[0]!r}")
-        if not 0 < self.validation_fraction < 1:
+        self._check_text_arguments()
+
+    def _check_text_arguments(self) -> None:
+        """Checks what is said of a text file, and that it is one."""
+        for name in ("max_length", "validation_fraction"):
+            if Path(self.dataset).is_dir() and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, but {self.dataset!r} is tokenised and split already; "
+                    "leave it out, or tokenise again"
+                )
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}; try 0.1")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}; 512 is a good start")
@@ -154,6 +167,12 @@ def cache_activations(args: CacheArguments, state: "PartialState") -> "list[Acti
         args.positions_per_sequence, args.min_position, args.cache_dtype, args.max_norm, args.batch_size,
         args.rows_per_shard,
     )  # fmt: skip
+    if state.num_processes > 1 and (args.device_map is not None or args.device not in (None, "cpu")):
+        name = "device" if args.device_map is None else "device_map"
+        raise ValueError(
+            f"{name}: got {getattr(args, name)!r} with {state.num_processes} processes; leave it out, so that each "
+            "has its own GPU, or start one process"
+        )
     device = args.device or (None if args.device_map is not None else str(state.device))
     subject = load_subject_and_tokenizer(
         args.model, args.revision, args.dtype, args.quantization, args.attention, device, args.device_map
@@ -206,7 +225,8 @@ def read_source(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> S
         name, revision = corpus_origin(args, tokenizer)
         return Source(name, revision, {split: open_corpus(args.dataset, split) for split in args.split})
     corpus = tokenize_documents(read_documents(args.dataset), tokenizer, args.max_length)
-    splits = dict(zip(SPLITS, split_by_document(corpus, args.validation_fraction), strict=True))
+    fraction = args.validation_fraction or VALIDATION_FRACTION
+    splits = dict(zip(SPLITS, split_by_document(corpus, fraction), strict=True))
     return Source(args.dataset, None, {split: splits[split] for split in args.split})
 
 
@@ -216,7 +236,7 @@ def corpus_origin(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") ->
     Raises:
         ValueError: if it is no corpus, or was made with another tokenizer than the subject's.
     """
-    from ..data.cache_building import tokenizer_hash
+    from ..data.fingerprints import tokenizer_hash
     from ..data.tokenization import read_tokenization
 
     record: dict[str, Any] = read_tokenization(args.dataset)

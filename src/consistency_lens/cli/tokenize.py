@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"The corpus lies in {corpus.path} (settings and statistics: tokenization.json)"
     else:
         where = f"The corpus of these settings lies in {corpus.path} already; nothing was done"
-    console.print(where, markup=False, soft_wrap=True)
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -51,7 +51,7 @@ def document_rows(statistics: dict[str, Any]) -> list[tuple[str, str]]:
         labels |= {"thinking": "messages with thinking", "thinking_dropped": "of them dropped by the chat template"}
     rows = [(label, f"{statistics[name]:,}") for name, label in labels.items()]
     lengths = statistics["document_tokens"]
-    return rows + [(f"tokens of a document, {name}", f"{value:,.10g}") for name, value in lengths.items()]
+    return rows + [(f"tokens of a document, {name}", f"{value:,.0f}") for name, value in lengths.items()]
 
 
 def split_rows(statistics: dict[str, Any]) -> list[tuple[str, ...]]:

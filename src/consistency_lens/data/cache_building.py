@@ -1,33 +1,31 @@
 """Building activation caches: run the subject as far as its highest layer, write whole shards, on any number of ranks.
 
 Each rank owns every n-th shard. What a shard holds follows from the plan alone, and what is done from the folder, so
-the finished cache does not depend on how many ranks built it, or how often they were killed.
+the finished cache does not depend on how many ranks built it, or how often they were killed. While the subject reads
+one shard, a thread writes the one before.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from accelerate.utils import align_module_device
 from datasets import Dataset
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..residual_stream import ResidualStream
 from ..subject import Subject
 from .activation_cache import ActivationCache
 from .activation_reading import ActivationReader
 from .cache_folder import CacheFolder, norms
-from .cache_plan import POSITIONS_RULE, CachePlan, plan_cache
+from .cache_plan import POSITIONS_RULE, CachePlan, ShardPlan, plan_cache
 from .corpus import CORPUS_FEATURES
+from .fingerprints import tokenizer_hash, weights_hash
 
 FORMAT = 1
 STORED_DTYPES = ("float16", "float32")
@@ -91,12 +89,14 @@ def build_activation_caches(
         batch_size: sequences of the longest kind in one forward pass of the subject; of shorter ones as many more as
             make the same number of tokens.
         rows_per_shard: about how many rows a file holds, hence how many a killed build may lose.
-        state: with it, its processes share the work; all of them call this function with the same arguments.
+        state: with it, its processes share the work; all of them call this function with the same arguments, subject
+            and corpus.
 
     Raises:
         ValueError: for a bad argument, an empty corpus or one without a long enough sequence, tokens or a tokenizer
             beyond the subject's vocabulary, sequences beyond its context, activations that are not finite or overflow
-            float16, and a folder that holds a cache built with other settings, or in which another build is at work.
+            float16, a folder that holds a cache built with other settings, or in which another build is at work, and
+            processes that do not agree in what they build.
         CacheWriteError: if a file cannot be written, as when the disk is full.
     """
     for layer in paths:
@@ -170,31 +170,6 @@ def check_settings(
         )
 
 
-def weights_hash(model: PreTrainedModel) -> str:
-    """Sha256 over names, dtypes, shapes and bytes of a model's parameters as loaded, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        if parameter.is_meta:
-            # Offloaded by its device map: accelerate brings the values when they are asked for.
-            module, _, own_name = name.rpartition(".")
-            with align_module_device(model.get_submodule(module), torch.device("cpu")):
-                _update(digest, model.get_submodule(module).get_parameter(own_name))
-        else:
-            _update(digest, parameter)
-    return digest.hexdigest()
-
-
-def _update(digest: Any, parameter: Tensor) -> None:
-    digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Sha256 over a tokenizer's vocabulary and special tokens."""
-    content = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items())]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True, default=str).encode()).hexdigest()
-
-
 class _Build:
     """The work of one rank, in its order: claim the folders, write the own shards, and, on the first, finish."""
 
@@ -241,7 +216,10 @@ class _Build:
                 locks.enter_context(folder.locked())
             # asked again, as another build may have had the lock until now
             if not folder.is_finished():
-                folder.claim()
+                if self.is_main:
+                    folder.claim()
+                else:
+                    folder.join()
                 unfinished.append(folder)
         return unfinished
 
@@ -262,14 +240,34 @@ class _Build:
         missing = {index: [folder for folder in folders if not folder.has_shard(index)] for index in own}
         rows = {index: int(self.plan.shard_rows[index]) for index in own}
         done = sum(rows[index] for index in own if not missing[index])
-        with _Progress(sum(rows.values()), done, self.num_ranks, self.progress) as progress:
+        written: Future[None] | None = None
+        split = folders[0].settings["dataset_split"]
+        with self._bar(split, sum(rows.values()), done) as bar, ThreadPoolExecutor(max_workers=1) as writer:
+            count = _Counter(bar)
             for index in own:
                 if not missing[index]:
                     continue
                 shard = self.plan.shard(index)
-                found = self.reader.read(shard, [folder.layer for folder in missing[index]], progress.add)
-                for folder, activations in zip(missing[index], found, strict=True):
-                    folder.write_shard(index, shard, activations)
+                found = self.reader.read(shard, [folder.layer for folder in missing[index]], count)
+                if written is not None:
+                    # raises what went wrong, and keeps all but two shards out of memory
+                    written.result()
+                written = writer.submit(_write, missing[index], index, shard, found)
+            if written is not None:
+                written.result()
+
+    def _bar(self, split: str | None, rows: int, done: int) -> tqdm:
+        """A bar over the rows of this rank; the others, with as many, are about as far."""
+        what = "caching activations" + (f" of {split}" if split is not None else "")
+        share = f", rank 1 of {self.num_ranks}" if self.num_ranks > 1 else ""
+        return tqdm(
+            total=rows,
+            initial=done,
+            desc=f"{what}{share}",
+            unit=" rows",
+            disable=not self.progress,
+            smoothing=0,  # long sequences come first in each shard: the rate of the last batches says little
+        )
 
     def _facts(self) -> dict[str, Any]:
         """What was read, and how the subject was loaded."""
@@ -284,27 +282,25 @@ class _Build:
         }
 
 
-class _Progress:
-    """A bar over the rows of this rank, with the tokens that the subject reads in a second."""
+class _Counter:
+    """Counts what a batch has done, on a bar that says how many tokens the subject reads in a second."""
 
-    def __init__(self, rows: int, done: int, num_ranks: int, shown: bool) -> None:
-        share = f", first of {num_ranks} ranks" if num_ranks > 1 else ""
-        self.bar = tqdm(total=rows, initial=done, desc=f"caching activations{share}", unit=" rows", disable=not shown)
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
         self.tokens = 0
         self.start = time.perf_counter()
 
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.bar.close()
-
-    def add(self, rows: int, tokens: int) -> None:
-        """Counts what a batch has done."""
+    def __call__(self, rows: int, tokens: int) -> None:
         self.tokens += tokens
         speed = self.tokens / (time.perf_counter() - self.start)
         self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
         self.bar.update(rows)
+
+
+def _write(folders: Sequence[CacheFolder], index: int, shard: ShardPlan, found: Sequence[np.ndarray]) -> None:
+    """Writes a shard of each layer."""
+    for folder, activations in zip(folders, found, strict=True):
+        folder.write_shard(index, shard, activations)
 
 
 def _check_corpus(corpus: Dataset) -> None:

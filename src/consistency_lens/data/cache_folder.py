@@ -107,6 +107,21 @@ class CacheFolder:
             with writing(self.path):
                 write_json(self.path / BUILDING_FILE, self.settings)
 
+    def join(self) -> None:
+        """Takes up what the first rank has claimed, on another rank.
+
+        Raises:
+            ValueError: if this rank would build something else, as with other weights or another corpus.
+        """
+        found = self._read(BUILDING_FILE)
+        key = self._differing(found)
+        if key is not None:
+            raise ValueError(
+                f"activation cache: the first process has {key} {found.get(key)!r}, another one "
+                f"{self.settings[key]!r}; give all of them the same arguments, subject and corpus"
+            )
+        self.median_norm = found.get("median_norm")
+
     def keep_median_norm(self, median_norm: float) -> None:
         """Fixes the norm that rows are dropped by, so that it is the same after a kill and for every rank."""
         with writing(self.path):
@@ -161,8 +176,13 @@ class CacheFolder:
         Raises:
             CacheWriteError: if it cannot be written.
         """
-        records = [json.loads(self._record_file(i).read_text(encoding="utf-8")) for i in range(num_shards)]
-        moments = merge_moments(BlockMoments(r["rows"], np.array(r["mean"]), r["squares"]) for r in records)
+        moments = merge_moments(
+            BlockMoments(record["rows"], np.array(record["mean"]), record["squares"])
+            for record in self._records(num_shards)
+        )
+        names = ("file", "rows", "bytes", "sha256", "dropped")
+        # without the means, which are too large to hold for thousands of shards
+        records = [{name: record[name] for name in names} for record in self._records(num_shards)]
         versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, pa, np)}
         provenance = self.settings | facts
         if self.median_norm is not None:
@@ -187,6 +207,10 @@ class CacheFolder:
             names = (BUILDING_FILE, LOCK_FILE, "shard-*.json", ".*.partial")
             for file in [file for name in names for file in self.path.glob(name)]:
                 file.unlink()
+
+    def _records(self, num_shards: int) -> Iterator[dict[str, Any]]:
+        for index in range(num_shards):
+            yield json.loads(self._record_file(index).read_text(encoding="utf-8"))
 
     def _largest_norm(self, median_norm: float) -> float:
         return self.settings["max_norm"] * median_norm

@@ -117,7 +117,7 @@ def plan_cache(
     """
     digest, lengths, documents = hashlib.sha256(), [], []
     for start in range(0, len(corpus), BLOCK_ROWS):
-        table = _corpus_table(corpus, np.arange(start, min(start + BLOCK_ROWS, len(corpus))))
+        table = _corpus_table(corpus, range(start, min(start + BLOCK_ROWS, len(corpus))))
         tokens = table["input_ids"].combine_chunks().flatten().to_numpy()
         _check_tokens(tokens, vocab_size)
         lengths.append(pc.list_value_length(table["input_ids"]).to_numpy())
@@ -179,5 +179,6 @@ def _check_lengths(length: np.ndarray, min_position: int, rows_per_shard: int, m
         )
 
 
-def _corpus_table(corpus: Dataset, indices: np.ndarray) -> pa.Table:
+def _corpus_table(corpus: Dataset, indices: np.ndarray | range) -> pa.Table:
+    """Rows of a corpus; those of a range are not copied."""
     return corpus.select_columns(list(CORPUS_FEATURES)).with_format("arrow")[indices]

@@ -1,6 +1,7 @@
 """Data sets from anywhere: a file, a folder, or the Hub, as one split with the column that is asked for."""
 
 import difflib
+import errno
 import hashlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 
 from .corpus import iterate_documents
-from .summaries import LOADERS
 
+# suffix of a file -> the loader of `datasets` that reads it
+LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEXT_FEATURES = Features({"text": Value("string")})
 
 
@@ -36,6 +39,7 @@ def read_dataset(
 
     Raises:
         ValueError: if it cannot be read, has no such split, or the split is empty.
+        OSError: if there is no room for what it is converted to.
     """
     path = Path(source)
     cache = str(cache_dir)
@@ -51,6 +55,7 @@ def read_dataset(
         else:
             dataset = load_dataset(source, name=config, split=split, revision=revision)
     except Exception as error:  # every loader raises its own kinds
+        _raise_if_full(error)
         raise ValueError(
             f"dataset: cannot read {source!r}, split {split!r}, or it is empty; pass a file, a folder or a data set "
             f"on the Hub ({cause_of(error)})"
@@ -58,6 +63,14 @@ def read_dataset(
     if len(dataset) == 0:
         raise ValueError(f"dataset: split {split!r} of {source!r} is empty; pass another split")
     return dataset
+
+
+def _raise_if_full(error: BaseException | None) -> None:
+    """Raises the system's own error if there was no room to write, whatever a loader made of it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise error
+        error = error.__cause__ or error.__context__
 
 
 def _read_text_file(path: Path, split: str, cache_dir: str) -> Dataset:

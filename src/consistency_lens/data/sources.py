@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from ..subject import Subject
 from .activation_cache import PROVENANCE_FILE, ActivationCache, check_provenance
 from .activation_source import ActivationRows, ActivationSource
-from .cache_building import build_activation_cache, tokenizer_hash, weights_hash
+from .cache_building import build_activation_cache
 from .corpus import read_documents, tokenize_documents
+from .fingerprints import tokenizer_hash, weights_hash
 from .generation import sample_documents
 from .on_the_fly import ContextRows, OnTheFlyActivations
 from .streaming import open_stream

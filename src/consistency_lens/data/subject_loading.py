@@ -1,5 +1,6 @@
 """The frozen subject and its tokenizer, from the Hub or a folder: in any precision, on one device or over several."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +116,8 @@ def _check_arguments(
 def _quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
     require("bitsandbytes", extra="quant", needed_for=f"quantization {quantization}")
     if quantization == "8bit":
+        # else a warning at each pass of each layer: it takes its inputs in float16, whatever they come in
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)

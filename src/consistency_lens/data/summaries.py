@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..subject import Subject
 from .corpus import document_hash
+from .dataset_reading import LOADERS, cause_of
 
 COLUMNS = ("context", "summary")
-LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def read_summaries(source: str) -> Dataset:
@@ -29,9 +29,8 @@ def read_summaries(source: str) -> Dataset:
         else:
             dataset = load_dataset(source, split="train")
     except Exception as error:  # every loader raises its own kinds
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"summaries: cannot read {source!r}; pass a .jsonl, .csv or .parquet file ({cause})"
+            f"summaries: cannot read {source!r}; pass a .jsonl, .csv or .parquet file ({cause_of(error)})"
         ) from error
     missing = [name for name in COLUMNS if name not in dataset.column_names]
     if missing or len(dataset) == 0:

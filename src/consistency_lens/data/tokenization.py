@@ -26,10 +26,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..atomic_write import write_json
-from .cache_building import tokenizer_hash
 from .chat import chat_template, chat_template_hash
 from .corpus import CORPUS_FEATURES, PACKED_FEATURES, pack_whole, sequence_lengths, split_by_document, unpacked
 from .dataset_reading import check_column, hub_commit, local_hash, read_dataset
+from .fingerprints import tokenizer_hash
 from .sequences import COUNTED_FEATURES, SequenceMaker, count
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
     Raises:
         ValueError: for a user's mistake: data, column or tokenizer that cannot be read, documents that do not fit the
             subject, all of them empty, a side of the split that is empty, or a folder that holds something else.
+        OSError: if the files cannot be written, as when the disk is full.
     """
     tokenizer = load_tokenizer(args)
     context = subject_context(args)
@@ -139,6 +140,11 @@ def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
         record = _write_corpus(args, settings, tokenizer, context, work)
         _sync(work / "corpus")
         os.replace(work / "corpus", path)
+    except OSError as error:
+        raise OSError(
+            f"corpus: cannot write to {str(path)!r}: {error.strerror or error}; make room (or mend what it says) and "
+            "run the same again"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return TokenizedCorpus(path, record, True)
