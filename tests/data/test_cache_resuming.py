@@ -10,7 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cache_builds import ARGUMENTS, LAYER, files_of, make_corpus, make_subject, make_tokenizer, shard_hashes
+from cache_builds import (
+    ARGUMENTS,
+    LAYER,
+    assert_verified,
+    files_of,
+    make_corpus,
+    make_subject,
+    make_tokenizer,
+    shard_hashes,
+)
 
 from consistency_lens import atomic_write
 from consistency_lens.data.activation_cache import ActivationCache
@@ -208,7 +217,7 @@ def test_builds_killed_at_20_random_moments_end_as_one_that_was_not(tmp_path):
     for number in range(int(finished.stdout)):
         assert both_files(tmp_path / str(number)) == whole
         for layer in LAYERS:
-            ActivationCache.open(tmp_path / str(number) / str(layer)).verify()
+            assert_verified(tmp_path / str(number) / str(layer))
 
 
 # Started again
