@@ -127,7 +127,7 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.authorizations: set[str | None] = set()
         self.faults: dict[tuple[str, str], Reply] = {}
-        self.lock = threading.Lock()
+        self.lock, self.closing = threading.Lock(), threading.Event()
         self._http = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
@@ -136,6 +136,8 @@ class HubServer:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        """Listens no more, also on connections that are open."""
+        self.closing.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -455,10 +457,14 @@ class _Listener(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the client waits for each body
 
     def answer(self) -> None:
         url = urlsplit(self.path)
         request = Request(self.command, url.path, parse_qs(url.query), self.headers, self.received())
+        if self.hub.closing.is_set():
+            self.close_connection = True
+            return
         reply = self.hub.handle(request)
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         kind = "application/octet-stream" if isinstance(reply.body, bytes) else "application/json"

@@ -1,6 +1,7 @@
 """What `verify_cache` finds: every kind of damage, all of it, and a subject other than the one that was read."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -166,8 +167,6 @@ def test_columns_other_than_the_provenance_says_are_found(cache, changes, detail
     change_provenance(cache, **changes)
     found = failures(cache)
     assert len(found["columns"].splitlines()) == 4
-    import re
-
     assert re.search(detail, found["columns"])
 
 
@@ -219,6 +218,15 @@ def test_a_cache_of_another_layer_is_found(subject, tmp_path):
         assert failures(path, weights).keys() == {"activations"}
     change_provenance(paths[0], layer=3)
     assert failures(paths[0], weights)["activations"] == "width 16 and 3 blocks, not width 16 and a block 3"
+
+
+def test_rows_that_are_all_a_little_off_are_found(subject, cache):
+    """Each within what a single row may be off, but so is no rounding."""
+    tokens = subject.stream.input_embedding.weight.data
+    slightly = make_subject()
+    slightly.stream.input_embedding.weight.data = tokens * (1 + 2e-4)
+    found = failures(cache, weights_of(slightly))
+    assert found["activations"].startswith("64 rows computed anew; relative error: median 0.0002")
 
 
 def test_one_row_that_was_not_read_from_its_context_is_found(subject, cache):

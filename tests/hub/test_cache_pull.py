@@ -22,11 +22,17 @@ def built(tmp_path_factory):
     return build_caches(tmp_path_factory.mktemp("caches"))
 
 
+@pytest.fixture(scope="module")
+def published(built):
+    """The files that a push uploads, by name."""
+    folder = push_cache(built.layer, REPO, dry_run=True, progress=False).folder
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.fixture
-def pushed(hub, built):
+def pushed(hub, published):
     """The Hub's repository, with the caches in it."""
-    push_cache(built.layer, REPO, progress=False)
-    return hub.dataset(REPO)
+    return hub.add_repo("dataset", REPO, published)
 
 
 def pull(path, **arguments):
@@ -150,6 +156,13 @@ def test_a_number_of_rows_other_than_the_provenance_says_is_refused(pushed, tmp_
     provenance["parquet"][0]["rows"] += 1
     change(pushed, name, json.dumps(provenance).encode())
     with pytest.raises(CacheVerificationError, match="rows, not"):
+        pull(tmp_path / "train", split="train")
+
+
+def test_a_repository_that_lacks_a_file_is_incomplete(pushed, tmp_path):
+    name = "data/train-00001-of-00003.parquet"
+    pushed.commit("main", "drop", {path: blob for path, blob in pushed.head.files.items() if path != name})
+    with pytest.raises(ValueError, match=rf"lacks a file that it names \(.*/{name}\); it is incomplete"):
         pull(tmp_path / "train", split="train")
 
 

@@ -35,10 +35,12 @@ KEYS = ("subject", "weights_hash", "tokenizer_hash", "layer", "width", "dtype", 
 BLOCK_ROWS = 1024  # read at a time, so that memory does not depend on the size of a shard
 BATCH_SIZE = 8  # of the longest contexts that are run anew
 MOMENTS_TOLERANCE = 1e-6  # of mean and rms, in units of the rms: float64 sums in another order
-# A row that is read anew may be off by the rounding of each block, which adds up like a random walk, and by that of
-# the stored dtype. In float32 it is the order of the sums that differs between devices and batches.
+# What is read anew is off by the rounding of each block, which adds up like a random walk, and by that of the stored
+# dtype. In float32 it is the order of the sums that differs between devices and batches. Single rows go further than
+# most: on a trained model the worst of a bfloat16 run was off by 8 roundings times the square root of the blocks.
 ROUNDINGS_PER_BLOCK = 4
 FLOAT32_TOLERANCE = 1e-4
+SINGLE_ROW_FACTOR = 4
 
 
 class CacheVerificationError(Exception):
@@ -362,7 +364,9 @@ def _sample(
 
 
 def tolerance(dtype: str, computed_in: Sequence[str], layer: int) -> float:
-    """The largest relative error |A - A'| / |A| of a row that is computed anew.
+    """The largest median of the relative errors |A - A'| / |A| of rows that are computed anew.
+
+    A single row may be off by `SINGLE_ROW_FACTOR` times as much.
 
     Args:
         dtype: of the stored activations: rounded to half a unit in the last place.
@@ -395,14 +399,13 @@ def _activations_check(sample: Sequence[SampledRow], provenance: dict[str, Any],
     errors = norms(stored - anew) / np.maximum(norms(anew), np.finfo(np.float32).tiny)
     computed_in = [subject.dtype, made_as(provenance)["dtype"] or subject.dtype]
     largest = tolerance(provenance["dtype"], computed_in, provenance["layer"])
-    rule = f"relative error at most {largest:.2g} ({provenance['dtype']} stored, {' and '.join(set(computed_in))} run)"
-    wrong = np.flatnonzero(~(errors <= largest))
-    if not len(wrong):
-        return Check("activations", True, f"{len(sample)} rows computed anew, worst {errors.max():.2g}; {rule}")
-    first = wrong[0]
-    return Check(
-        "activations",
-        False,
-        f"{len(wrong)} of {len(sample)} rows differ, median {np.median(errors):.2g}, the first is "
-        f"{sample[first].name} with {errors[first]:.2g}; {rule}",
-    )
+    wrong = np.flatnonzero(~(errors <= SINGLE_ROW_FACTOR * largest))
+    median = float(np.median(errors))
+    found = f"relative error: median {median:.2g}, worst {errors.max():.2g}"
+    allowed = f"at most {largest:.2g} and {SINGLE_ROW_FACTOR * largest:.2g} for {provenance['dtype']} stored and "
+    allowed += f"{' and '.join(dict.fromkeys(computed_in))} run"
+    if len(wrong):
+        head = f"{len(wrong)} of {len(sample)} rows differ, the first is {sample[wrong[0]].name}"
+    else:
+        head = f"{len(sample)} rows computed anew"
+    return Check("activations", not len(wrong) and median <= largest, f"{head}; {found} ({allowed})")

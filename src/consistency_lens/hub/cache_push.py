@@ -86,6 +86,8 @@ def push_cache(
         _check_remote(repo, revision, caches, private)
     for split, cache in caches.items():
         _check_content(split, cache, progress)
+    if not dry_run:
+        _make_repository(repo, revision, private)  # first, for it may not be allowed
     staging = path.with_name(f".{path.name}.push")
     tokenizer = load_cache_tokenizer(next(iter(caches.values())).provenance) if text else None
     folder = stage(caches, staging, tokenizer, progress)
@@ -98,7 +100,7 @@ def push_cache(
     url = f"{HfApi().endpoint}/datasets/{repo}"
     if dry_run:
         return PushedCache(url, None, rows, folder)
-    commit = _upload(folder, repo, revision, private, f"Activation cache, {sum(rows.values()):,} rows")
+    commit = _upload(folder, repo, revision, f"Activation cache, {sum(rows.values()):,} rows")
     shutil.rmtree(staging)
     return PushedCache(url, commit, rows, None)
 
@@ -244,15 +246,20 @@ def public_name(name: str) -> str:
 # Upload
 
 
-def _upload(folder: Path, repo: str, revision: str | None, private: bool, message: str) -> str:
-    """Uploads what is new in one commit, as far as the Hub takes it in one; returns the commit that holds all."""
+def _make_repository(repo: str, revision: str | None, private: bool) -> None:
+    """Makes the repository and its branch, if they are not there."""
     api = HfApi()
     with asking_hub(repo, revision):
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, repo_type="dataset", branch=revision, exist_ok=True)
-        # the pattern of each own file deletes those of an earlier cache with more shards
-        pushed = api.upload_folder(
+
+
+def _upload(folder: Path, repo: str, revision: str | None, message: str) -> str:
+    """Uploads what is new in one commit, as far as the Hub takes it in one; returns the commit that holds all."""
+    with asking_hub(repo, revision):
+        # what an earlier cache with more shards left is deleted
+        pushed = HfApi().upload_folder(
             repo_id=repo,
             repo_type="dataset",
             folder_path=folder,

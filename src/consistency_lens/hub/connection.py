@@ -9,6 +9,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
     LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -35,10 +36,17 @@ def asking_hub(repo: str, revision: str | None = None) -> Iterator[None]:
         raise ValueError(f"hub: no token to write to {repo!r} with; {LOG_IN}") from error
     except RevisionNotFoundError as error:
         raise ValueError(f"revision: {repo!r} has no {revision!r}; pass a commit, tag or branch of it") from error
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(f"repo: {repo!r} lacks a file that it names ({_asked(error)}); it is incomplete") from error
     except (HTTPError, OSError, EntryNotFoundError, RuntimeError) as error:
         # an upload in several threads wraps what went wrong in a RuntimeError
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         raise _readable(cause, repo) from error
+
+
+def _asked(error: HfHubHTTPError) -> str:
+    """The path of a request that failed."""
+    return error.response.request.url.path
 
 
 def _readable(error: BaseException, repo: str) -> Exception:
