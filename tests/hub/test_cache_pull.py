@@ -182,8 +182,10 @@ def test_an_older_revision_may_be_asked_for_but_not_into_the_same_folder(pushed,
     change(pushed, "notes.md", b"a new commit")
     with pytest.raises(ValueError, match="pulled_from .*choose another folder or delete that one"):
         pull(tmp_path / "new", split="train")
+    change(pushed, "data/train-00001-of-00003.parquet", b"another cache by now")
     (found,) = pull(tmp_path / "old", split="train", revision=first)
     assert found.commit == first
+    assert rows_of(tmp_path / "old").equals(rows_of(built.layer / "train"))
     assert not pull(tmp_path / "old", split="train", revision=first)[0].is_new
 
 
