@@ -122,6 +122,21 @@ def test_a_single_cache_is_a_data_set_of_one_split(hub, layer):
     assert {name.split("/")[1].split("-")[0] for name in files_of(hub) if name.startswith("data/")} == {"validation"}
 
 
+def test_without_the_tokenizer_the_contexts_are_tokens_alone(hub, layer, caplog):
+    for split in ("train", "validation"):
+        file = layer / split / "provenance.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer": "nobody/nothing"}))
+    push(layer)
+    assert "the decoded contexts are left out" in caplog.text
+    assert b"`text`" not in files_of(hub)["README.md"].content
+    assert datasets.load_dataset(REPO, split="train").column_names == [
+        "activation",
+        "input_ids",
+        "position",
+        "document",
+    ]
+
+
 def test_row_groups_are_small(hub, layer, monkeypatch, tmp_path):
     monkeypatch.setattr(cache_parquet, "ROW_GROUP_ROWS", 19)
     push(layer)
@@ -287,6 +302,8 @@ def test_two_caches_of_one_split_and_unfinished_ones_are_refused(hub, layer, tmp
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no activation cache at"):
         push(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no folder at"):
+        push(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

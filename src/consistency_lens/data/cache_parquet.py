@@ -85,7 +85,8 @@ def read_parquet(file: Path, features: Features) -> pa.Table:
     """
     schema = features.arrow_schema
     try:
-        table = pq.read_table(file, columns=schema.names)
+        with pq.ParquetFile(file) as parquet:
+            table = parquet.read(columns=schema.names)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"cannot read {file.name!r} as parquet ({str(error).splitlines()[0]})") from error
     found, wanted = ({field.name: field.type for field in of} for of in (table.schema, schema))

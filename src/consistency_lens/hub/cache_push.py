@@ -90,6 +90,8 @@ def push_cache(
         _make_repository(repo, revision, private)  # first, for it may not be allowed
     staging = path.with_name(f".{path.name}.push")
     tokenizer = load_cache_tokenizer(next(iter(caches.values())).provenance) if text else None
+    if text and tokenizer is None:
+        logger.warning("the tokenizer of the cache is not to be had: the decoded contexts are left out")
     folder = stage(caches, staging, tokenizer, progress)
     descriptions = {split: describe_cache(cache, tokenizer, progress=progress) for split, cache in caches.items()}
     published = {split: json.loads((folder / PROVENANCE / f"{split}.json").read_text()) for split in caches}
@@ -111,6 +113,8 @@ def splits_of(path: Path) -> dict[str, Path]:
     Raises:
         ValueError: if there is no cache, one is unfinished, two are of one split, or a split's name cannot be used.
     """
+    if not path.is_dir():
+        raise ValueError(f"path: no folder at {str(path)!r}; pass the folder of an activation cache")
     folders = [path] if is_cache(path) else sorted(child for child in path.iterdir() if is_cache(child))
     unfinished = [child for child in (path, *path.iterdir()) if (child / BUILDING_FILE).is_file()]
     unfinished = [child for child in unfinished if not is_cache(child)]
@@ -265,7 +269,7 @@ def _upload(folder: Path, repo: str, revision: str | None, message: str) -> str:
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            ignore_patterns=[".*"],
+            ignore_patterns=["*.partial"],
             delete_patterns=list(OWN_FILES),
         )
         return pushed.oid
