@@ -1,6 +1,7 @@
 """What all tests share: no network, and the pretrained model that some tests read."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads these once.
@@ -8,7 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import datasets
 import pytest
+from hub_server import HubServer
+from huggingface_hub import HfFileSystem, constants
 
 STORIES260K = Path(__file__).parents[2] / "shared" / "data" / "stories260K"
 
@@ -19,3 +23,32 @@ def stories260k() -> Path:
     if not STORIES260K.is_dir():
         pytest.skip("no pretrained model at ../shared/data/stories260K")
     return STORIES260K
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[HubServer]:
+    """A Hub on loopback that `huggingface_hub` and `datasets` take for the real one, signed in to, with empty caches.
+
+    Both libraries read their settings when they are imported, so they are set in their modules.
+    """
+    with HubServer() as server:
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        for name, value in {
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_OFFLINE": False,
+            "HF_DATASETS_OFFLINE": False,
+            "HF_DATASETS_CACHE": tmp_path / "datasets_cache",
+            "HF_UPDATE_DOWNLOAD_COUNTS": False,
+        }.items():
+            monkeypatch.setattr(datasets.config, name, value)
+        HfFileSystem.clear_instance_cache()
+        yield server
+        HfFileSystem.clear_instance_cache()

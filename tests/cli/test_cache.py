@@ -14,6 +14,7 @@ from consistency_lens.cli.cache import CacheArguments, cache_activations, main
 from consistency_lens.cli.tokenize import main as tokenize
 from consistency_lens.data import cache_folder
 from consistency_lens.data.activation_cache import ActivationCache
+from consistency_lens.data.cache_verification import verify_cache
 
 TEXT = text()
 
@@ -48,7 +49,7 @@ def test_a_corpus_gives_a_cache_of_each_split_and_layer(subject_folder, corpus_f
         for layer in (0, 2):
             path = tmp_path / "stories.txt" / "subject" / f"layer_{layer}" / split
             cache = ActivationCache.open(path, subject_name=str(subject_folder), layer=layer)
-            cache.verify()
+            assert all(check.passed for check in verify_cache(path, progress=False))
             documents[split] = set(cache.documents)
             assert any(str(path) in line and f"{len(cache):,} rows" in line for line in printed)
             assert cache.provenance["dataset"] == str(text_file)

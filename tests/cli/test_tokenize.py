@@ -39,6 +39,34 @@ def test_prints_statistics_and_does_nothing_the_second_time(flags, tmp_path, cap
     assert again.splitlines()[:-1] == printed.splitlines()[:-1]
 
 
+def test_a_data_set_on_the_hub_is_read_at_its_commit(hub, flags, tmp_path, capsys):
+    texts = [" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30)]
+    lines = "".join(json.dumps({"story": text}) + "\n" for text in texts)
+    repo = hub.add_repo("dataset", "org/stories", {"data/train.jsonl": lines.encode(), "README.md": b"---\n---\n"})
+    given = flags(dataset="org/stories", text_column="story")
+    assert main(given) == 0, capsys.readouterr().err
+    record = json.loads((tmp_path / "corpus" / "tokenization.json").read_text())
+    assert record["dataset_commit"] == repo.head.oid
+    assert record["statistics"]["documents"] == 30
+    assert main(flags(output_dir=tmp_path / "same")) == 0  # the same texts, from a file
+    for split in ("train", "validation"):
+        assert open_corpus(tmp_path / "corpus", split)[:] == open_corpus(tmp_path / "same", split)[:]
+    first = repo.head.oid
+    repo.commit("main", "less", {"data/train.jsonl": repo.head.files["data/train.jsonl"]._replace(content=b"{}")})
+    again = flags(dataset="org/stories", text_column="story", dataset_revision=first, output_dir=tmp_path / "old")
+    assert main(again) == 0
+    assert open_corpus(tmp_path / "old", "train")[:] == open_corpus(tmp_path / "corpus", "train")[:]
+
+
+@pytest.mark.parametrize("name", ["org/nothing", "org/private"])
+def test_a_data_set_that_may_not_be_read_is_a_mistake_of_one_line(hub, flags, monkeypatch, capsys, name):
+    hub.add_repo("dataset", "org/private", {"data/train.jsonl": b"{}"}, private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert main(flags(dataset=name)) == 2
+    error = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert error.startswith(f"error: dataset: cannot read '{name}'") and "hf_wrong" not in error
+
+
 def test_explains_its_arguments(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--help"])

@@ -8,6 +8,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from consistency_lens.data.cache_verification import verify_cache
 from consistency_lens.data.corpus import corpus_from_rows
 from consistency_lens.subject import Subject
 
@@ -56,6 +57,11 @@ def make_corpus(num_sequences=NUM_SEQUENCES) -> Dataset:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Everything in a folder, by name."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def assert_verified(path: Path) -> None:
+    """Every check of a cache passes."""
+    assert [check for check in verify_cache(path, progress=False) if not check.passed] == []
 
 
 def shard_hashes(cache):

@@ -9,7 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cache_builds import ARGUMENTS, LAYER, files_of, make_corpus, make_subject, make_tokenizer, shard_hashes
+from cache_builds import (
+    ARGUMENTS,
+    LAYER,
+    files_of,
+    make_corpus,
+    make_subject,
+    make_tokenizer,
+    shard_hashes,
+)
 
 from consistency_lens import atomic_write
 from consistency_lens.data.activation_cache import ActivationCache

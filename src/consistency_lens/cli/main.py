@@ -9,16 +9,19 @@ COMMANDS = {
     "tokenize": "text or chats to tokens, once (--dataset corpus.txt --model gpt2 --output_dir data/corpus)",
     "cache": "a subject's activations on such tokens (--model gpt2 --layer 6 --dataset data/corpus)",
     "describe": "what an activation cache holds (--cache data/.../train)",
-    "verify": "checksums, counts and values of an activation cache (--cache data/.../train)",
-    "push": "publish a lens or a cache on the Hub (--path outputs/lens --repo me/lens)",
-    "pull": "download what was published (--repo me/lens --path outputs/lens)",
+    "verify": "an activation cache against its provenance and its subject (--cache data/.../train)",
+    "push": "publish an activation cache on the Hub (--path data/.../layer_6 --repo me/cache)",
+    "pull": "fetch a published activation cache (--repo me/cache --path data/cache)",
     "generate-chat": "complete prompts through an OpenAI-compatible server (--prompts prompts.jsonl)",
     "eval": "evaluate a saved lens on held-out documents (--lens outputs/tiny_stories)",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatches to a sub-command. Exit codes: 0 done, 1 failed while running, 2 the user's mistake."""
+    """Dispatches to a sub-command.
+
+    Exit codes: 0 done, 1 failed while running, 2 the user's mistake, 3 a verification did not pass.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: consistency-lens COMMAND [--config FILE] [flags]\n\ncommands:")

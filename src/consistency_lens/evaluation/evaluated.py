@@ -134,5 +134,5 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if bad.any():
         raise NotFiniteError(
             f"evaluation: {name} hold NaN or infinity in {int(bad.sum())} of {len(bad)} rows of a batch; "
-            "check the cache with `ActivationCache.verify`, and the lens's weights"
+            "check the cache with consistency-lens verify, and the lens's weights"
         )

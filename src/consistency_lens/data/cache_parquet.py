@@ -1,0 +1,129 @@
+"""The shards of an activation cache as parquet files, the form in which it is published, and back.
+
+One parquet file for each Arrow shard, in order, with the same rows in the same order and the same columns; `text`, the
+decoded context, may stand beside them for the eye of a reader, and is dropped on the way back.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from ..atomic_write import atomic_file
+from .activation_cache import file_hash, token_lists
+
+TEXT_COLUMN = "text"
+# A row group is what a viewer reads to show one row, and a stream to read on.
+ROW_GROUP_ROWS, ROW_GROUP_BYTES = 512, 1 << 20
+COMPRESSION = "zstd"
+FEW_VALUES = ["position", "document", "input_ids.list.element"]  # worth a dictionary; activations are not
+
+
+def cache_features(width: int, dtype: str, with_text: bool = False) -> Features:
+    """The columns of a cache of `width` dimensions stored in `dtype`, with the decoded context or without."""
+    features = {
+        "activation": List(Value(dtype), length=width),
+        "input_ids": List(Value("int32")),
+        "position": Value("int32"),
+        "document": Value("int64"),
+    }
+    return Features(features | ({TEXT_COLUMN: Value("string")} if with_text else {}))
+
+
+def write_parquet(
+    shard: Path, target: Path, features: Features, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
+    """Writes an Arrow shard as a parquet file, whole or not at all; holds one row group in memory.
+
+    Args:
+        shard: of a cache.
+        target: the file.
+        features: `cache_features` of the cache, with the text if a tokenizer is given.
+        tokenizer: decodes the contexts.
+
+    Returns:
+        `file` (its name), `rows`, `bytes`, `sha256`, and `num_bytes`, the size of its rows in memory.
+    """
+    schema = features.arrow_schema
+    rows = num_bytes = 0
+    with atomic_file(target) as stream, _writer(stream, schema) as writer:
+        for block in _row_groups(shard):
+            columns = [block[name].combine_chunks() for name in block.column_names]
+            if tokenizer is not None:
+                columns.append(pa.array(decoded(block, tokenizer), pa.string()))
+            table = pa.Table.from_arrays(columns, schema=schema)
+            writer.write_table(table, row_group_size=len(table))
+            rows += len(table)
+            num_bytes += table.nbytes
+    return {
+        "file": target.name,
+        "rows": rows,
+        "bytes": target.stat().st_size,
+        "sha256": file_hash(target),
+        "num_bytes": num_bytes,
+    }
+
+
+def decoded(table: pa.Table, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The context of each row as text, special tokens too."""
+    return tokenizer.batch_decode([tokens.tolist() for tokens in token_lists(table)])
+
+
+def read_parquet(file: Path, features: Features) -> pa.Table:
+    """The rows of a parquet file as the table of a shard, without the text.
+
+    Args:
+        file: that `write_parquet` wrote.
+        features: `cache_features` of the cache.
+
+    Raises:
+        ValueError: if it is no parquet file, or its columns are not those of the features.
+    """
+    schema = features.arrow_schema
+    try:
+        with pq.ParquetFile(file) as parquet:
+            table = parquet.read(columns=schema.names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"cannot read {file.name!r} as parquet ({str(error).splitlines()[0]})") from error
+    found, wanted = ({field.name: field.type for field in of} for of in (table.schema, schema))
+    if found != wanted:
+        raise ValueError(f"{file.name!r} has columns {_types(found)}, not {_types(wanted)}")
+    return pa.Table.from_arrays([table[name].combine_chunks() for name in schema.names], schema=schema)
+
+
+def write_shard(table: pa.Table, target: Path) -> dict[str, Any]:
+    """Writes rows as an Arrow shard of a cache, whole or not at all.
+
+    Returns:
+        The shard's record: `file` (its name), `rows`, `bytes` and `sha256`.
+    """
+    with atomic_file(target) as stream, pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    return {
+        "file": target.name,
+        "rows": len(table),
+        "bytes": target.stat().st_size,
+        "sha256": file_hash(target),
+    }
+
+
+def _writer(stream: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(stream, schema, compression=COMPRESSION, use_dictionary=FEW_VALUES, write_page_index=True)
+
+
+def _row_groups(shard: Path) -> Iterator[pa.Table]:
+    """The rows of a shard in pieces of at most `ROW_GROUP_ROWS` rows and about `ROW_GROUP_BYTES`."""
+    with pa.memory_map(str(shard)) as stream:
+        table = pa.ipc.open_stream(stream).read_all()
+        bytes_per_row = max(1, table.nbytes // max(1, len(table)))
+        rows = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // bytes_per_row))
+        for start in range(0, len(table), rows):
+            yield table.slice(start, rows)
+
+
+def _types(columns: dict[str, pa.DataType]) -> str:
+    return ", ".join(f"{name} {kind}" for name, kind in columns.items())

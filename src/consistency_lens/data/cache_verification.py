@@ -1,0 +1,404 @@
+"""Verification of an activation cache: its files against its provenance, and its provenance against the subject.
+
+Every check is made and reported, not only the first that fails. A shard whose checksum is wrong is not read any
+further, for nothing in it can be relied on.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm.auto import tqdm
+
+from ..residual_stream import ResidualStream
+from .activation_cache import BUILDING_FILE, PROVENANCE_FILE, file_hash, token_lists
+from .activation_reading import ActivationReader
+from .cache_folder import norms
+from .cache_plan import ShardPlan
+from .fingerprints import tokenizer_hash, weights_hash
+from .moments import BlockMoments, block_moments, merge_moments
+from .subject_loading import LoadedSubject
+
+KEYS = ("subject", "weights_hash", "tokenizer_hash", "layer", "width", "dtype", "positions", "rows", "mean", "rms")
+BLOCK_ROWS = 1024  # read at a time, so that memory does not depend on the size of a shard
+BATCH_SIZE = 8  # of the longest contexts that are run anew
+MOMENTS_TOLERANCE = 1e-6  # of mean and rms, in units of the rms: float64 sums in another order
+# What is read anew is off by the rounding of each block, which adds up like a random walk, and by that of the stored
+# dtype. In float32 it is the order of the sums that differs between devices and batches. Single rows go further than
+# most: on a trained model the worst of a bfloat16 run was off by 8 roundings times the square root of the blocks.
+ROUNDINGS_PER_BLOCK = 4
+FLOAT32_TOLERANCE = 1e-4
+SINGLE_ROW_FACTOR = 4
+
+
+class CacheVerificationError(Exception):
+    """A cache, or what came of it over a network, is not what its provenance says."""
+
+
+class Check(NamedTuple):
+    """What one check of a cache found."""
+
+    name: str
+    passed: bool
+    detail: str
+    """What was checked, or each thing that is wrong, a line each."""
+
+
+class LoadedWeights(NamedTuple):
+    """A subject and what is compared of it, computed once for all the caches that are verified against it."""
+
+    stream: ResidualStream
+    weights_hash: str
+    tokenizer_hash: str
+    dtype: str
+
+
+class ShardFindings(NamedTuple):
+    """What a pass over one shard found."""
+
+    rows: int
+    moments: list[BlockMoments]
+    problems: dict[str, list[str]]
+    """Name of a check -> what is wrong."""
+    readable: bool
+
+
+def find_caches(path: str | Path) -> list[Path]:
+    """The folders of the activation caches at `path` or below it, finished or not.
+
+    Raises:
+        ValueError: if there is none, or the one at `path` itself is unfinished.
+    """
+    path = Path(path)
+    if is_cache(path):
+        return [path]
+    if (path / BUILDING_FILE).is_file():
+        raise ValueError(f"cache: an unfinished cache at {str(path)!r}; run its build (again) to finish it")
+    if not path.is_dir():
+        raise ValueError(f"cache: no folder at {str(path)!r}; pass a cache, or a folder with caches below it")
+    finished = {file.parent for file in path.rglob(PROVENANCE_FILE) if is_cache(file.parent)}
+    unfinished = {file.parent for file in path.rglob(BUILDING_FILE)}
+    if not finished | unfinished:
+        raise ValueError(f"cache: no cache at {str(path)!r} or below it; make one with: consistency-lens cache")
+    return sorted(finished | unfinished)
+
+
+def is_cache(path: Path) -> bool:
+    """Whether a folder holds a finished cache, or one whose provenance is damaged; other artifacts have another."""
+    file = path / PROVENANCE_FILE
+    if not file.is_file():
+        return False
+    try:
+        return "shards" in json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return any(path.glob("shard-*.arrow"))
+
+
+def load_weights(subject: LoadedSubject, blocks: str | None = None) -> LoadedWeights:
+    """What a cache is compared with of a subject; reads all its weights."""
+    return LoadedWeights(
+        ResidualStream(subject.model, blocks=blocks),
+        weights_hash(subject.model),
+        tokenizer_hash(subject.tokenizer),
+        str(subject.model.dtype).removeprefix("torch."),
+    )
+
+
+def verify_cache(
+    path: str | Path, subject: LoadedWeights | None = None, sample_rows: int = 64, progress: bool = True
+) -> list[Check]:
+    """Checks a cache: checksums, counts, columns, values, positions and moments, and with `subject` what it was read
+    from. Memory does not grow with the rows.
+
+    Args:
+        path: folder of the cache.
+        subject: the one that its provenance names; its activations are computed anew for a sample of the rows.
+        sample_rows: how many of them, spread evenly over the cache.
+
+    Returns:
+        All checks, in order. Where the provenance cannot be used or the cache is unfinished, one that says so.
+    """
+    path = Path(path)
+    if not (path / PROVENANCE_FILE).is_file():
+        return [Check("finished", False, f"no {PROVENANCE_FILE}: run its build (again) to finish it")]
+    try:
+        provenance = _read_provenance(path)
+    except ValueError as error:
+        return [Check("provenance", False, str(error))]
+    shards = provenance["shards"]
+    bar = tqdm(shards, desc=f"verifying {path.name}", unit=" shards", disable=not progress)
+    findings = [_check_shard(path / shard["file"], shard, provenance) for shard in bar]
+    checks = [Check("provenance", True, f"layer {provenance['layer']} of {provenance['subject']}")]
+    checks += _content_checks(path, provenance, findings)
+    if subject is not None:
+        checks += _subject_checks(path, provenance, findings, subject, sample_rows)
+    return checks
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    """The provenance, with all that is needed here.
+
+    Raises:
+        ValueError: if it is no JSON, or lacks something.
+    """
+    provenance = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    missing = [key for key in (*KEYS, "shards") if key not in provenance]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    return provenance
+
+
+# The files
+
+
+def _check_shard(file: Path, shard: dict[str, Any], provenance: dict[str, Any]) -> ShardFindings:
+    """Reads a shard once for its checksum and once for its rows."""
+    problems: dict[str, list[str]] = defaultdict(list)
+    if not file.is_file():
+        problems["checksums"].append(f"{file.name}: missing")
+    elif (found := file_hash(file)) != shard["sha256"]:
+        size = file.stat().st_size
+        problems["checksums"].append(
+            f"{file.name}: sha256 {found[:12]}…, not {shard['sha256'][:12]}… ({size:,} bytes of {shard['bytes']:,})"
+        )
+    if problems:
+        return ShardFindings(0, [], problems, False)
+    rows, moments = 0, []
+    try:
+        with pa.memory_map(str(file)) as stream, pa.ipc.open_stream(stream) as reader:
+            _check_columns(reader.schema, file.name, provenance, problems)
+            if problems:
+                return ShardFindings(0, [], problems, False)
+            for table in _blocks(reader):
+                activations = _check_rows(table, rows, file.name, provenance, problems)
+                moments.append(block_moments(activations))
+                rows += len(table)
+    except (pa.ArrowInvalid, OSError) as error:
+        problems["columns"].append(f"{file.name}: no Arrow stream ({str(error).splitlines()[0]})")
+        return ShardFindings(0, [], problems, False)
+    if rows != shard["rows"]:
+        problems["rows"].append(f"{file.name}: {rows:,} rows, not {shard['rows']:,}")
+    return ShardFindings(rows, moments, problems, True)
+
+
+def _blocks(reader: pa.RecordBatchStreamReader) -> Iterator[pa.Table]:
+    for batch in reader:
+        for start in range(0, len(batch), BLOCK_ROWS):
+            yield pa.Table.from_batches([batch.slice(start, BLOCK_ROWS)])
+
+
+def _check_columns(schema: pa.Schema, name: str, provenance: dict[str, Any], problems: dict[str, list[str]]) -> None:
+    dtype = {"float16": pa.float16(), "float32": pa.float32()}[provenance["dtype"]]
+    expected = {
+        "activation": pa.list_(dtype, provenance["width"]),
+        "input_ids": pa.list_(pa.int32()),
+        "position": pa.int32(),
+        "document": pa.int64(),
+    }
+    if schema.names != list(expected):
+        problems["columns"].append(f"{name}: {', '.join(schema.names)}, not {', '.join(expected)}")
+        return
+    for column, wanted in expected.items():
+        found = schema.field(column).type
+        if not found.equals(wanted):
+            problems["columns"].append(f"{name}: {column} is {found}, not {wanted}")
+
+
+def _check_rows(
+    table: pa.Table, first_row: int, name: str, provenance: dict[str, Any], problems: dict[str, list[str]]
+) -> np.ndarray:
+    """Checks the values of a block of rows; returns their activations (N, d), rows that are not finite as zeros."""
+    column = table["activation"].combine_chunks()
+    activations = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    finite = np.isfinite(activations).all(axis=1)
+    if not finite.all():
+        rows = first_row + np.flatnonzero(~finite)
+        problems["finite values"].append(f"{name}: {_rows(rows)} with NaN or infinity")
+        activations = np.where(finite[:, None], activations, 0)
+    lengths = np.diff(table["input_ids"].combine_chunks().offsets.to_numpy())
+    positions = table["position"].to_numpy()
+    wrong = np.flatnonzero(lengths != positions + 1)
+    if len(wrong):
+        problems["positions"].append(f"{name}: {_rows(first_row + wrong)} whose context is not tokens 0..P")
+    least = provenance["positions"]["min_position"]
+    early = np.flatnonzero(positions < least)
+    if len(early):
+        problems["positions"].append(f"{name}: {_rows(first_row + early)} before position {least}")
+    return activations
+
+
+def _rows(rows: np.ndarray) -> str:
+    return f"row {rows[0]}" if len(rows) == 1 else f"{len(rows):,} rows from row {rows[0]}"
+
+
+def _content_checks(path: Path, provenance: dict[str, Any], findings: Sequence[ShardFindings]) -> list[Check]:
+    """The findings of all shards, by check; and what is told by all of them together."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for finding in findings:
+        for name, problems in finding.problems.items():
+            found[name] += problems
+    shards = provenance["shards"]
+    names = [shard["file"] for shard in shards]
+    found["shards"] += [
+        f"{file.name}: not in the provenance" for file in sorted(path.glob("shard-*.arrow")) if file.name not in names
+    ]
+    if sum(shard["rows"] for shard in shards) != provenance["rows"]:
+        found["rows"].append(f"the shards have {sum(shard['rows'] for shard in shards):,}, not {provenance['rows']:,}")
+    size = sum(shard["bytes"] for shard in shards)
+    passed = {
+        "shards": f"{len(shards):,} files, none besides",
+        "checksums": f"sha256 of {size:,} bytes",
+        "rows": f"{provenance['rows']:,}",
+        "columns": f"activation {provenance['dtype']} x {provenance['width']}, input_ids, position, document",
+        "finite values": f"{sum(finding.rows for finding in findings) * provenance['width']:,} values",
+        "positions": f"tokens 0..P each, P of {provenance['positions']['min_position']} or more",
+    }
+    checks = [Check(name, not found[name], "\n".join(found[name]) or detail) for name, detail in passed.items()]
+    if all(finding.readable for finding in findings):
+        checks.append(_moments_check(provenance, findings))
+    return checks
+
+
+def _moments_check(provenance: dict[str, Any], findings: Sequence[ShardFindings]) -> Check:
+    blocks = [block for finding in findings for block in finding.moments]
+    moments = merge_moments(blocks)
+    largest = MOMENTS_TOLERANCE * moments.rms
+    mean = np.array(provenance["mean"])
+    problems = []
+    if mean.shape != moments.mean.shape:
+        problems.append(f"the mean has {len(mean)} dimensions, not {len(moments.mean)}")
+    elif not (off := float(np.abs(mean - moments.mean).max())) <= largest:
+        problems.append(f"the mean is off by up to {off:.3g} (at most {largest:.2g})")
+    if not abs(provenance["rms"] - moments.rms) <= largest:
+        problems.append(f"the rms is {moments.rms:.6g}, not {provenance['rms']:.6g}")
+    return Check("mean and rms", not problems, "\n".join(problems) or f"computed anew, rms {moments.rms:.6g}")
+
+
+# The subject
+
+
+def _subject_checks(
+    path: Path,
+    provenance: dict[str, Any],
+    findings: Sequence[ShardFindings],
+    subject: LoadedWeights,
+    sample_rows: int,
+) -> list[Check]:
+    checks = [_weights_check(provenance, subject), _hash_check("tokenizer", provenance, subject.tokenizer_hash)]
+    stream, layer = subject.stream, provenance["layer"]
+    if (width := stream.width) != provenance["width"] or layer >= stream.num_layers:
+        detail = f"width {width} and {stream.num_layers} blocks, not width {provenance['width']} and a block {layer}"
+        return [*checks, Check("activations", False, detail)]
+    readable = [finding.readable for finding in findings]
+    sample = _sample(path, provenance["shards"], readable, sample_rows)
+    return [*checks, _activations_check(sample, provenance, subject)] if sample else checks
+
+
+def _weights_check(provenance: dict[str, Any], subject: LoadedWeights) -> Check:
+    made_in = made_as(provenance)["dtype"]
+    if made_in is not None and made_in != subject.dtype:
+        return Check("weights", True, f"not compared: loaded in {subject.dtype}, the cache was made in {made_in}")
+    return _hash_check("weights", provenance, subject.weights_hash)
+
+
+def _hash_check(what: str, provenance: dict[str, Any], found: str) -> Check:
+    expected = provenance[f"{what}_hash"]
+    detail = f"hash {found[:12]}…" if found == expected else f"hash {found[:12]}…, not {expected[:12]}…"
+    return Check(what, found == expected, detail)
+
+
+def made_as(provenance: dict[str, Any]) -> dict[str, str | None]:
+    """`dtype` and `quantization` of the subject when its activations were cached; None where it is not known."""
+    loaded_as = provenance.get("loaded_as") or {}
+    quantization = loaded_as.get("quantization") or {}
+    bits = {"load_in_8bit": "8bit", "load_in_4bit": "4bit"}
+    return {
+        "dtype": loaded_as.get("dtype"),
+        "quantization": next((name for key, name in bits.items() if quantization.get(key)), None),
+    }
+
+
+class SampledRow(NamedTuple):
+    """A row that is computed anew."""
+
+    name: str
+    context: np.ndarray
+    activation: np.ndarray
+    """(d,) float64, as stored."""
+
+
+def _sample(
+    path: Path, shards: Sequence[dict[str, Any]], readable: Sequence[bool], sample_rows: int
+) -> list[SampledRow]:
+    """Rows spread evenly over the readable shards."""
+    usable = [shard for shard, can in zip(shards, readable, strict=True) if can and shard["rows"]]
+    ends = np.cumsum([shard["rows"] for shard in usable])
+    if not len(ends) or sample_rows < 1:
+        return []
+    chosen = np.unique(np.linspace(0, ends[-1] - 1, min(sample_rows, int(ends[-1]))).astype(np.int64))
+    places = np.searchsorted(ends, chosen, side="right")
+    rows: list[SampledRow] = []
+    for place in np.unique(places):
+        shard = usable[place]
+        own = chosen[places == place] - (ends[place] - shard["rows"])
+        with pa.memory_map(str(path / shard["file"])) as stream:
+            whole = pa.ipc.open_stream(stream).read_all()
+            table = pa.concat_tables([whole.slice(int(row), 1) for row in own]).combine_chunks()
+        activations = table["activation"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = activations.reshape(len(own), -1).astype(np.float64)
+        names = [f"row {row} of {shard['file']}" for row in own]
+        rows += map(SampledRow, names, token_lists(table), vectors)
+    return rows
+
+
+def tolerance(dtype: str, computed_in: Sequence[str], layer: int) -> float:
+    """The largest median of the relative errors |A - A'| / |A| of rows that are computed anew.
+
+    A single row may be off by `SINGLE_ROW_FACTOR` times as much.
+
+    Args:
+        dtype: of the stored activations: rounded to half a unit in the last place.
+        computed_in: the dtypes of the subject, then and now. In a half each block rounds the residual stream several
+            times, which adds up with the square root of the blocks.
+        layer: the block that is read.
+    """
+    rounding = {name: torch.finfo(getattr(torch, name)).eps / 2 for name in {dtype, *computed_in}}
+    computed = ROUNDINGS_PER_BLOCK * np.sqrt(layer + 1) * max(rounding[name] for name in computed_in)
+    return rounding[dtype] + max(FLOAT32_TOLERANCE, float(computed))
+
+
+def _activations_check(sample: Sequence[SampledRow], provenance: dict[str, Any], subject: LoadedWeights) -> Check:
+    """Runs the subject over the contexts of some rows and compares what it gives with what is stored."""
+    vocab_size = subject.stream.input_embedding.get_parameter("weight").shape[0]
+    largest_token = max(int(row.context.max()) for row in sample)
+    if largest_token >= vocab_size:
+        detail = f"a context has token {largest_token}, but the subject's vocabulary is {vocab_size}"
+        return Check("activations", False, detail)
+    plan = ShardPlan(
+        [row.context for row in sample],
+        [np.array([len(row.context) - 1]) for row in sample],
+        np.zeros(len(sample), dtype=np.int64),
+    )
+    try:
+        (anew,) = ActivationReader(subject.stream, BATCH_SIZE).read(plan, [provenance["layer"]])
+    except ValueError as error:
+        return Check("activations", False, str(error))
+    stored = np.stack([row.activation for row in sample])
+    errors = norms(stored - anew) / np.maximum(norms(anew), np.finfo(np.float32).tiny)
+    computed_in = [subject.dtype, made_as(provenance)["dtype"] or subject.dtype]
+    largest = tolerance(provenance["dtype"], computed_in, provenance["layer"])
+    wrong = np.flatnonzero(~(errors <= SINGLE_ROW_FACTOR * largest))
+    median = float(np.median(errors))
+    found = f"relative error: median {median:.2g}, worst {errors.max():.2g}"
+    allowed = f"at most {largest:.2g} and {SINGLE_ROW_FACTOR * largest:.2g} for {provenance['dtype']} stored and "
+    allowed += f"{' and '.join(dict.fromkeys(computed_in))} run"
+    if len(wrong):
+        head = f"{len(wrong)} of {len(sample)} rows differ, the first is {sample[wrong[0]].name}"
+    else:
+        head = f"{len(sample)} rows computed anew"
+    return Check("activations", not len(wrong) and median <= largest, f"{head}; {found} ({allowed})")

@@ -1,0 +1,68 @@
+"""Talking to the Hugging Face Hub: its many errors as two, each one line that says what to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+class HubError(OSError):
+    """The Hub cannot be reached, or fails; the same call may do later."""
+
+
+@contextmanager
+def asking_hub(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Turns the errors of `huggingface_hub` inside the `with` block into errors of one line, without a token in them.
+
+    Raises:
+        ValueError: where the user can mend it: no such repository or revision, a token that is missing, wrong or
+            without the right.
+        HubError: where the Hub cannot be reached, or fails.
+    """
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise ValueError(f"hub: no token to write to {repo!r} with; {LOG_IN}") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"revision: {repo!r} has no {revision!r}; pass a commit, tag or branch of it") from error
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(f"repo: {repo!r} lacks a file that it names ({_asked(error)}); it is incomplete") from error
+    except (HTTPError, OSError, EntryNotFoundError, RuntimeError) as error:
+        # an upload in several threads wraps what went wrong in a RuntimeError
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+        raise _readable(cause, repo) from error
+
+
+def _asked(error: HfHubHTTPError) -> str:
+    """The path of a request that failed."""
+    return error.response.request.url.path
+
+
+def _readable(error: BaseException, repo: str) -> Exception:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    said = first_line(error)
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return ValueError(f"hub: {constants.ENDPOINT} does not take the token (401); {LOG_IN}")
+    if isinstance(error, RepositoryNotFoundError):
+        return ValueError(f"repo: no {repo!r} on the Hub, or it is private; check the name, or {LOG_IN}")
+    if status == 403:
+        return ValueError(f"hub: the token has no right to do that in {repo!r} (403: {said}); {LOG_IN}")
+    return HubError(f"hub: {constants.ENDPOINT} fails or cannot be reached ({said}); try again later")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    told = error.server_message if isinstance(error, HfHubHTTPError) and error.server_message else str(error)
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

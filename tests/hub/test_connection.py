@@ -1,0 +1,26 @@
+"""The Hub's errors in one line."""
+
+import pytest
+
+from consistency_lens.hub.connection import HubError, asking_hub, first_line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(OSError("one\n\ntwo"), "one"), (OSError("\n  first \nsecond"), "first"), (TimeoutError(), "TimeoutError")],
+)
+def test_an_error_is_told_in_one_line(error, line):
+    assert first_line(error) == line
+    with pytest.raises(HubError) as caught, asking_hub("user/cache"):
+        raise error
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_went_wrong_in_a_thread_is_what_is_told():
+    with pytest.raises(HubError, match="connection reset"), asking_hub("user/cache"):
+        raise RuntimeError("Error while uploading 'data/train.parquet' to the Hub.") from OSError("connection reset")
+
+
+def test_other_errors_pass():
+    with pytest.raises(KeyError), asking_hub("user/cache"):
+        raise KeyError("a mistake of the program")

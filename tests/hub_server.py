@@ -1,0 +1,493 @@
+"""A Hugging Face Hub on loopback: as much of its API as the real client needs to publish and to fetch repositories.
+
+Models and datasets live in memory, with commits, branches and tags, and with large files by the LFS protocol. A test
+looks at what came in (`requests`, `repos`) and says what is to fail (`faults`).
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+USER, TOKEN = "user", "hf_loopback_token"
+LARGE_SUFFIXES = (".parquet", ".safetensors", ".arrow", ".bin")
+TIME = "2026-01-01T00:00:00.000Z"
+
+
+class Blob(NamedTuple):
+    """A file's content, and how the Hub holds it."""
+
+    content: bytes
+    is_large: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def git_oid(self) -> str:
+        """The git hash of the content, or of the pointer that stands for a large file."""
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
+        content = pointer.encode() if self.is_large else self.content
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass
+class Commit:
+    """A state of a repository."""
+
+    oid: str
+    title: str
+    files: dict[str, Blob]
+
+
+@dataclass
+class Repo:
+    """A repository: its commits, oldest first, and where its branches and tags stand."""
+
+    kind: str
+    name: str
+    private: bool = False
+    commits: list[Commit] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, branch: str, title: str, files: Mapping[str, Blob]) -> Commit:
+        oid = hashlib.sha1(f"{self.kind} {self.name} {branch} {len(self.commits)} {title}".encode()).hexdigest()
+        self.commits.append(Commit(oid, title, dict(files)))
+        self.branches[branch] = oid
+        return self.commits[-1]
+
+    def at(self, revision: str) -> Commit | None:
+        oid = self.branches.get(revision) or self.tags.get(revision) or revision
+        return next((commit for commit in self.commits if commit.oid == oid), None)
+
+    @property
+    def head(self) -> Commit:
+        """The last commit of main."""
+        commit = self.at("main")
+        assert commit is not None
+        return commit
+
+
+class Reply(NamedTuple):
+    """What the server answers."""
+
+    body: Any = b""
+    """JSON, or bytes that are sent as they are."""
+    status: int = 200
+    headers: Mapping[str, str] = {}
+
+
+class Request(NamedTuple):
+    """What a client asks."""
+
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def error(status: int, code: str, message: str) -> Reply:
+    """An error as the Hub words it: a code for the client, a message for people."""
+    return Reply({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
+
+
+class HubServer:
+    """Serves while its `with` block lasts.
+
+    Args:
+        token: the one that it knows; requests with another are refused, as are writes without one.
+
+    Attributes:
+        url: for `HF_ENDPOINT`.
+        repos: (kind, name) -> repository; kind is "model" or "dataset".
+        requests: (method, path) of all requests so far.
+        authorizations: all that came in that header.
+        faults: (method, pattern of the path) -> the reply that is given instead.
+    """
+
+    def __init__(self, token: str = TOKEN) -> None:
+        self.token = token
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.large: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.authorizations: set[str | None] = set()
+        self.faults: dict[tuple[str, str], Reply] = {}
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        self._http = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Listens no more, also on connections that are open."""
+        self.closing.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def add_repo(self, kind: str, name: str, files: Mapping[str, bytes] | None = None, private: bool = False) -> Repo:
+        """A repository with one commit on main."""
+        repo = self.repos[kind, name] = Repo(kind, name, private)
+        blobs = {path: Blob(content, is_large(path, len(content))) for path, content in (files or {}).items()}
+        self.large |= {blob.sha256: blob.content for blob in blobs.values() if blob.is_large}
+        repo.commit("main", "initial commit", {".gitattributes": Blob(b"", False), **blobs})
+        return repo
+
+    def dataset(self, name: str) -> Repo:
+        return self.repos["dataset", name]
+
+    def model(self, name: str) -> Repo:
+        return self.repos["model", name]
+
+    def count(self, method: str, pattern: str) -> int:
+        """Requests whose path has the pattern in it."""
+        return sum(asked == method and re.search(pattern, path) is not None for asked, path in self.requests)
+
+    # Answers
+
+    def handle(self, request: Request) -> Reply:
+        authorization = request.headers.get("Authorization")
+        with self.lock:
+            self.requests.append((request.method, request.path))
+            self.authorizations.add(authorization)
+            for (method, pattern), reply in self.faults.items():
+                if method == request.method and re.search(pattern, request.path):
+                    return reply
+            if authorization not in (None, f"Bearer {self.token}"):
+                return error(401, "", "Invalid credentials in Authorization header")
+            for pattern, methods, answer in ROUTES:
+                match = re.fullmatch(pattern, request.path)
+                if match and request.method in methods:
+                    return answer(self, request, **match.groupdict(default=""))
+        return error(404, "", f"no such page: {request.path}")
+
+    def is_signed_in(self, request: Request) -> bool:
+        return request.headers.get("Authorization") is not None
+
+    def whoami(self, request: Request) -> Reply:
+        if not self.is_signed_in(request):
+            return error(401, "", "Invalid username or password.")
+        return Reply({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"type": "access_token"}})
+
+    def create(self, request: Request) -> Reply:
+        if not self.is_signed_in(request):
+            return error(401, "", "Invalid username or password.")
+        wanted = request.json
+        owner = wanted.get("organization") or USER
+        kind, name = wanted.get("type") or "model", f"{owner}/{wanted['name']}"
+        where = {"url": f"{self.url}/{'' if kind == 'model' else 'datasets/'}{name}"}
+        if owner != USER:
+            message = f'You don\'t have the rights to create a {kind} under the namespace "{owner}"'
+            return error(403, "", message)
+        if (kind, name) in self.repos:
+            return Reply({"error": f"You already created this {kind} repo", **where}, 409)
+        self.add_repo(kind, name, private=wanted.get("visibility") == "private" or bool(wanted.get("private")))
+        return Reply({**where, "name": name})
+
+    def validate_yaml(self, request: Request) -> Reply:
+        header = re.match(r"---\n(.*?)\n---\n", request.json["content"], re.DOTALL)
+        try:
+            metadata = yaml.safe_load(header.group(1)) if header else {}
+        except yaml.YAMLError as problem:
+            return Reply({"errors": [{"message": str(problem)}], "warnings": []}, 400)
+        wrong = [] if isinstance(metadata, dict) else [{"message": "the metadata must be a mapping"}]
+        return Reply({"errors": wrong, "warnings": []}, 400 if wrong else 200)
+
+    def found(self, request: Request, kind: str, name: str) -> Repo | None:
+        """The repository, if it is there and its name may be known to the one who asks."""
+        repo = self.repos.get((kind, name))
+        return repo if repo is not None and (self.is_signed_in(request) or not repo.private) else None
+
+    def in_repo(self, request: Request, kind: str, name: str, action: str, rest: str) -> Reply:
+        """Answers what is asked of one repository by the API."""
+        repo = self.found(request, kind, name)
+        if repo is None:
+            return error(404 if self.is_signed_in(request) else 401, "RepoNotFound", "Repository not found")
+        writes = {"preupload", "commit", "branch", "tag"}
+        if action in writes and request.method in ("POST", "DELETE"):
+            if not self.is_signed_in(request):
+                return error(401, "", "Invalid username or password.")
+            if not name.startswith(f"{USER}/"):
+                return error(403, "", f"You have no write access to {name}")
+        return ACTIONS[action](self, request, repo, rest if action == "tree" else unquote(rest))
+
+    def info(self, request: Request, repo: Repo, revision: str) -> Reply:
+        commit = repo.at(revision or "main")
+        if commit is None:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        card = commit.files.get("README.md")
+        header = re.match(rb"---\n(.*?)\n---\n", card.content, re.DOTALL) if card else None
+        return Reply(
+            {
+                "_id": commit.oid[:24], "id": repo.name, "modelId": repo.name, "sha": commit.oid,
+                "private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
+                "author": repo.name.split("/")[0], "createdAt": TIME, "lastModified": TIME,
+                "cardData": yaml.safe_load(header.group(1)) if header else {},
+                "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+            }
+        )  # fmt: skip
+
+    def tree(self, request: Request, repo: Repo, rest: str) -> Reply:
+        revision, _, folder = (unquote(part) for part in rest.partition("/"))
+        commit = repo.at(revision)
+        if commit is None:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        prefix = f"{folder.rstrip('/')}/" if folder else ""
+        below = {path: blob for path, blob in commit.files.items() if path.startswith(prefix)}
+        if folder and not below:
+            return error(404, "EntryNotFound", f"{folder} does not exist on {revision}")
+        recursive = request.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries = {path: entry(path, blob) for path, blob in below.items()}
+        parents = {parent for path in below for parent in folders_of(path) if parent.startswith(prefix)}
+        entries |= {path: folder_entry(path) for path in parents}
+        return Reply([entries[path] for path in sorted(entries) if recursive or "/" not in path[len(prefix) :]])
+
+    def paths_info(self, request: Request, repo: Repo, revision: str) -> Reply:
+        commit = repo.at(revision)
+        if commit is None:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        wanted = parse_qs(request.body.decode()).get("paths", [])
+        parents = {parent for path in commit.files for parent in folders_of(path)}
+        files = [entry(path, commit.files[path]) for path in wanted if path in commit.files]
+        return Reply(files + [folder_entry(path) for path in wanted if path in parents])
+
+    def refs(self, request: Request, repo: Repo, _rest: str) -> Reply:
+        def listed(refs: Mapping[str, str], where: str) -> list[dict[str, str]]:
+            return [{"name": name, "ref": f"refs/{where}/{name}", "targetCommit": oid} for name, oid in refs.items()]
+
+        branches, tags = listed(repo.branches, "heads"), listed(repo.tags, "tags")
+        return Reply({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
+
+    def commits(self, request: Request, repo: Repo, revision: str) -> Reply:
+        if repo.at(revision) is None:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return Reply(
+            [
+                {"id": commit.oid, "title": commit.title, "message": "", "date": TIME, "authors": [{"user": USER}]}
+                for commit in reversed(repo.commits)
+            ]
+        )
+
+    def branch(self, request: Request, repo: Repo, name: str) -> Reply:
+        if name in repo.branches:
+            return error(409, "", f"Reference already exists: {name}")
+        start = repo.at((request.json if request.body else {}).get("startingPoint") or "main")
+        if start is None:
+            return error(404, "RevisionNotFound", "Invalid starting point")
+        repo.branches[name] = start.oid
+        return Reply({})
+
+    def tag(self, request: Request, repo: Repo, revision: str) -> Reply:
+        commit, name = repo.at(revision), request.json["tag"]
+        if commit is None:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if name in repo.tags:
+            return error(409, "", f"Tag reference exists already: {name}")
+        repo.tags[name] = commit.oid
+        return Reply({})
+
+    def preupload(self, request: Request, repo: Repo, revision: str) -> Reply:
+        """Says of each file how it is to come, and the hash of the one that is there under its name."""
+        commit = repo.at(revision)
+        if commit is None:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        files = []
+        for file in request.json["files"]:
+            mode = "lfs" if is_large(file["path"], file["size"]) else "regular"
+            there = commit.files.get(file["path"])
+            oid = None if there is None else there.sha256 if there.is_large else there.git_oid
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return Reply({"files": files})
+
+    def lfs_batch(self, request: Request, **_repo: str) -> Reply:
+        if not self.is_signed_in(request):
+            return error(401, "", "Invalid username or password.")
+        objects = []
+        for wanted in request.json["objects"]:
+            actions = {"upload": {"href": f"{self.url}/large/{wanted['oid']}", "header": {}}}
+            known = wanted["oid"] in self.large
+            objects.append({**wanted, "authenticated": True} | ({} if known else {"actions": actions}))
+        return Reply({"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, request: Request, oid: str) -> Reply:
+        if hashlib.sha256(request.body).hexdigest() != oid:
+            return error(400, "", "the content does not have this hash")
+        self.large[oid] = request.body
+        return Reply()
+
+    def make_commit(self, request: Request, repo: Repo, branch: str) -> Reply:
+        if branch not in repo.branches:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {branch}")
+        before = repo.at(branch)
+        assert before is not None
+        files, title = dict(before.files), ""
+        for line in request.body.splitlines():
+            item = json.loads(line)
+            value, path = item["value"], item["value"].get("path", "")
+            if item["key"] == "header":
+                title = value["summary"]
+                if value.get("parentCommit") not in (None, before.oid):
+                    return error(412, "", "A commit has happened since")
+            elif item["key"] == "file":
+                files[path] = Blob(base64.b64decode(value["content"]), False)
+            elif item["key"] == "lfsFile":
+                if value["oid"] not in self.large:
+                    return error(400, "", f"LFS pointer of {path} points to a file that does not exist")
+                files[path] = Blob(self.large[value["oid"]], True)
+            elif item["key"] == "deletedFile":
+                del files[path]
+            elif item["key"] == "deletedFolder":
+                files = {name: blob for name, blob in files.items() if not name.startswith(path)}
+        commit = repo.commit(branch, title, files)
+        prefix = "" if repo.kind == "model" else "datasets/"
+        url = f"{self.url}/{prefix}{repo.name}/commit/{commit.oid}"
+        return Reply({"success": True, "commitOid": commit.oid, "commitUrl": url})
+
+    def resolve(self, request: Request, name: str, rest: str, prefix: str = "") -> Reply:
+        """A file, whole or a range of it."""
+        repo = self.found(request, "dataset" if prefix else "model", name)
+        if repo is None:
+            return error(404 if self.is_signed_in(request) else 401, "RepoNotFound", "Repository not found")
+        # a slash in the name of a branch comes encoded
+        revision, path = (unquote(part) for part in rest.split("/", maxsplit=1))
+        commit = repo.at(revision)
+        if commit is None:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if path not in commit.files:
+            missing = error(404, "EntryNotFound", "Entry not found")
+            return missing._replace(headers={**missing.headers, "X-Repo-Commit": commit.oid})
+        blob = commit.files[path]
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.git_oid}"', "Accept-Ranges": "bytes"}
+        if blob.is_large:
+            headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
+        return ranged(blob.content, request.headers.get("Range"), headers)
+
+
+def ranged(content: bytes, wanted: str | None, headers: dict[str, str]) -> Reply:
+    """The bytes that a Range header asks for."""
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+    if match is None:
+        return Reply(content, 200, headers)
+    start, end = int(match[1]), int(match[2] or len(content) - 1)
+    if start >= len(content):
+        return Reply(b"", 416, {**headers, "Content-Range": f"bytes */{len(content)}"})
+    part = content[start : end + 1]
+    span = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+    return Reply(part, 206, {**headers, "Content-Range": span})
+
+
+def is_large(path: str, size: int) -> bool:
+    """Whether the Hub holds a file outside git."""
+    return size > 0 and (path.endswith(LARGE_SUFFIXES) or size > 10_000_000)
+
+
+def entry(path: str, blob: Blob) -> dict[str, Any]:
+    size = len(blob.content)
+    large = {"lfs": {"oid": blob.sha256, "size": size, "pointerSize": 134}} if blob.is_large else {}
+    return {"type": "file", "path": path, "size": size, "oid": blob.git_oid, **large}
+
+
+def folder_entry(path: str) -> dict[str, Any]:
+    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+
+
+def folders_of(path: str) -> list[str]:
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+ACTIONS: dict[str, Callable[[HubServer, Request, Repo, str], Reply]] = {
+    "": HubServer.info,
+    "revision": HubServer.info,
+    "tree": HubServer.tree,
+    "paths-info": HubServer.paths_info,
+    "refs": HubServer.refs,
+    "commits": HubServer.commits,
+    "branch": HubServer.branch,
+    "tag": HubServer.tag,
+    "preupload": HubServer.preupload,
+    "commit": HubServer.make_commit,
+}
+NAME = r"(?P<name>[^/]+(?:/[^/]+)?)"
+
+
+def _api(hub: HubServer, request: Request, kind: str, path: str) -> Reply:
+    """Splits `name[/action[/rest]]`; a name has one part or two, so the repositories that are there decide."""
+    parts = path.split("/")
+    for length in (2, 1):
+        name, action, rest = "/".join(parts[:length]), "".join(parts[length : length + 1]), parts[length + 1 :]
+        if action in ACTIONS and (length == 2 or (kind, name) in hub.repos):
+            return hub.in_repo(request, kind, name, action, "/".join(rest))
+    return error(404, "RepoNotFound", "Repository not found")
+
+
+ROUTES: list[tuple[str, tuple[str, ...], Callable[..., Reply]]] = [
+    ("/api/whoami-v2", ("GET",), HubServer.whoami),
+    ("/api/repos/create", ("POST",), HubServer.create),
+    ("/api/validate-yaml", ("POST",), HubServer.validate_yaml),
+    (r"/api/(?P<kind>model|dataset)s/(?P<path>.+)", ("GET", "POST", "DELETE"), _api),
+    (rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", ("POST",), HubServer.lfs_batch),
+    (r"/large/(?P<oid>[0-9a-f]{64})", ("PUT",), HubServer.lfs_put),
+    (rf"/(?P<prefix>datasets/){NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
+    (rf"/{NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
+]
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the client waits for each body
+
+    def answer(self) -> None:
+        url = urlsplit(self.path)
+        request = Request(self.command, url.path, parse_qs(url.query), self.headers, self.received())
+        if self.hub.closing.is_set():
+            self.close_connection = True
+            return
+        reply = self.hub.handle(request)
+        body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        kind = "application/octet-stream" if isinstance(reply.body, bytes) else "application/json"
+        self.send_response(reply.status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), **reply.headers}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = answer
+
+    def received(self) -> bytes:
+        """The body, also where it comes in chunks because its length was not known."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing is printed."""
