@@ -12,7 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import datasets
 import pytest
 from hub_server import HubServer
-from huggingface_hub import HfFileSystem, constants
+from huggingface_hub import HfFileSystem, close_session, constants, hf_api
 
 STORIES260K = Path(__file__).parents[2] / "shared" / "data" / "stories260K"
 
@@ -49,6 +49,10 @@ def hub(monkeypatch, tmp_path) -> Iterator[HubServer]:
             "HF_UPDATE_DOWNLOAD_COUNTS": False,
         }.items():
             monkeypatch.setattr(datasets.config, name, value)
+        # clients that are made once: what `huggingface_hub.list_repo_tree` and the like are methods of, and another
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         HfFileSystem.clear_instance_cache()
         yield server
         HfFileSystem.clear_instance_cache()
+        close_session()  # another server may get this one's port
