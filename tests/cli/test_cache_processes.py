@@ -138,7 +138,7 @@ begin = time.perf_counter()
 start(root / "whole").join()
 seconds = time.perf_counter() - begin
 folder, kills, half_built = 0, 0, 0
-while kills < 20:
+while kills < 20 or half_built < 5:
     process = start(root / str(folder))
     process.join(draw.uniform(0, seconds))
     if process.is_alive():
@@ -152,7 +152,7 @@ for number in range(folder + 1):
     process = start(root / str(number))
     process.join()
     assert process.exitcode == 0
-print(json.dumps({"folders": folder + 1, "half_built": half_built, "seconds": seconds}))
+print(json.dumps({"folders": folder + 1, "kills": kills, "half_built": half_built}))
 """
 
 
@@ -165,7 +165,7 @@ def test_runs_killed_at_20_random_moments_end_as_one_that_was_not(subject_folder
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     result = json.loads(finished.stdout.splitlines()[-1])
-    assert result["half_built"] >= 5, (seed, result)
+    assert result["kills"] >= 20 and result["half_built"] >= 5
     for folder in ["whole", *map(str, range(result["folders"]))]:
         assert content(tmp_path / folder) == expected, (seed, folder)
 
