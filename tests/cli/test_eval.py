@@ -148,7 +148,7 @@ class TestMistakes:
             ({"lens": ""}, "lens: got none"),
             ({"lens": "no/such/lens"}, "output_dir: the lens 'no/such/lens' is no folder"),
             ({"lens": "no/such/lens", "output_dir": "."}, "cannot load 'no/such/lens'"),
-            ({"activations": "no/such/cache"}, "cannot read split 'train' of 'no/such/cache'"),
+            ({"activations": "no/such/cache"}, "no cache at 'no/such/cache'; pass the folder of one"),
             ({"validation_fraction": 0.9}, "the training held out 0.3 of the documents, got 0.9"),
             ({"validation_fraction": -1}, "validation_fraction must lie between 0 and 1"),
             ({"dtype": "int3"}, "dtype must be one of"),

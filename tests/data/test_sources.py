@@ -145,10 +145,10 @@ def test_a_folder_without_a_cache_is_a_mistake(reader, tmp_path):
         rows_of(reader, tmp_path, activations=str(tmp_path))
 
 
-def test_what_is_not_published_is_a_mistake(reader, tmp_path):
-    for name in ("no/such", "outputs/no/such/folder"):
-        with pytest.raises(ValueError, match=f"cannot read split 'train' of '{name}'; pass the folder of a cache"):
-            rows_of(reader, tmp_path, activations=name)
+@pytest.mark.parametrize("name", ["outputs/no/such/folder", "nowhere"])
+def test_what_can_be_no_hub_id_is_a_mistake(reader, tmp_path, name):
+    with pytest.raises(ValueError, match=f"no cache at '{name}'; pass the folder of one, the Hub id of a published"):
+        rows_of(reader, tmp_path, activations=name)
 
 
 def test_recorded_arguments_are_taken_up_with_changes():

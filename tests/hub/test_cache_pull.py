@@ -12,7 +12,7 @@ from consistency_lens.data.cache_verification import CacheVerificationError, ver
 from consistency_lens.hub import cache_pull
 from consistency_lens.hub.cache_pull import pull_cache
 from consistency_lens.hub.cache_push import push_cache
-from consistency_lens.hub.connection import HubError
+from consistency_lens.hub_connection import HubError
 
 REPO = "user/tiny-activations"
 

@@ -17,7 +17,7 @@ from consistency_lens.data.activation_cache import ActivationCache, file_hash
 from consistency_lens.data.cache_verification import CacheVerificationError
 from consistency_lens.hub import cache_push
 from consistency_lens.hub.cache_push import public_name, push_cache
-from consistency_lens.hub.connection import HubError
+from consistency_lens.hub_connection import HubError
 
 REPO = "user/tiny-activations"
 

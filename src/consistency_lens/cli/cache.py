@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -219,36 +219,15 @@ def read_source(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> S
         ValueError: if the folder is no corpus, or one of another tokenizer, or the text cannot be read or split.
     """
     from ..data.corpus import read_documents, split_by_document, tokenize_documents
-    from ..data.tokenization import open_corpus
+    from ..data.tokenization import corpus_origin, open_corpus
 
     if Path(args.dataset).is_dir():
-        name, revision = corpus_origin(args, tokenizer)
+        name, revision = corpus_origin(args.dataset, tokenizer, args.model)
         return Source(name, revision, {split: open_corpus(args.dataset, split) for split in args.split})
     corpus = tokenize_documents(read_documents(args.dataset), tokenizer, args.max_length)
     fraction = args.validation_fraction or VALIDATION_FRACTION
     splits = dict(zip(SPLITS, split_by_document(corpus, fraction), strict=True))
     return Source(args.dataset, None, {split: splits[split] for split in args.split})
-
-
-def corpus_origin(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str | None]:
-    """The data set that a corpus folder was made from, and its revision.
-
-    Raises:
-        ValueError: if it is no corpus, or was made with another tokenizer than the subject's.
-    """
-    from ..data.fingerprints import tokenizer_hash
-    from ..data.tokenization import read_tokenization
-
-    record: dict[str, Any] = read_tokenization(args.dataset)
-    settings = record["settings"]
-    own_hash = tokenizer_hash(tokenizer)
-    if settings["tokenizer_hash"] != own_hash:
-        raise ValueError(
-            f"dataset: {args.dataset!r} was made with the tokenizer of {settings['model']!r} (hash "
-            f"{settings['tokenizer_hash'][:12]}), but that of {args.model!r} differs (hash {own_hash[:12]}); tokenise "
-            f"again with --model {args.model}"
-        )
-    return settings["dataset"], record["dataset_commit"] or settings["dataset_revision"]
 
 
 def summary(cache: "ActivationCache") -> str:

@@ -144,14 +144,15 @@ def check_provenance(place: str, provenance: dict[str, Any], **expected: Any) ->
 def cache_path(root: str | Path, dataset: str, model: str, layer: int, split: str) -> Path:
     """Where a cache lies unless told otherwise: `<root>/<dataset>/<model>/layer_<k>/<split>`.
 
-    Of a dataset or model that is a file or folder here the last part of its path is taken; in a Hub id every slash
-    becomes `--`.
+    Of a dataset or model that is a file or folder here the last part of its path is taken, without a file's suffix;
+    in a Hub id every slash becomes `--`.
     """
     return Path(root) / _folder_name(dataset) / _folder_name(model) / f"layer_{layer}" / _folder_name(split)
 
 
 def _folder_name(name: str) -> str:
-    last = Path(name).resolve().name if Path(name).exists() else name
+    path = Path(name)
+    last = (path.stem if path.is_file() else path.resolve().name) if path.exists() else name
     return re.sub(r"[^\w.-]+", "--", last).strip(".-") or "_"
 
 

@@ -20,6 +20,7 @@ import transformers
 from datasets import Features, List, Value
 from filelock import FileLock, Timeout
 
+from .. import __version__
 from ..atomic_write import atomic_file, write_json
 from .activation_cache import BUILDING_FILE, PROVENANCE_FILE, file_hash
 from .cache_plan import ShardPlan
@@ -196,7 +197,7 @@ class CacheFolder:
             "mean": moments.mean.tolist(),
             "rms": moments.rms,
             "shards": [{name: record[name] for name in ("file", "rows", "bytes", "sha256")} for record in records],
-            "versions": {"python": platform.python_version()} | versions,
+            "versions": {"python": platform.python_version(), "consistency_lens": __version__} | versions,
         }
         with writing(self.path):
             write_json(self.path / PROVENANCE_FILE, provenance)

@@ -4,6 +4,8 @@ One parquet file for each Arrow shard, in order, with the same rows in the same 
 decoded context, may stand beside them for the eye of a reader, and is dropped on the way back.
 """
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, List, Value
+from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
 from ..atomic_write import atomic_file
+from ..hub_connection import asking_hub
 from .activation_cache import file_hash, token_lists
 
 TEXT_COLUMN = "text"
+PARQUET_PATTERN = r"data/[\w.-]+\.parquet"
 # A row group is what a viewer reads to show one row, and a stream to read on.
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 512, 1 << 20
 COMPRESSION = "zstd"
@@ -32,6 +37,24 @@ def cache_features(width: int, dtype: str, with_text: bool = False) -> Features:
         "document": Value("int64"),
     }
     return Features(features | ({TEXT_COLUMN: Value("string")} if with_text else {}))
+
+
+def published_provenance(repo: str, split: str, commit: str) -> dict[str, Any]:
+    """The provenance of a split on the Hub, with its parquet files under `parquet`.
+
+    Raises:
+        ValueError: if there is none, or it is not that of a cache in parquet.
+        HubError: if the Hub cannot be reached, or fails.
+    """
+    name = f"provenance/{split}.json"
+    with asking_hub(repo, commit):
+        file = HfApi().hf_hub_download(repo, name, repo_type="dataset", revision=commit)
+    provenance = json.loads(Path(file).read_text(encoding="utf-8"))
+    parts = provenance.get("parquet") or []
+    # the names come from outside, and become paths
+    if not parts or not all(re.fullmatch(PARQUET_PATTERN, part["file"]) for part in parts):
+        raise ValueError(f"repo: {name} of {repo!r} names no parquet files of a cache; publish it anew")
+    return provenance
 
 
 def write_parquet(

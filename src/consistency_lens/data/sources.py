@@ -22,7 +22,7 @@ from .fingerprints import tokenizer_hash, weights_hash
 from .generation import sample_documents
 from .on_the_fly import ContextRows, OnTheFlyActivations
 from .streaming import open_stream
-from .tokenization import open_corpus, read_tokenization
+from .tokenization import corpus_origin, open_corpus
 
 CACHE, ON_THE_FLY = "cache", "on_the_fly"
 WHOLE, SPLITS = "all", ("train", "validation")
@@ -313,16 +313,8 @@ def read_corpus(
     if not Path(args.dataset).is_dir():
         sequences = tokenize_documents(read_documents(args.dataset), reader.tokenizer, args.max_length)
         return Corpus(args.dataset, None, {WHOLE: sequences})
-    record = read_tokenization(args.dataset)
-    settings, own_hash = record["settings"], tokenizer_hash(reader.tokenizer)
-    if settings["tokenizer_hash"] != own_hash:
-        raise ValueError(
-            f"dataset: {args.dataset!r} was made with the tokenizer of {settings['model']!r} (hash "
-            f"{settings['tokenizer_hash'][:12]}), but that of {reader.name!r} differs (hash {own_hash[:12]}); "
-            f"tokenise again with --model {reader.name}"
-        )
-    revision = record["dataset_commit"] or settings["dataset_revision"]
-    return Corpus(settings["dataset"], revision, {split: open_corpus(args.dataset, split) for split in SPLITS})
+    name, revision = corpus_origin(args.dataset, reader.tokenizer, reader.name)
+    return Corpus(name, revision, {split: open_corpus(args.dataset, split) for split in SPLITS})
 
 
 def sampled_documents(

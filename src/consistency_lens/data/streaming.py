@@ -5,12 +5,11 @@ alone: training can stop anywhere and go on at the very row, and skipping to it 
 """
 
 import io
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +18,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi
 
+from ..hub_connection import asking_hub
 from .activation_cache import activation_matrix, token_lists
 from .activation_source import pair_documents
+from .cache_parquet import published_provenance
 
 COLUMNS = ["activation", "input_ids", "document"]
 LOADING_THREADS = 2
@@ -178,22 +178,23 @@ def open_stream(
 
     Raises:
         ValueError: if there is no such dataset, split or revision, or it was not made by `consistency-lens push`.
+        HubError: if the Hub cannot be reached, or fails.
     """
-    try:
-        commit = HfApi().dataset_info(repo, revision=revision).sha
-        download = partial(hf_hub_download, repo, repo_type="dataset", revision=commit)
-        provenance = json.loads(Path(download(f"provenance/{split}.json")).read_text(encoding="utf-8"))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    if Path(repo).exists() or repo.count("/") != 1:
         raise ValueError(
-            f"activations: cannot read split {split!r} of {repo!r}; pass the folder of a cache, or the Hub id of one "
-            f"that consistency-lens push published ({str(error).splitlines()[0]})"
-        ) from error
+            f"activations: no cache at {repo!r}; pass the folder of one, the Hub id of a published one "
+            "(name/repository), cache or on_the_fly"
+        )
+    with asking_hub(repo, revision):
+        commit = HfApi().dataset_info(repo, revision=revision).sha or "main"
+    provenance = published_provenance(repo, split, commit) | {"streamed_from": {"repo": repo, "commit": commit}}
 
     def read_file(name: str) -> bytes:
-        with TemporaryDirectory() as folder:
-            return Path(download(name, local_dir=folder)).read_bytes()
+        with TemporaryDirectory() as folder, asking_hub(repo, commit):
+            file = HfApi().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)
+            return Path(file).read_bytes()
 
-    return StreamedActivations(provenance | {"repo": repo, "commit": commit}, read_file, pair_seed, window)
+    return StreamedActivations(provenance, read_file, pair_seed, window)
 
 
 class StreamSampler(torch.utils.data.Sampler[int]):

@@ -188,6 +188,27 @@ def open_rows(path: str | Path, split: str) -> Dataset:
     return rows
 
 
+def corpus_origin(path: str | Path, tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[str, str | None]:
+    """The data set that a corpus on disk was made from, and its revision.
+
+    Args:
+        tokenizer: of the subject that will read the corpus.
+        model: the subject's name.
+
+    Raises:
+        ValueError: if it is no corpus, or was made with another tokenizer than the subject's.
+    """
+    record = read_tokenization(path)
+    settings, own_hash = record["settings"], tokenizer_hash(tokenizer)
+    if settings["tokenizer_hash"] != own_hash:
+        raise ValueError(
+            f"dataset: {str(path)!r} was made with the tokenizer of {settings['model']!r} (hash "
+            f"{settings['tokenizer_hash'][:12]}), but that of {model!r} differs (hash {own_hash[:12]}); tokenise "
+            f"again with --model {model}"
+        )
+    return settings["dataset"], record["dataset_commit"] or settings["dataset_revision"]
+
+
 def read_tokenization(path: str | Path) -> dict[str, Any]:
     """The `tokenization.json` of a finished corpus.
 

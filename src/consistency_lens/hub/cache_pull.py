@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 from ..atomic_write import write_json
 from ..data.activation_cache import PROVENANCE_FILE, file_hash
 from ..data.cache_folder import CacheFolder, writing
-from ..data.cache_parquet import cache_features, read_parquet, write_shard
+from ..data.cache_parquet import cache_features, published_provenance, read_parquet, write_shard
 from ..data.cache_verification import CacheVerificationError
-from .connection import asking_hub
+from ..hub_connection import asking_hub
 
 PROVENANCE_PATTERN = r"provenance/(?P<split>\w+(\.\w+)*)\.json"
-PARQUET_PATTERN = r"data/[\w.-]+\.parquet"
 DOWNLOADS = ".downloads"
 
 
@@ -76,7 +75,7 @@ class _Pull:
         self.progress = progress
 
     def run(self) -> PulledCache:
-        published = self._published()
+        published = published_provenance(self.repo, self.split, self.commit)
         origin = {"repo": self.repo, "commit": self.commit, "split": self.split}
         folder = CacheFolder(self.path, {"layer": published["layer"], "pulled_from": origin})
         downloads = self.path / DOWNLOADS
@@ -91,22 +90,6 @@ class _Pull:
         folder.remove_leftovers()
         shutil.rmtree(downloads, ignore_errors=True)
         return PulledCache(self.path, self.split, published["rows"], self.commit, is_new)
-
-    def _published(self) -> dict[str, Any]:
-        """The provenance on the Hub.
-
-        Raises:
-            ValueError: if it is not that of a cache in parquet.
-        """
-        with asking_hub(self.repo, self.commit):
-            name = f"provenance/{self.split}.json"
-            file = HfApi().hf_hub_download(self.repo, name, repo_type="dataset", revision=self.commit)
-        provenance = json.loads(Path(file).read_text(encoding="utf-8"))
-        parts = provenance.get("parquet") or []
-        # the names come from outside, and become paths
-        if not parts or not all(re.fullmatch(PARQUET_PATTERN, part["file"]) for part in parts):
-            raise ValueError(f"repo: {name} of {self.repo!r} names no parquet files of a cache; it cannot be pulled")
-        return provenance
 
     def _write_shards(self, folder: CacheFolder, published: dict[str, Any], downloads: Path) -> list[dict[str, Any]]:
         """Fetches what is missing; returns the records of all shards."""

@@ -23,8 +23,8 @@ from ..data.cache_description import describe_cache, load_cache_tokenizer
 from ..data.cache_folder import writing
 from ..data.cache_parquet import cache_features, write_parquet
 from ..data.cache_verification import CacheVerificationError, is_cache, verify_cache
+from ..hub_connection import asking_hub
 from .cards import write_cache_card
-from .connection import asking_hub
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from consistency_lens.hub.connection import HubError, asking_hub, first_line
+from consistency_lens.hub_connection import HubError, asking_hub, first_line
 
 
 @pytest.mark.parametrize(
