@@ -47,7 +47,7 @@ def test_a_corpus_gives_a_cache_of_each_split_and_layer(subject_folder, corpus_f
     documents = {}
     for split in ("train", "validation"):
         for layer in (0, 2):
-            path = tmp_path / "stories.txt" / "subject" / f"layer_{layer}" / split
+            path = tmp_path / "stories" / "subject" / f"layer_{layer}" / split
             cache = ActivationCache.open(path, subject_name=str(subject_folder), layer=layer)
             assert all(check.passed for check in verify_cache(path, progress=False))
             documents[split] = set(cache.documents)
@@ -64,7 +64,7 @@ def test_a_corpus_gives_a_cache_of_each_split_and_layer(subject_folder, corpus_f
 def test_a_second_call_does_nothing(subject_folder, corpus_folder, tmp_path, monkeypatch):
     arguments = flags(subject_folder, corpus_folder, tmp_path)
     assert main(arguments) == 0
-    path = tmp_path / "stories.txt" / "subject" / "layer_1"  # the middle block
+    path = tmp_path / "stories" / "subject" / "layer_1"  # the middle block
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     assert before
     assert main([*arguments, "--batch_size", "2"]) == 0

@@ -37,7 +37,7 @@ def test_from_text_to_a_published_cache_and_back(hub, built, tmp_path, capsys):
     settings = {"model": built.subject, "dataset": text, "output_dir": tmp_path / "root", "min_position": 4}
     settings |= {"rows_per_shard": 64, "layer": 1, "device": "cpu"}
     assert run(cache, capsys, **settings)[0] == 0
-    layer = tmp_path / "root" / "stories.txt" / "subject" / "layer_1"
+    layer = tmp_path / "root" / "stories" / "subject" / "layer_1"
 
     code, out, _ = run(verify, capsys, cache=tmp_path / "root", model=built.subject)
     assert code == 0 and "2 of 2 caches passed" in out and "FAILED" not in out

@@ -68,7 +68,7 @@ def test_a_prompt_that_failed_shows_in_the_exit_code_and_a_refused_one_does_not(
 
     with ChatServer(reply) as server:
         assert main(flags(server.url)) == code
-    assert "failures.jsonl says which prompts have no answer" in capsys.readouterr().out
+    assert "failures.jsonl has the prompts without an answer" in capsys.readouterr().out
     assert len((tmp_path / "answers" / "failures.jsonl").read_text().splitlines()) == 1
 
 

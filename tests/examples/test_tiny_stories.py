@@ -116,6 +116,30 @@ def test_the_python_of_the_readme_runs_as_written(tmp_path, story_model):
         assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_the_way_from_text_to_a_lens_in_the_readme_runs_as_written(tmp_path):
+    block = next(block for block in blocks("bash") if "consistency-lens tokenize" in block)
+    animals, places = ("dog", "cat", "bird", "bear", "fish"), ("park", "house", "tree", "sea", "shop", "hill")
+    stories = [f"Once upon a time, a little {a} went to the {p}. The {a} was happy." for a in animals for p in places]
+    (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(stories))
+    small = (
+        "--max_steps 2 --stages 'warm_start 1s' policy_gradient --per_device_train_batch_size 4 --interim_eval_rows 2 "
+        "--eval_rows 4 --eval_checks best_of_n --num_samples 1 --sample_steps 0"
+    )
+    replacements = {
+        ". .venv/bin/activate\n": f"set -e\nexport PATH={Path(sys.executable).parent}:$PATH\n",
+        "corpus.txt": str(tmp_path / "corpus.txt"),
+        "data/": f"{tmp_path}/data/",
+        "outputs/own": f"{tmp_path}/own {small}",
+    }
+    for written, small_one in replacements.items():
+        assert written in block
+        block = block.replace(written, small_one)
+    done = run(["bash", "-c", block], timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("layer_2") >= 2 and "FVE" in done.stdout
+    assert (tmp_path / "own" / "model.safetensors").is_file() and not (tmp_path / "own" / "data").exists()
+
+
 def test_the_command_of_the_readme_trains_a_lens(tmp_path):
     assert "`accelerate launch examples/train_lens.py --config examples/recipes/tiny_stories.yaml`" in README
     small = {

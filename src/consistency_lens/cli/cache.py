@@ -1,7 +1,5 @@
 """`consistency-lens cache`, and the whole of `examples/cache_activations.py`: a subject's activations on a corpus."""
 
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from accelerate import PartialState
     from datasets import Dataset
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from ..data.activation_cache import ActivationCache
@@ -113,28 +112,19 @@ class Source(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds the caches; prints what each holds and where it lies. Returns the exit code."""
-    import transformers
-    from rich.console import Console
-
+    from .command import run_command
     from .parser import parse_arguments
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_warning()
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    try:
+    def work(console: "Console") -> None:
         (args,) = parse_arguments((CacheArguments,), argv)
         state = process_state(args)
         caches = cache_activations(args, state)
-    except (ValueError, OSError) as error:
-        mistake = isinstance(error, ValueError)
-        message = f"{'error' if mistake else 'failed'}: {error}"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-        return 2 if mistake else 1
-    if state.is_main_process:
-        for cache in caches:
-            console.print(summary(cache), markup=False, highlight=False, soft_wrap=True)
-    state.destroy_process_group()
-    return 0
+        if state.is_main_process:
+            for cache in caches:
+                console.print(summary(cache), markup=False, highlight=False, soft_wrap=True)
+        state.destroy_process_group()
+
+    return run_command(work)
 
 
 def process_state(args: CacheArguments) -> "PartialState":

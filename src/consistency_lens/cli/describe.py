@@ -1,14 +1,12 @@
 """`consistency-lens describe`: what an activation cache holds, as tables and figures in the terminal."""
 
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, Group
     from rich.table import Table
     from rich.text import Text
 
@@ -40,27 +38,18 @@ class DescribeArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Describes a cache, or lists the caches below a folder. Returns the exit code."""
-    import transformers
-    from rich.console import Console
-
     from ..atomic_write import write_json
+    from .command import run_command
     from .parser import parse_arguments
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_warning()
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    try:
+    def work(console: "Console") -> None:
         (args,) = parse_arguments((DescribeArguments,), argv)
         figures, shown = describe(args)
         console.print(shown)
         if args.json is not None:
             write_json(Path(args.json), figures)
-    except (ValueError, OSError) as error:
-        mistake = isinstance(error, ValueError)
-        message = f"{'error' if mistake else 'failed'}: {error}"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-        return 2 if mistake else 1
-    return 0
+
+    return run_command(work)
 
 
 def describe(args: DescribeArguments) -> "tuple[Mapping[str, Any] | list[Any], Group | Table]":

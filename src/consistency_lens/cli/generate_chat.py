@@ -1,7 +1,5 @@
 """`consistency-lens generate-chat`: complete prompts through an OpenAI-compatible server and keep the chats."""
 
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,32 +9,31 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Completes prompts; prints the first answer, the lengths and where all lie. Returns the exit code."""
-    from rich.console import Console
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ..data.chat_client import ServerGoneError
     from ..data.chat_generation import ChatGenerationArguments, generate_chat
+    from .command import DONE, FAILED, run_command
     from .parser import parse_arguments
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it reports every request
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    try:
+    def work(console: "Console") -> int:
         (arguments,) = parse_arguments((ChatGenerationArguments,), argv)
-        with logging_redirect_tqdm():
-            statistics = generate_chat(arguments, on_first=lambda row: print_example(console, row))
-    except (ValueError, ServerGoneError, OSError, KeyboardInterrupt) as error:
-        mistake = isinstance(error, ValueError)
-        again = "" if mistake else "; what was answered is kept, run the same command again to go on"
-        message = f"{'error' if mistake else 'failed'}: {str(error) or 'interrupted'}{again}"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-        return 2 if mistake else 1
-    console.print(statistics_report(statistics))
-    where = f"The data set lies in {arguments.output_dir} (train/messages.parquet, messages.jsonl; counts: stats.json)"
-    console.print(where, markup=False, soft_wrap=True)
-    if statistics["failed"] + statistics["skipped"]:
-        console.print("failures.jsonl says which prompts have no answer and why; the same command tries them again")
-    return 1 if statistics["failed"] or not statistics["answers"] else 0
+        try:
+            with logging_redirect_tqdm():
+                statistics = generate_chat(arguments, on_first=lambda row: print_example(console, row))
+        except (ServerGoneError, OSError, KeyboardInterrupt) as error:
+            kept = "what was answered is kept, run the same command again to go on"
+            raise ServerGoneError(f"{str(error) or 'interrupted'}; {kept}") from error
+        console.print(statistics_report(statistics))
+        files = "train/messages.parquet, messages.jsonl; counts: stats.json"
+        console.print(f"The data set lies in {arguments.output_dir} ({files})", markup=False, soft_wrap=True)
+        if statistics["failed"] + statistics["skipped"]:
+            console.print(
+                "failures.jsonl has the prompts without an answer, and why; the same command tries them again"
+            )
+        return FAILED if statistics["failed"] or not statistics["answers"] else DONE
+
+    return run_command(work, {ServerGoneError: FAILED})
 
 
 def print_example(console: "Console", row: Mapping[str, Any]) -> None:

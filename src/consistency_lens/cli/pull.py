@@ -1,9 +1,11 @@
 """`consistency-lens pull`: fetch a published activation cache from the Hugging Face Hub."""
 
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass
@@ -28,28 +30,19 @@ class PullArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetches; prints what is where. Returns the exit code, 3 for a file that is not what its provenance says."""
-    from rich.console import Console
-
     from ..data.cache_verification import CacheVerificationError
     from ..hub.cache_pull import pull_cache
+    from .command import NOT_VERIFIED, run_command
     from .parser import parse_arguments
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it reports every request
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    try:
+    def work(console: "Console") -> None:
         (args,) = parse_arguments((PullArguments,), argv)
         pulled = pull_cache(
             args.repo, args.path, revision=args.revision, split=args.split, progress=not args.disable_tqdm
         )
-    except (ValueError, OSError, CacheVerificationError) as error:
-        code = 2 if isinstance(error, ValueError) else 3 if isinstance(error, CacheVerificationError) else 1
-        message = f"{'error' if code == 2 else 'failed'}: {error}"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-        return code
-    for cache in pulled:
-        state = "" if cache.is_new else ", here already"
-        line = f"{cache.split}: {cache.rows:,} rows of commit {cache.commit}{state}; {cache.path}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
+        for cache in pulled:
+            state = "" if cache.is_new else ", here already"
+            line = f"{cache.split}: {cache.rows:,} rows of commit {cache.commit}{state}; {cache.path}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return run_command(work, {CacheVerificationError: NOT_VERIFIED})

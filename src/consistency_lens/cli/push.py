@@ -1,10 +1,12 @@
 """`consistency-lens push`: publish what lies at a path on the Hugging Face Hub."""
 
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LENS_TYPES = ("consistency_lens", "consistency_lens_decoder", "consistency_lens_encoder")
 
@@ -37,26 +39,15 @@ class PushArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Publishes; prints the address. Returns the exit code."""
-    import transformers
-    from rich.console import Console
-
     from ..data.cache_verification import CacheVerificationError
+    from .command import NOT_VERIFIED, run_command
     from .parser import parse_arguments
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it reports every request
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    transformers.utils.logging.set_verbosity_warning()
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    try:
+    def work(console: "Console") -> None:
         (args,) = parse_arguments((PushArguments,), argv)
         console.print(push(args), markup=False, highlight=False, soft_wrap=True)
-    except (ValueError, OSError, CacheVerificationError) as error:
-        code = 2 if isinstance(error, ValueError) else 3 if isinstance(error, CacheVerificationError) else 1
-        message = f"{'error' if code == 2 else 'failed'}: {error}"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-        return code
-    return 0
+
+    return run_command(work, {CacheVerificationError: NOT_VERIFIED})
 
 
 def push(args: PushArguments) -> str:

@@ -1,40 +1,33 @@
 """`consistency-lens tokenize`: a data set to tokens on disk, once."""
 
-import logging
-import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tokenises a data set; prints its statistics and where the corpus lies. Returns the exit code."""
-    import transformers
-    from rich.console import Console
-
-    from ..data.tokenization import TokenizationArguments, tokenize_corpus
-    from ..evaluation.report import rich_table
+    from .command import run_command
     from .parser import parse_arguments
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_warning()
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    try:
+    def work(console: "Console") -> None:
+        from ..data.tokenization import TokenizationArguments, tokenize_corpus
+        from ..evaluation.report import rich_table
+
         (args,) = parse_arguments((TokenizationArguments,), argv)
         corpus = tokenize_corpus(args)
-    except (ValueError, OSError) as error:
-        mistake = isinstance(error, ValueError)
-        message = f"{'error' if mistake else 'failed'}: {error}"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-        return 2 if mistake else 1
-    statistics = corpus.record["statistics"]
-    console.print(rich_table(("documents", ""), document_rows(statistics)))
-    console.print(rich_table(("split", "documents", "sequences", "rows", "tokens"), split_rows(statistics)))
-    if corpus.is_new:
-        where = f"The corpus lies in {corpus.path} (settings and statistics: tokenization.json)"
-    else:
-        where = f"The corpus of these settings lies in {corpus.path} already; nothing was done"
-    console.print(where, markup=False, highlight=False, soft_wrap=True)
-    return 0
+        statistics = corpus.record["statistics"]
+        console.print(rich_table(("documents", ""), document_rows(statistics)))
+        console.print(rich_table(("split", "documents", "sequences", "rows", "tokens"), split_rows(statistics)))
+        if corpus.is_new:
+            where = f"The corpus lies in {corpus.path} (settings and statistics: tokenization.json)"
+        else:
+            where = f"The corpus of these settings lies in {corpus.path} already; nothing was done"
+        console.print(where, markup=False, highlight=False, soft_wrap=True)
+
+    return run_command(work)
 
 
 def document_rows(statistics: dict[str, Any]) -> list[tuple[str, str]]:

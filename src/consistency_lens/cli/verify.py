@@ -1,13 +1,12 @@
 """`consistency-lens verify`: an activation cache against its provenance, and that against the subject."""
 
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from ..data.cache_verification import Check, LoadedWeights
@@ -42,32 +41,25 @@ class VerifyArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Verifies caches; prints a table of checks for each. Returns 3 if one does not pass."""
-    import transformers
-    from rich.console import Console
-
-    from ..data.cache_verification import find_caches, verify_cache
+    from .command import DONE, NOT_VERIFIED, run_command
     from .parser import parse_arguments
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_warning()
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    failed = 0
-    try:
+    def work(console: "Console") -> int:
+        from ..data.cache_verification import find_caches, verify_cache
+
         (args,) = parse_arguments((VerifyArguments,), argv)
         caches = find_caches(args.cache)
         subject = None if args.model is None else load_subject(args, caches)
+        failed = 0
         for cache in caches:
             checks = verify_cache(cache, subject, args.rows, progress=not args.disable_tqdm)
             failed += not all(check.passed for check in checks)
             console.print(str(cache), markup=False, highlight=False, soft_wrap=True)
             console.print(checks_table(checks))
-    except (ValueError, OSError) as error:
-        mistake = isinstance(error, ValueError)
-        message = f"{'error' if mistake else 'failed'}: {error}"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-        return 2 if mistake else 1
-    console.print(f"{len(caches) - failed} of {len(caches)} caches passed")
-    return 3 if failed else 0
+        console.print(f"{len(caches) - failed} of {len(caches)} caches passed")
+        return NOT_VERIFIED if failed else DONE
+
+    return run_command(work)
 
 
 def load_subject(args: VerifyArguments, caches: Sequence[Path]) -> "LoadedWeights":

@@ -1,0 +1,40 @@
+"""What all commands do alike: logging, a console, and errors as one line and an exit code."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DONE, FAILED, MISTAKE, NOT_VERIFIED = 0, 1, 2, 3
+# They report every request, or at every import what they could not load.
+TALKATIVE = ("httpx", "httpx2", "bitsandbytes")
+
+
+def run_command(
+    work: "Callable[[Console], int | None]", failures: Mapping[type[BaseException], int] | None = None
+) -> int:
+    """Runs the work of a command, and returns its exit code.
+
+    Args:
+        work: gets the console that it prints to; returns the exit code, None for 0.
+        failures: kinds of errors that end in one line, with their exit codes, besides `ValueError`, the user's
+            mistake, and `OSError`.
+    """
+    import transformers
+    from rich.console import Console
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_warning()
+    codes: dict[type[BaseException], int] = {**(failures or {}), ValueError: MISTAKE, OSError: FAILED}
+    try:
+        return work(Console(width=None if sys.stdout.isatty() else 150)) or DONE
+    except tuple(codes) as error:
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        message = f"{'error' if code == MISTAKE else 'failed'}: {str(error) or type(error).__name__}"
+        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+        return code
