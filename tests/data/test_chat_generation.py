@@ -42,6 +42,38 @@ def echo(text, tries):
     return answer(f"To {text}", usage={"prompt_tokens": 3, "completion_tokens": len(text)}, reasoning=f"Hm, {text}")
 
 
+class TestBrokenServer:
+    def test_prompt_after_prompt_that_fails_ends_the_run(self, run, tmp_path):
+        def reply(text, tries):
+            return echo(text, tries) if int(text[1:-1]) < 5 else Reply({"error": "broken"}, 502)
+
+        with (
+            ChatServer(reply) as server,
+            pytest.raises(ServerGoneError, match="20 prompts in a row have failed .*502"),
+        ):
+            run(server, count=200, max_tries=2)
+        assert len(rows(tmp_path / "answers", "answers.jsonl")) == 5
+        assert len(server.tries) < 40  # and not 200
+        with ChatServer(echo) as server:
+            assert run(server, count=200)["answers"] == 200
+
+    def test_failures_with_answers_between_do_not(self, run):
+        def reply(text, tries):
+            return echo(text, tries) if int(text[1:-1]) % 3 == 0 else Reply({"error": "broken"}, 502)
+
+        with ChatServer(reply) as server:
+            statistics = run(server, count=90, max_tries=1, concurrency=1)
+        assert (statistics["answers"], statistics["failed"]) == (30, 60)
+
+    def test_nor_do_prompts_that_are_refused(self, run):
+        def reply(text, tries):
+            return echo(text, tries) if text == "p0?" else Reply({"error": "too long"}, 400)
+
+        with ChatServer(reply) as server:
+            statistics = run(server, count=60, concurrency=1)
+        assert (statistics["answers"], statistics["skipped"]) == (1, 59)
+
+
 class TestRun:
     def test_every_prompt_is_answered_once(self, run, tmp_path):
         with ChatServer(echo) as server:

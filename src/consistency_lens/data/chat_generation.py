@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .. import __version__
 from ..atomic_write import write_json
 from .chat_answers import AnswerFiles, Row
-from .chat_client import ChatClient, PromptFailedError
+from .chat_client import ChatClient, PromptFailedError, ServerGoneError
 from .chat_prompts import read_prompts
 from .chat_statistics import statistics_of
 from .dataset_reading import cause_of
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE, STATISTICS_FILE = "generation.json", "stats.json"
 API_KEY_VARIABLE = "OPENAI_API_KEY"
+FAILED_IN_A_ROW = 20  # prompts, or twice as many as are under way: then the run ends
 # What may change between a run and the next one on the same folder: where prompts lie (each is compared with its
 # answer), how many are completed, and how answers are got.
 OPERATION = {
@@ -190,7 +191,8 @@ def generate_chat(args: ChatGenerationArguments, on_first: Callable[[Row], None]
     Raises:
         ValueError: for a user's mistake, before any long work: prompts that cannot be read, a folder made with other
             settings, a server that is not there, refuses the key, or does not know the model.
-        ServerGoneError: if the server stops answering; what was answered is kept, and the same call goes on.
+        ServerGoneError: if the server stops answering, or fails prompt after prompt; what was answered is kept, and
+            the same call goes on.
         OSError: if an answer cannot be written.
     """
     prompts = read_prompts(
@@ -296,16 +298,25 @@ async def complete_all(
         write_json(Path(args.output_dir) / SETTINGS_FILE, {"arguments": asdict(args), "version": __version__})
         waiting, total = answers.waiting(), len(answers.prompts)
         initial, prompts = total - len(waiting), iter(waiting)
+        failed_in_a_row, most_in_a_row = 0, max(FAILED_IN_A_ROW, 2 * args.concurrency)
         with tqdm(total=total, initial=initial, desc="answers", unit="answer", disable=args.disable_tqdm) as bar:
 
             async def work() -> None:
+                nonlocal failed_in_a_row
                 for prompt in prompts:
                     try:
                         completion = await client.complete(prompt.messages, request_seed(args.seed, prompt.id))
                     except PromptFailedError as error:
                         answers.fail(prompt, error)
                         logger.warning("prompt %s is left out after %d tries: %s", prompt.id, error.tries, error)
+                        failed_in_a_row += not error.refused
+                        if failed_in_a_row >= most_in_a_row:
+                            # a server that hangs or is broken: the other prompts would take as long to fail
+                            raise ServerGoneError(
+                                f"{failed_in_a_row} prompts in a row have failed ({error})"
+                            ) from error
                     else:
+                        failed_in_a_row = 0
                         row = answers.add(prompt, completion)
                         if on_first is not None and answers.added == 1:
                             on_first(row)
