@@ -47,10 +47,8 @@ class TestBrokenServer:
         def reply(text, tries):
             return echo(text, tries) if int(text[1:-1]) < 5 else Reply({"error": "broken"}, 502)
 
-        with (
-            ChatServer(reply) as server,
-            pytest.raises(ServerGoneError, match="20 prompts in a row have failed .*502"),
-        ):
+        said = "20 prompts in a row have failed .*502"
+        with ChatServer(reply) as server, pytest.raises(ServerGoneError, match=said):
             run(server, count=200, max_tries=2)
         assert len(rows(tmp_path / "answers", "answers.jsonl")) == 5
         assert len(server.tries) < 40  # and not 200

@@ -285,6 +285,32 @@ def make_client(args: ChatGenerationArguments, api_key: str | None) -> ChatClien
     )
 
 
+class FailureStreak:
+    """Prompts that failed one after the other: a server that hangs or is broken would fail all of them, each slowly.
+
+    Args:
+        most: how many end the run.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.length = 0
+
+    def count(self, error: PromptFailedError) -> None:
+        """Counts a failure; a prompt that the server refused says nothing of the next.
+
+        Raises:
+            ServerGoneError: if they are too many.
+        """
+        self.length += not error.refused
+        if self.length >= self.most:
+            raise ServerGoneError(f"{self.length} prompts in a row have failed ({error})") from error
+
+    def end(self) -> None:
+        """A prompt was answered."""
+        self.length = 0
+
+
 async def complete_all(
     args: ChatGenerationArguments,
     api_key: str | None,
@@ -298,25 +324,19 @@ async def complete_all(
         write_json(Path(args.output_dir) / SETTINGS_FILE, {"arguments": asdict(args), "version": __version__})
         waiting, total = answers.waiting(), len(answers.prompts)
         initial, prompts = total - len(waiting), iter(waiting)
-        failed_in_a_row, most_in_a_row = 0, max(FAILED_IN_A_ROW, 2 * args.concurrency)
+        streak = FailureStreak(max(FAILED_IN_A_ROW, 2 * args.concurrency))
         with tqdm(total=total, initial=initial, desc="answers", unit="answer", disable=args.disable_tqdm) as bar:
 
             async def work() -> None:
-                nonlocal failed_in_a_row
                 for prompt in prompts:
                     try:
                         completion = await client.complete(prompt.messages, request_seed(args.seed, prompt.id))
                     except PromptFailedError as error:
                         answers.fail(prompt, error)
                         logger.warning("prompt %s is left out after %d tries: %s", prompt.id, error.tries, error)
-                        failed_in_a_row += not error.refused
-                        if failed_in_a_row >= most_in_a_row:
-                            # a server that hangs or is broken: the other prompts would take as long to fail
-                            raise ServerGoneError(
-                                f"{failed_in_a_row} prompts in a row have failed ({error})"
-                            ) from error
+                        streak.count(error)
                     else:
-                        failed_in_a_row = 0
+                        streak.end()
                         row = answers.add(prompt, completion)
                         if on_first is not None and answers.added == 1:
                             on_first(row)
