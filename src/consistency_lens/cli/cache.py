@@ -212,8 +212,8 @@ def read_source(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> S
     from ..data.tokenization import corpus_origin, open_corpus
 
     if Path(args.dataset).is_dir():
-        name, revision = corpus_origin(args.dataset, tokenizer, args.model)
-        return Source(name, revision, {split: open_corpus(args.dataset, split) for split in args.split})
+        origin = corpus_origin(args.dataset, tokenizer, args.model)
+        return Source(origin.name, origin.revision, {split: open_corpus(args.dataset, split) for split in args.split})
     corpus = tokenize_documents(read_documents(args.dataset), tokenizer, args.max_length)
     fraction = args.validation_fraction or VALIDATION_FRACTION
     splits = dict(zip(SPLITS, split_by_document(corpus, fraction), strict=True))

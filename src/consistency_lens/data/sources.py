@@ -313,8 +313,8 @@ def read_corpus(
     if not Path(args.dataset).is_dir():
         sequences = tokenize_documents(read_documents(args.dataset), reader.tokenizer, args.max_length)
         return Corpus(args.dataset, None, {WHOLE: sequences})
-    name, revision = corpus_origin(args.dataset, reader.tokenizer, reader.name)
-    return Corpus(name, revision, {split: open_corpus(args.dataset, split) for split in SPLITS})
+    origin = corpus_origin(args.dataset, reader.tokenizer, reader.name)
+    return Corpus(origin.name, origin.revision, {split: open_corpus(args.dataset, split) for split in SPLITS})
 
 
 def sampled_documents(

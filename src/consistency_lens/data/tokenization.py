@@ -38,6 +38,11 @@ FORMAT = 1
 TOKENIZATION_FILE = "tokenization.json"
 SPLITS = ("train", "validation")
 LONG_DOCUMENTS = ("cut", "split")
+# Settings that provenance and cards of what is read on a corpus repeat.
+TOLD_OF_CORPUS = (
+    *("dataset_config", "dataset_split", "text_column", "messages_column", "chat_template_hash"),
+    *("max_length", "long_documents", "packing", "validation_fraction"),
+)
 
 
 @dataclass
@@ -116,6 +121,17 @@ class TokenizedCorpus(NamedTuple):
     """False if it was there already, made with the same settings."""
 
 
+class CorpusOrigin(NamedTuple):
+    """Where the sequences of a corpus come from."""
+
+    name: str
+    """The data set."""
+    revision: str | None
+    """Its revision on the Hub."""
+    facts: dict[str, Any]
+    """How it was made into sequences: what of the settings shows in them, and the fingerprint."""
+
+
 def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
     """Tokenises a data set into a corpus folder; where the same corpus lies already, does nothing.
 
@@ -188,8 +204,8 @@ def open_rows(path: str | Path, split: str) -> Dataset:
     return rows
 
 
-def corpus_origin(path: str | Path, tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[str, str | None]:
-    """The data set that a corpus on disk was made from, and its revision.
+def corpus_origin(path: str | Path, tokenizer: PreTrainedTokenizerBase, model: str) -> CorpusOrigin:
+    """Where a corpus on disk comes from, for those who read it.
 
     Args:
         tokenizer: of the subject that will read the corpus.
@@ -206,7 +222,9 @@ def corpus_origin(path: str | Path, tokenizer: PreTrainedTokenizerBase, model: s
             f"{settings['tokenizer_hash'][:12]}), but that of {model!r} differs (hash {own_hash[:12]}); tokenise "
             f"again with --model {model}"
         )
-    return settings["dataset"], record["dataset_commit"] or settings["dataset_revision"]
+    told = {name: settings[name] for name in TOLD_OF_CORPUS} | {"rendered_on": record["rendered_on"]}
+    revision = record["dataset_commit"] or settings["dataset_revision"]
+    return CorpusOrigin(settings["dataset"], revision, told | {"fingerprint": record["fingerprint"]})
 
 
 def read_tokenization(path: str | Path) -> dict[str, Any]:
