@@ -60,10 +60,26 @@ def test_the_provenance_tells_what_is_read(source, cache):
     assert source.provenance["subject"] == "tiny" and source.provenance["source"] == "on_the_fly"
 
 
-def test_the_moments_of_many_rows_are_those_of_a_spread_of_them(source, monkeypatch):
-    monkeypatch.setattr("consistency_lens.data.on_the_fly.MOMENT_ROWS", 10)
-    spread = np.linspace(0, len(source) - 1, 10).astype(int)
-    torch.testing.assert_close(source.mean, torch.tensor(source.activations(spread).mean(axis=0)))
+def test_the_moments_of_many_sequences_are_those_of_a_spread_of_them(source, monkeypatch):
+    monkeypatch.setattr("consistency_lens.data.on_the_fly.MOMENT_SEQUENCES", 5)
+    # 24 sequences of three rows, five of them
+    rows = np.concatenate([3 * n + np.arange(3) for n in np.linspace(0, 23, 5).astype(int)])
+    torch.testing.assert_close(source.mean, torch.tensor(source.activations(rows).mean(axis=0)))
+
+
+def test_rows_of_a_sequence_are_read_in_one_pass(subject, source, monkeypatch):
+    passes = []
+    forward = subject.model.forward
+
+    def counted(*args, **kwargs):
+        passes.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(subject.model, "forward", counted)
+    twice = source.activations(np.array([5, 3, 4, 3, 70]))
+    assert [shape[0] for shape in passes] == [2]
+    np.testing.assert_allclose(twice[1], twice[3])
+    np.testing.assert_allclose(twice[0], source.activations(np.array([5]))[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep_context", [False, True])

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,8 @@ from published_rows import Published, numbered_table
 from torch.utils.data import BatchSampler, DataLoader
 
 from consistency_lens.data.collator import ActivationCollator
-from consistency_lens.data.streaming import StreamedActivations, StreamSampler
+from consistency_lens.data.streaming import StreamedActivations, StreamSampler, patiently
+from consistency_lens.hub_connection import HubError
 
 WIDTH = 3
 SHARDS = (9, 11, 0, 8, 12, 10, 7)
@@ -157,7 +161,8 @@ def test_each_process_reads_shards_of_its_own(published):
     for process in range(processes):
         stream = published.stream()
         sampler = StreamSampler(stream, 0, batch, processes, process)
-        order, shards = sampler.order()
+        order, windows = sampler.order()
+        shards = [[shard for window in of for shard in window] for of in windows]
         orders[process] = order
         own = np.concatenate([stream.first_rows[s] + np.arange(SHARDS[s]) for s in shards[process]])
         even = min(sum(SHARDS[s] for s in of) for of in shards) // batch * batch * processes
@@ -170,12 +175,10 @@ def test_each_process_reads_shards_of_its_own(published):
 def test_shards_are_loaded_ahead_in_the_order_of_the_epoch(published):
     stream = published.stream()
     sampler = StreamSampler(stream, seed=0, batch_size=4)
-    (shards,) = sampler.order()[1]
+    (windows,) = sampler.order()[1]
     stream[next(iter(sampler))]
     stream._loader.shutdown(wait=True)
-    # the first row may be of either shard of the first window: with it come as many shards as a window has
-    place = shards.index(numbers(published.read)[0])
-    assert set(numbers(published.read)) == set(shards[place : place + 3])
+    assert set(numbers(published.read)) == {*windows[0], *windows[1]}
 
 
 def test_skipping_to_a_place_in_an_epoch_reads_nothing(published):
@@ -185,13 +188,71 @@ def test_skipping_to_a_place_in_an_epoch_reads_nothing(published):
     assert published.read == []
 
 
-def test_a_stream_reaches_a_worker_process(published):
+@pytest.mark.parametrize("window", [1, 2, 3, 20])
+def test_an_epoch_reads_every_file_once_and_drops_it_when_it_has_passed(published, window):
+    stream = published.stream(window=window)
+    most = 0
+    for index in StreamSampler(stream, seed=0, batch_size=4):
+        stream[index]
+        most = max(most, len(stream._shards))
+    assert sorted(numbers(published.read)) == [n for n, rows in enumerate(SHARDS) if rows]
+    assert most <= 2 * window
+
+
+def test_a_second_epoch_goes_on_where_the_first_ended(published):
     stream = published.stream()
-    loader = DataLoader(
-        stream, batch_size=8, sampler=StreamSampler(stream, 0, 8), collate_fn=ActivationCollator(0, 2), num_workers=1
-    )
-    rows = torch.cat([batch["rows"] for batch in loader])
-    assert sorted(rows.tolist()) == list(range(TOTAL))
+    sampler = StreamSampler(stream, seed=0, batch_size=4)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert sorted(stream[index]["row"] for index in sampler) == list(range(TOTAL))
+
+
+def test_a_stream_that_was_closed_loads_no_more_until_it_is_asked(published):
+    gate, begun = threading.Event(), []
+
+    def slowly(name):
+        begun.append(name)
+        gate.wait(10)
+        return published.files[name]
+
+    stream = StreamedActivations(published.provenance, slowly, window=3)
+    sampler = StreamSampler(stream, seed=0, batch_size=4)
+    first = next(iter(sampler))
+    asking = threading.Thread(target=stream.__getitem__, args=(first,), daemon=True)
+    asking.start()
+    while len(begun) < 2:  # as many as are loaded at a time
+        time.sleep(0.001)
+    stream.close()
+    gate.set()
+    asking.join(5)
+    assert len(begun) <= 3
+    assert stream[first]["row"] == first
+
+
+def test_rows_that_are_taken_do_not_hold_their_shards(published):
+    for row in published.stream(pair_seed=0).take(10, seed=0):
+        assert row["activation"].base is None and row["input_ids"].base is None
+
+
+def test_rows_known_from_training_are_not_taken(published):
+    published.provenance["seen_in_training"] = list(range(0, TOTAL, 2))
+    taken = [row["row"] for row in published.stream(window=20).take(1000, seed=0)]
+    assert taken == list(range(1, TOTAL, 2))
+
+
+def test_the_hub_is_asked_again(published, monkeypatch):
+    monkeypatch.setattr("consistency_lens.data.streaming.RETRY_SECONDS", (0, 0))
+    failures = iter([HubError("busy"), HubError("busy")])
+
+    def read_file(name):
+        for error in failures:
+            raise error
+        return name.encode()
+
+    assert patiently(read_file)("a") == b"a"
+    failures = iter([HubError("busy")] * 3)
+    with pytest.raises(HubError, match="busy"):
+        patiently(read_file)("a")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -201,7 +262,7 @@ def test_what_accelerate_gives_a_process_comes_from_its_shards(published, proces
         stream = published.stream()
         sampler = StreamSampler(stream, 0, batch, processes, process)
         mine = BatchSamplerShard(BatchSampler(sampler, batch, drop_last=False), processes, process)
-        own = sampler.order()[1][process]
+        own = [shard for window in sampler.order()[1][process] for shard in window]
         rows = [row for rows in mine for row in rows]
         shards = np.searchsorted(stream.first_rows, rows, side="right") - 1
         assert np.isin(shards, own).mean() > 0.7

@@ -1,5 +1,11 @@
 """Training on each of the three sources of activations."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from lens_runs import tiny_trainer
@@ -94,6 +100,44 @@ def test_a_second_epoch_of_a_stream_has_another_order(tmp_path):
     assert first != second
 
 
-def test_a_stream_is_not_read_by_many_workers(tmp_path):
-    with pytest.raises(ValueError, match="dataloader_num_workers: got 2, but each would download the whole stream"):
-        tiny_trainer(tmp_path, source="stream", dataloader_num_workers=2)
+def test_a_stream_is_not_read_by_workers(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_num_workers: got 1, but a stream loads ahead by itself"):
+        tiny_trainer(tmp_path, source="stream", dataloader_num_workers=1)
+
+
+PROCESSES = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2].split(":")
+from lens_runs import tiny_trainer
+from test_activation_sources import rows_seen
+folder, source = Path(sys.argv[1]), sys.argv[3]
+settings = {"stages": ["warm_start"], "source": source, "per_device_train_batch_size": 4}
+settings |= {"max_steps": 14, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 7}
+seen = []
+for checkpoint in (None, str(folder / "run" / "checkpoint-7")):
+    trainer = tiny_trainer(folder, **settings)
+    rows = rows_seen(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seen.append(rows)
+(folder / f"rows{trainer.args.process_index}.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["cache", "on_the_fly", "stream"])
+def test_two_processes_resume_in_the_second_epoch_at_the_very_row(tmp_path, source):
+    """An epoch has nine batches of each process, hence five steps: step 7 is in the second."""
+    script = tmp_path / "train.py"
+    script.write_text(PROCESSES)
+    here = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    arguments = [str(tmp_path), f"{here}:{here.parent}", source]
+    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [json.loads((tmp_path / f"rows{rank}.json").read_text()) for rank in (0, 1)]
+    for whole, resumed in seen:
+        assert len(whole) == 9 + 9 + 8 and resumed == whole[9 + 4 :]
+    first_epoch = [row for whole, _ in seen for batch in whole[:9] for row in batch]
+    assert sorted(first_epoch) == list(range(72))

@@ -7,16 +7,18 @@ A row is an activation with its context (tokens 0..P), its position P and its do
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from .corpus import is_validation_document
 from .moments import Moments, streaming_moments
 
 HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, of well mixed bits
 BLOCK_ROWS = 8192  # rows held in memory at a time
+READ_TOGETHER = 256  # rows, of a few that are picked
 
 
 class ActivationSource(ABC):
@@ -177,11 +179,23 @@ def pair_documents(documents: np.ndarray, seed: int) -> np.ndarray:
     return partners
 
 
-class ActivationRows(torch.utils.data.Dataset):
-    """A source as a torch dataset: a row is a dict that `data.collator.ActivationCollator` understands.
+class Rows(Protocol):
+    """Rows with their activations, each a dict that `data.collator.ActivationCollator` understands."""
 
-    Keys: `activation` (d,), `input_ids` (P + 1,) int32, `position`, `document`, `row` (index in the whole source; the
-    key of the row's sampling noise) and, with `pair_seed`, `other_activation` (d,), the A' of `pair_documents`.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def rows_at(rows: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Some of the `Rows`, in this order, read together where they can be."""
+    # A loader knows how. It draws a seed for its workers, here not from the global state.
+    loader = DataLoader(rows, READ_TOGETHER, sampler=indices, collate_fn=list, generator=torch.Generator())
+    return [row for batch in loader for row in batch]
+
+
+class SourceRows(torch.utils.data.Dataset, ABC):
+    """A source as a torch dataset, with a partner for each row where A' is wanted.
 
     Args:
         source: where the rows come from.
@@ -203,20 +217,32 @@ class ActivationRows(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows of a batch, read together: what torch's DataLoader calls where it exists."""
-        chosen = np.asarray(indices)
-        activations, contexts = self.source.read(chosen)
-        columns: dict[str, Any] = {
-            "activation": activations,
+        columns = self.columns(np.asarray(indices))
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    @abstractmethod
+    def columns(self, chosen: np.ndarray) -> dict[str, Any]:
+        """The given rows, as columns of one length."""
+
+    def known(self, chosen: np.ndarray, contexts: list[np.ndarray]) -> dict[str, Any]:
+        """The columns that need no activation: `input_ids`, `position`, `document` and `row`, the index in the whole
+        source, which is the key of the row's sampling noise."""
+        return {
             "input_ids": contexts,
             "position": [len(context) - 1 for context in contexts],
             "document": self.source.documents[chosen],
             "row": self.source.rows[chosen],
         }
+
+
+class ActivationRows(SourceRows):
+    """The rows of a source with their activations: `activation` (d,), `input_ids` (P + 1,) int32, `position`,
+    `document`, `row` and, with `pair_seed`, `other_activation` (d,), the A' of `pair_documents`."""
+
+    def columns(self, chosen: np.ndarray) -> dict[str, Any]:
+        """The given rows, as columns of one length."""
+        activations, contexts = self.source.read(chosen)
+        columns = {"activation": activations, **self.known(chosen, contexts)}
         if self.partners is not None:
             columns["other_activation"] = self.source.activations(self.partners[chosen])
-        return rows_of(columns)
-
-
-def rows_of(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Columns of the same length as rows."""
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return columns

@@ -1,27 +1,25 @@
 """Activations on the fly: the subject runs when a row is asked for, and nothing is stored.
 
 The rows are those that a cache of the same corpus and settings would hold, in the same order, so training on either
-gives the same losses. Training reads their contexts alone (`ContextRows`); the trainer runs the subject on the batch
-(`read_activations`), and where the loss asks for the KL, what that pass has kept of the context makes it cost one
-token more.
+gives the same losses, where mean and RMS are the same (`OnTheFlyActivations.own_moments`). Training reads their
+contexts alone (`ContextRows`); the trainer runs the subject on the batch (`read_activations`), and where the loss asks
+for the KL, what that pass has kept of the context makes it cost one token more.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from ..residual_stream import gather_positions
 from ..subject import Subject
 from .activation_reading import ActivationReader
-from .activation_source import ActivationSource, rows_of
+from .activation_source import BLOCK_ROWS, ActivationSource, SourceRows
 from .cache_plan import CachePlan, ShardPlan, plan_cache
 from .moments import Moments, streaming_moments
 
-MOMENT_ROWS = 8192  # rows that mean and RMS are taken from, spread over the corpus
+MOMENT_SEQUENCES = 8192  # sequences whose rows mean and RMS are taken from
 
 
 class OnTheFlyActivations(ActivationSource):
@@ -100,84 +98,71 @@ class OnTheFlyActivations(ActivationSource):
 
     def contexts(self, indices: np.ndarray) -> list[np.ndarray]:
         """Tokens 0..P of the given rows, int32."""
-        shard, place, kth = self._lookup(indices)
-        return [shard.contexts[i][: shard.positions[i][k] + 1] for i, k in zip(place, kth, strict=True)]
+        shard, place, positions = self._lookup(indices)
+        return [shard.contexts[i][: position + 1] for i, position in zip(place, positions, strict=True)]
 
     def activations(self, indices: np.ndarray) -> np.ndarray:
         """Activations of the given rows, (B, d) float32; the blocks above the layer do not run."""
         return self.read(indices)[0]
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Activations (B, d) float32 and contexts of the given rows.
+        """Activations (B, d) float32 and contexts of the given rows; rows of one sequence are read in one pass.
 
         Raises:
             ValueError: if an activation is not finite, or a batch does not fit the device.
         """
-        contexts = self.contexts(indices)
-        last = [np.array([len(context) - 1]) for context in contexts]
+        shard, place, positions = self._lookup(indices)
+        contexts = [shard.contexts[i][: position + 1] for i, position in zip(place, positions, strict=True)]
+        asked = [np.unique(positions[place == i]) for i in range(len(shard.contexts))]
+        first = np.cumsum([0] + [len(of_sequence) for of_sequence in asked])
         reader = ActivationReader(self.subject.stream, self.batch_size)
-        shard = ShardPlan(contexts, last, self.documents[indices])
-        return reader.read(shard, [self.subject.layer])[0], contexts
+        (found,) = reader.read(shard._replace(positions=asked), [self.subject.layer])
+        rows = [first[i] + np.searchsorted(asked[i], p) for i, p in zip(place, positions, strict=True)]
+        return found[rows], contexts
 
     def part(self, rows: np.ndarray, training_part: ActivationSource | None = None) -> "OnTheFlyActivations":
         """The rows with these indices in the whole."""
         return OnTheFlyActivations(self.subject, self.plan, self.provenance, self.batch_size, rows, training_part)
 
     def own_moments(self) -> Moments:
-        """Mean and RMS of up to 8,192 of these rows, spread evenly: all of them would be the pass that is saved."""
-        spread = np.linspace(0, len(self) - 1, min(MOMENT_ROWS, len(self))).astype(np.int64)
-        blocks = range(0, len(spread), 1024)
-        return streaming_moments(self.activations(spread[start : start + 1024]) for start in blocks)
+        """Mean and RMS of the rows of up to 8,192 sequences, spread evenly: those of a cache where there are no more.
+
+        All sequences of a large corpus would be the long pass that is saved here.
+        """
+        of_row = self._sequences(self.rows)
+        sequences = np.unique(of_row)
+        spread = np.linspace(0, len(sequences) - 1, min(MOMENT_SEQUENCES, len(sequences))).astype(np.int64)
+        chosen = np.flatnonzero(np.isin(of_row, sequences[spread]))
+        blocks = np.split(chosen, range(BLOCK_ROWS, len(chosen), BLOCK_ROWS))
+        return streaming_moments(self.activations(block) for block in blocks)
 
     def _sequences(self, rows: np.ndarray) -> np.ndarray:
         """For each row the index of its sequence among those of the plan."""
         return np.searchsorted(self._first_rows, rows, side="right") - 1
 
     def _lookup(self, indices: np.ndarray) -> tuple[ShardPlan, np.ndarray, np.ndarray]:
-        """The sequences of the given rows, and for each row which of them it is of, and at which of its positions."""
+        """The sequences of the given rows, and for each row which of them it is of, and its position P."""
         rows = self.rows[indices]
         sequences = self._sequences(rows)
         distinct, place = np.unique(sequences, return_inverse=True)
-        return self.plan.read(self.plan.sequences[distinct]), place, rows - self._first_rows[sequences]
+        shard = self.plan.read(self.plan.sequences[distinct])
+        kth = rows - self._first_rows[sequences]
+        return shard, place, np.array([shard.positions[i][k] for i, k in zip(place, kth, strict=True)])
 
 
-class ContextRows(torch.utils.data.Dataset):
+class ContextRows(SourceRows):
     """The rows of a source without their activations: the trainer reads these from the subject, batch by batch.
 
-    Keys as those of `ActivationRows`, but for `activation`; with `pair_seed`, `other_input_ids` is the context that A'
-    is read from.
-
-    Args:
-        source: where the rows come from.
-        pair_seed: of the pairing; None for rows without A'.
-
-    Raises:
-        ValueError: with `pair_seed`, if all rows come from one document.
+    `input_ids`, `position`, `document` and `row` as in `ActivationRows`; with `pair_seed`, `other_input_ids` is the
+    context that A' is read from.
     """
 
-    def __init__(self, source: ActivationSource, pair_seed: int | None = None) -> None:
-        self.source = source
-        self.partners = None if pair_seed is None else source.pair(pair_seed)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows of a batch, read together."""
-        chosen = np.asarray(indices)
-        contexts = self.source.contexts(chosen)
-        columns: dict[str, Any] = {
-            "input_ids": contexts,
-            "position": [len(context) - 1 for context in contexts],
-            "document": self.source.documents[chosen],
-            "row": self.source.rows[chosen],
-        }
+    def columns(self, chosen: np.ndarray) -> dict[str, Any]:
+        """The given rows, as columns of one length."""
+        columns = self.known(chosen, self.source.contexts(chosen))
         if self.partners is not None:
             columns["other_input_ids"] = self.source.contexts(self.partners[chosen])
-        return rows_of(columns)
+        return columns
 
 
 def read_activations(subject: Subject, batch: dict[str, Any], keep_context: bool) -> dict[str, Any]:

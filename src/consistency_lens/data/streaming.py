@@ -5,7 +5,8 @@ alone: training can stop anywhere and go on at the very row, and skipping to it 
 """
 
 import io
-from collections import OrderedDict
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import HfApi
 
-from ..hub_connection import asking_hub
+from ..hub_connection import HubError, asking_hub
 from .activation_cache import activation_matrix, token_lists
 from .activation_source import pair_documents
 from .cache_parquet import published_provenance
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ["activation", "input_ids", "document"]
 LOADING_THREADS = 2
+RETRY_SECONDS = (5, 15, 60)
 
 
 @dataclass
@@ -68,8 +72,10 @@ class StreamedActivations(torch.utils.data.Dataset):
         self.window = window
         self.shard_rows = np.array([file["rows"] for file in provenance["parquet"]], dtype=np.int64)
         self.first_rows = np.cumsum(self.shard_rows) - self.shard_rows
-        self._shards: OrderedDict[int, Future[Shard]] = OrderedDict()
-        self._ahead: dict[int, list[int]] = {}
+        self._shards: dict[int, Future[Shard]] = {}
+        # shard -> those that are in memory while it is in use
+        self._together: dict[int, list[int]] = {}
+        self._kept: list[int] = []
 
     def __len__(self) -> int:
         return int(self.shard_rows.sum())
@@ -96,16 +102,29 @@ class StreamedActivations(torch.utils.data.Dataset):
         return [self._row(int(index)) for index in indices]
 
     def take(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """Up to `count` random rows of a window of random shards, in memory, in the order of their numbers."""
-        generator = np.random.default_rng(seed)
+        """Up to `count` random rows of a window of random shards, in memory, in the order of their numbers.
+
+        Of held-out rows those are left out that are known to be training rows over again (`held_out_from`).
+        """
+        generator = np.random.default_rng([seed, count])
         shards = generator.permutation(np.flatnonzero(self.shard_rows))[: self.window]
         rows = np.concatenate([self.first_rows[shard] + np.arange(self.shard_rows[shard]) for shard in shards])
+        rows = np.setdiff1d(rows, self.provenance.get("seen_in_training", []))
         chosen = np.sort(generator.choice(rows, min(count, len(rows)), replace=False))
-        return self.__getitems__(chosen.tolist())
+        return [_copied(row) for row in self.__getitems__(chosen.tolist())]
 
-    def expect(self, shards: Sequence[int]) -> None:
-        """Says in which order shards will be asked for, so that each is loaded while the ones before it are used."""
-        self._ahead = {shard: list(shards[place + 1 : place + 1 + self.window]) for place, shard in enumerate(shards)}
+    def expect(self, windows: Sequence[Sequence[int]]) -> None:
+        """Says in which order windows of shards will be asked for: each is loaded while the one before it is used."""
+        self._together = {}
+        for window, following in zip(windows, [*windows[1:], []], strict=True):
+            self._together |= dict.fromkeys(window, [*window, *following])
+
+    def close(self) -> None:
+        """Drops all shards, and the loads that have not begun; what is asked for later is loaded anew."""
+        self._together = {}
+        self._keep([])
+        self._loader.shutdown(wait=False, cancel_futures=True)
+        del self._loader
 
     def _row(self, index: int) -> dict[str, Any]:
         number = int(np.searchsorted(self.first_rows, index, side="right")) - 1
@@ -122,19 +141,25 @@ class StreamedActivations(torch.utils.data.Dataset):
         return row
 
     def _shard(self, number: int) -> Shard:
-        if number in self._shards:
-            self._shards.move_to_end(number)
-        for wanted in (number, *self._ahead.get(number, ())):
-            if wanted not in self._shards:
-                self._shards[wanted] = self._loader.submit(self._load, wanted)
-        self._shards.move_to_end(number)
-        while len(self._shards) > 2 * self.window:
-            self._shards.popitem(last=False)
+        # without an order, those that were asked for last
+        latest = [*(n for n in self._shards if n != number), number]
+        together = self._together.get(number) or latest[-2 * self.window :]
+        if together is not self._kept:
+            self._keep(together)
+        for other in (number, *together):
+            if other not in self._shards:
+                self._shards[other] = self._loader.submit(self._load, other)
         try:
             return self._shards[number].result()
         except Exception:
             del self._shards[number]  # the next time it is tried anew
             raise
+
+    def _keep(self, shards: list[int]) -> None:
+        """Drops all others."""
+        self._kept = shards
+        for number in self._shards.keys() - set(shards):
+            self._shards.pop(number).cancel()
 
     @cached_property
     def _loader(self) -> ThreadPoolExecutor:
@@ -167,6 +192,11 @@ class StreamedActivations(torch.utils.data.Dataset):
         return Shard(activation_matrix(table), token_lists(table), table["document"].to_numpy())
 
 
+def _copied(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that does not hold its whole shard in memory."""
+    return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+
+
 def open_stream(
     repo: str, split: str, revision: str | None = None, pair_seed: int | None = None, window: int = 8
 ) -> StreamedActivations:
@@ -185,8 +215,11 @@ def open_stream(
             f"activations: no cache at {repo!r}; pass the folder of one, the Hub id of a published one "
             "(name/repository), cache or on_the_fly"
         )
-    with asking_hub(repo, revision):
-        commit = HfApi().dataset_info(repo, revision=revision).sha or "main"
+    try:
+        with asking_hub(repo, revision):
+            commit = HfApi().dataset_info(repo, revision=revision).sha or "main"
+    except (ValueError, HubError) as error:
+        raise type(error)(f"activations: there is no folder {repo!r} here; {error}") from error
     provenance = published_provenance(repo, split, commit) | {"streamed_from": {"repo": repo, "commit": commit}}
 
     def read_file(name: str) -> bytes:
@@ -194,7 +227,22 @@ def open_stream(
             file = HfApi().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)
             return Path(file).read_bytes()
 
-    return StreamedActivations(provenance, read_file, pair_seed, window)
+    return StreamedActivations(provenance, patiently(read_file), pair_seed, window)
+
+
+def patiently(read_file: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """Reads files with further tries where the Hub fails: a run of days should not end with one request."""
+
+    def read(name: str) -> bytes:
+        for seconds in RETRY_SECONDS:
+            try:
+                return read_file(name)
+            except HubError as error:
+                logger.warning("%s; trying %s again in %d seconds", error, name, seconds)
+                time.sleep(seconds)
+        return read_file(name)
+
+    return read
 
 
 class StreamSampler(torch.utils.data.Sampler[int]):
@@ -228,26 +276,26 @@ class StreamSampler(torch.utils.data.Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        order, shards = self.order()
-        self.stream.expect(shards[self.process_index])
+        order, windows = self.order()
+        self.stream.expect(windows[self.process_index])
         return iter(order.tolist())
 
-    def order(self) -> tuple[np.ndarray, list[list[int]]]:
-        """The rows (N,) in order, batches of the processes in turn; and the shards of each process, in order."""
+    def order(self) -> tuple[np.ndarray, list[list[list[int]]]]:
+        """The rows (N,) in order, batches of the processes in turn; and the windows of each process, in order."""
         stream, generator = self.stream, np.random.default_rng([self.seed, self.epoch])
         permuted = generator.permutation(np.flatnonzero(stream.shard_rows)).tolist()
         shards = [permuted[process :: self.num_processes] for process in range(self.num_processes)]
-        rows = [self._mixed(own, generator) for own in shards]
+        windows = [[own[i : i + stream.window] for i in range(0, len(own), stream.window)] for own in shards]
+        rows = [self._mixed(own, generator) for own in windows]
         batches = min(map(len, rows)) // self.batch_size
         even = batches * self.batch_size
         in_turn = np.stack([own[:even].reshape(batches, self.batch_size) for own in rows], axis=1).reshape(-1)
-        return np.concatenate([in_turn, *(own[even:] for own in rows)]), shards
+        return np.concatenate([in_turn, *(own[even:] for own in rows)]), windows
 
-    def _mixed(self, shards: list[int], generator: np.random.Generator) -> np.ndarray:
-        """The rows of shards, window after window, each mixed."""
+    def _mixed(self, windows: list[list[int]], generator: np.random.Generator) -> np.ndarray:
+        """The rows of windows of shards, one after the other, each mixed."""
         stream, parts = self.stream, [np.empty(0, dtype=np.int64)]
-        for start in range(0, len(shards), stream.window):
-            window = shards[start : start + stream.window]
+        for window in windows:
             rows = [stream.first_rows[shard] + np.arange(stream.shard_rows[shard]) for shard in window]
             parts.append(generator.permutation(np.concatenate(rows)))
         return np.concatenate(parts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,6 @@ Batch = dict[str, Any]
 # What training rows are drawn for, and how many are read at a time.
 TRAINING_COLUMNS = ("activations", "tail_ids", "tail_mask")
 TRAINING_BATCH = 1024
-
-
-class Rows(Protocol):
-    """Rows of an activation cache, such as `data.activation_source.ActivationRows`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

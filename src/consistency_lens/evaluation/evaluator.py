@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
+from ..data.activation_source import Rows, rows_at
 from ..data.collator import ActivationCollator
 from ..lens_decoder import evaluating
 from ..losses import kl_divergence
@@ -21,7 +22,7 @@ from .ablation import ablation
 from .arguments import EvaluationArguments
 from .best_of_n import best_of_n
 from .controls import Controls, ordinary_tokens, read_ids
-from .evaluated import Batch, EvaluatedRows, Rows, check_finite, judge, training_sample
+from .evaluated import Batch, EvaluatedRows, check_finite, judge, training_sample
 from .linear_probe import linear_probe
 from .metrics import (
     bootstrap_sums,
@@ -125,7 +126,7 @@ class Evaluator:
             chosen = np.sort(np.random.default_rng(self.arguments.seed).choice(count, size=limit, replace=False))
         else:
             chosen = np.arange(count)
-        rows = sorted((self.rows[int(index)] for index in chosen), key=lambda row: int(row["position"]))
+        rows = sorted(rows_at(self.rows, chosen.tolist()), key=lambda row: int(row["position"]))
         size = self.arguments.batch_size
         batches = [self.collator(rows[start : start + size]) for start in range(0, len(rows), size)]
         for batch in batches:

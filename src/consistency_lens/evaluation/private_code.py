@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 
+from ..data.activation_source import Rows
 from ..data.collator import ActivationCollator
 from ..lens_encoder import LensEncoder
 from ..losses import kl_divergence, normalised_mse
@@ -24,7 +25,7 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import Schedule
 from ..straight_through import row_keys
 from .controls import forked_random_state, read_ids
-from .evaluated import Batch, EvaluatedRows, Rows, check_finite, judge
+from .evaluated import Batch, EvaluatedRows, check_finite, judge
 from .metrics import share_recovered, squared_error
 
 # Of the fresh encoder's training; the evaluation's own batch size changes no result.

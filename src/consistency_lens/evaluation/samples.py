@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..atomic_write import write_text
+from ..data.activation_source import Rows, rows_at
 from ..data.collator import ActivationCollator
 from ..explanation import top_tokens
 from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
-from .evaluated import Batch, Rows, judge
+from .evaluated import Batch, judge
 from .metrics import squared_error
 
 # Documents looked at for each sample that is kept, so that the positions can be spread.
@@ -168,11 +169,12 @@ def as_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def choose_rows(rows: Rows, count: int, seed: int) -> list[dict[str, Any]]:
     """At most `count` rows, no two of one document, evenly spread over the sorted positions of a random few."""
     found: dict[int, dict[str, Any]] = {}
-    for index in np.random.default_rng(seed).permutation(len(rows)):
-        row = rows[int(index)]
-        found.setdefault(int(row["document"]), row)
-        if len(found) == CANDIDATES * count:
-            break
+    order, wanted = np.random.default_rng(seed).permutation(len(rows)).tolist(), CANDIDATES * count
+    while order and len(found) < wanted:
+        missing = wanted - len(found)
+        for row in rows_at(rows, order[:missing]):
+            found.setdefault(int(row["document"]), row)
+        order = order[missing:]
     candidates = sorted(found.values(), key=lambda row: int(row["position"]))
     picks = np.linspace(0, len(candidates) - 1, min(count, len(candidates))).round().astype(int)
     return [candidates[pick] for pick in picks]

@@ -1,14 +1,18 @@
 """Callbacks of the trainer."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.streaming import StreamSampler
+
 logger = logging.getLogger(__name__)
 
+EPOCH_ROUNDING = 1e-6  # the end of an epoch may be a little less than a whole number
 SHOWN = ("stage", "ce", "policy", "kl", "lm", "mse", "skipped_steps")
 EVALUATED = {
     "eval_fve": "FVE",
@@ -16,6 +20,26 @@ EVALUATED = {
     "eval_kl_recovered": "KL recovered",
     "eval_perplexity_ratio": "perplexity ratio",
 }
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tells the sampler of a stream which epoch begins.
+
+    `accelerate` tells it too, but not through the wrappers of a run that was resumed on several processes.
+
+    Args:
+        sampler: gives the sampler of the run under way; None before there is one.
+    """
+
+    def __init__(self, sampler: Callable[[], StreamSampler | None]) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sampler = self.sampler()
+        if sampler is not None and state.epoch is not None:
+            sampler.set_epoch(int(state.epoch + EPOCH_ROUNDING))
 
 
 class LensProgress(ProgressCallback):

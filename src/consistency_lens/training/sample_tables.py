@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from ..atomic_write import write_text
-from ..evaluation.evaluated import Rows
+from ..data.activation_source import Rows
 from ..evaluation.report import SAMPLE_COLUMNS, sample_values, samples_markdown, samples_table
 from ..evaluation.samples import Sample, TrackedSamples
 from .callbacks import is_sharded

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from ..atomic_write import write_json, write_tensors
+from ..data.activation_source import rows_at
 from ..data.on_the_fly import read_activations
 from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
 from ..schedules import Schedule
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
-from .callbacks import LensProgress, SkipNonfiniteSteps
+from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps
 from .objectives import (
     Gumbel,
     Objective,
@@ -67,11 +68,13 @@ class ConsistencyLensTrainer(Trainer):
         self.label_names = []
         self.lens = model
         check_settings(model, args)
-        if isinstance(self.train_dataset, StreamedActivations) and args.dataloader_num_workers > 1:
-            raise ValueError(
-                f"dataloader_num_workers: got {args.dataloader_num_workers}, but each would download the whole "
-                "stream; set it to 0 or 1"
-            )
+        if isinstance(self.train_dataset, StreamedActivations):
+            if args.dataloader_num_workers > 0:
+                raise ValueError(
+                    f"dataloader_num_workers: got {args.dataloader_num_workers}, but a stream loads ahead by itself, "
+                    "and each worker would download it whole; set it to 0"
+                )
+            self.add_callback(OrderOfEpoch(lambda: self.stream_sampler))
         self.warm_start_end: WarmStartEnd | None = None
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()
@@ -82,6 +85,7 @@ class ConsistencyLensTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(LensProgress)
         self.lens.subject.model.to(args.device)
+        self.stream_sampler: StreamSampler | None = None
         self._objectives: dict[int, Objective] = {}
         self._reference: LensDecoder | None = None
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
@@ -121,7 +125,8 @@ class ConsistencyLensTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("warm_start_patience: cannot read with a sharded lens; set it to 0")
         count = min(len(rows), HELD_OUT_ROWS)
-        activations = torch.tensor(np.stack([rows[i]["activation"] for i in range(count)]), dtype=torch.float32)
+        read = [row["activation"] for row in rows_at(rows, range(count))]
+        activations = torch.tensor(np.stack(read), dtype=torch.float32)
 
         def warm_start_at(step: int) -> tuple[int, int] | None:
             index, start, _ = self.stage_at(step, self.state.max_steps)
@@ -197,9 +202,10 @@ class ConsistencyLensTrainer(Trainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(rows, StreamedActivations):
             return super()._get_train_sampler(train_dataset)
-        return StreamSampler(
+        self.stream_sampler = StreamSampler(
             rows, self.args.seed, self.args.train_batch_size, self.args.world_size, self.args.process_index
         )
+        return self.stream_sampler
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device; where its rows came without activations, the subject is run for them."""
