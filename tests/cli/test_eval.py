@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 from consistency_lens.cli import main as command_line
 from consistency_lens.cli import train
@@ -129,6 +131,11 @@ def record(lens, **recipe):
     path.write_text(json.dumps(provenance))
 
 
+def change_provenance(lens, **changes):
+    path = lens / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def record_in_cache(lens, **changes):
     path = lens / "data" / "activations-layer1" / "provenance.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -171,6 +178,37 @@ class TestMistakes:
         assert evaluate(lens) == 2
         error = one_error(capsys)
         assert f"has {name} {value!r}, but the lens has" in error
+
+    def test_a_share_is_refused_where_the_dataset_was_split_already(self, lens, capsys):
+        change_provenance(lens, held_out_fraction=None)
+        assert evaluate(lens, validation_fraction=0.1) == 2
+        assert "validation_fraction: got 0.1, but the dataset of the training was split" in one_error(capsys)
+
+    def test_so_are_activations_that_are_not_split(self, lens, capsys):
+        change_provenance(lens, held_out_fraction=None)
+        assert evaluate(lens) == 2
+        assert "the dataset of the training was split already" in one_error(capsys)
+
+    def test_a_cache_of_another_text_is_not_taken_for_that_of_the_training(self, lens, capsys):
+        record_in_cache(lens, dataset_hash="0" * 64)
+        assert evaluate(lens) == 2
+        assert "is of another text than the lens was trained on" in one_error(capsys)
+
+    def test_a_lens_without_a_text_is_not_read_on_the_fly(self, lens, capsys):
+        record(lens, activations="someone/activations", dataset=None)
+        assert evaluate(lens, activations="on_the_fly") == 2
+        assert "the lens was trained on 'someone/activations', not on a text" in one_error(capsys)
+        assert not list(lens.rglob("corpus-*"))
+
+    def test_another_model_is_not_taken_for_the_subject(self, trained, lens, tmp_path, capsys):
+        model = AutoModelForCausalLM.from_pretrained(trained / "subject")
+        with torch.no_grad():
+            model.get_input_embeddings().weight[5] += 1
+        shutil.copytree(trained / "subject", tmp_path / "other")
+        model.save_pretrained(tmp_path / "other")
+        for activations in ("on_the_fly", lens / "data" / "activations-layer1"):
+            assert evaluate(lens, model=tmp_path / "other", activations=activations) == 2
+            assert "but the lens was trained on" in one_error(capsys)
 
     def test_a_lens_without_a_record_of_its_training(self, lens, capsys):
         (lens / "provenance.json").unlink()

@@ -91,7 +91,7 @@ def test_a_tokenised_corpus_keeps_its_own_split(subject_folder, tmp_path):
     assert main(flags(subject_folder, tmp_path / "run", dataset=tmp_path / "corpus")) == 0
     lens = json.loads((tmp_path / "run" / "provenance.json").read_text())
     held_out = [row["document"] for row in open_corpus(tmp_path / "corpus", "validation")]
-    cache = ActivationCache.open(tmp_path / "run" / "data" / "activations-layer1" / "validation")
+    cache = ActivationCache.open(tmp_path / "run" / "data" / "activations-layer1-splits" / "validation")
     assert set(cache.documents) == set(held_out)
     assert lens["validation_rows"] == len(cache) and lens["cache"]["dataset"] == str(text)
 

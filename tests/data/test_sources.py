@@ -10,10 +10,13 @@ from published_rows import published
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 
-from consistency_lens.data import sources
+from consistency_lens.data import sources, text_source
 from consistency_lens.data.activation_cache import ActivationCache
+from consistency_lens.data.corpus import is_validation_document
 from consistency_lens.data.on_the_fly import ContextRows
-from consistency_lens.data.sources import Reader, SourceArguments, layer_of, open_rows
+from consistency_lens.data.sources import SourceArguments, layer_of, open_rows
+from consistency_lens.data.text_source import Reader
+from consistency_lens.data.tokenization import TokenizationArguments, tokenize_corpus
 from consistency_lens.subject import Subject
 
 LAYER = 1
@@ -62,14 +65,14 @@ def test_a_cache_on_the_fly_and_a_folder_give_the_same_rows(reader, text, tmp_pa
 def test_the_subject_writes_its_own_text_once(reader, tmp_path, monkeypatch):
     settings = {"num_documents": 30, "activations": "on_the_fly"}
     first = rows_of(reader, tmp_path, **settings)
-    monkeypatch.setattr(sources, "sample_documents", None)
+    monkeypatch.setattr(text_source, "sample_documents", None)
     assert_equal_rows(first.held_out, rows_of(reader, tmp_path, **settings).held_out)
 
 
 def test_two_caches_in_a_folder_are_its_splits(reader, text, tmp_path):
     rows_of(reader, tmp_path / "a", dataset=text)
     other = tmp_path / "other.txt"
-    other.write_text(TEXT.replace("w5", "w6"))
+    other.write_text("\n<|endoftext|>\n".join(document + " w9" for document in TEXT.split("\n<|endoftext|>\n")))
     rows_of(reader, tmp_path / "b", dataset=str(other))
     both = tmp_path / "both"
     both.mkdir()
@@ -88,18 +91,20 @@ def test_two_caches_in_a_folder_are_its_splits(reader, text, tmp_path):
 def test_published_activations_are_streamed(reader, text, tmp_path, monkeypatch):
     rows_of(reader, tmp_path, dataset=text)
     cache = ActivationCache.open(tmp_path / "activations-layer1")
+    parts = dict(zip(("train", "validation"), cache.split(0.3), strict=True))
     opened = []
 
     def open_stream(repo, split, revision=None, pair_seed=None, window=8):
         opened.append((repo, split, revision, window))
-        return published(cache).stream(pair_seed=pair_seed, window=window)
+        return published(parts[split]).stream(pair_seed=pair_seed, window=window)
 
     monkeypatch.setattr(sources, "open_stream", open_stream)
     arguments = {"activations": "someone/activations", "activations_revision": "v1", "stream_window": 3}
     rows = rows_of(reader, tmp_path, pair_seed=0, **arguments)
     assert opened == [("someone/activations", split, "v1", 3) for split in ("train", "validation")]
-    assert len(rows.train) == len(cache) and torch.equal(rows.mean, cache.mean)
-    assert isinstance(rows.held_out, list) and "other_activation" in rows.held_out[0]
+    assert len(rows.train) == len(parts["train"]) and torch.equal(rows.mean, cache.mean)
+    assert {row["document"] for row in rows.held_out} <= set(parts["validation"].documents)
+    assert rows.fraction is None and isinstance(rows.held_out, list) and "other_activation" in rows.held_out[0]
     assert layer_of(SourceArguments(activations="someone/activations")) == LAYER
 
 
@@ -138,6 +143,42 @@ def test_activations_of_another_subject_are_refused_with_both_values(
 def test_arguments_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         SourceArguments(**settings)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_splits_that_share_documents_are_refused(reader, text, tmp_path, monkeypatch, streamed):
+    both = tmp_path / "both"
+    for split, seed in (("train", 0), ("validation", 1)):
+        arguments = SourceArguments(**SETTINGS, dataset=text)
+        open_rows(arguments, reader, tmp_path / split, seed=seed)
+        both.mkdir(exist_ok=True)
+        (tmp_path / split / "activations-layer1").rename(both / split)
+    if streamed:
+        monkeypatch.setattr(
+            sources, "open_stream", lambda _, split, *rest: published(ActivationCache.open(both / split)).stream()
+        )
+    with pytest.raises(ValueError, match="train and validation share [0-9]+ documents"):
+        rows_of(reader, tmp_path, activations="user/activations" if streamed else str(both))
+
+
+def test_the_share_that_a_corpus_holds_out_is_its_own(reader, text, tmp_path):
+    reader.tokenizer.save_pretrained(tmp_path / "subject")
+    reader.subject.model.save_pretrained(tmp_path / "subject")
+    corpus = TokenizationArguments(
+        dataset=text, model=str(tmp_path / "subject"), output_dir=str(tmp_path / "corpus"), validation_fraction=0.2
+    )
+    tokenize_corpus(corpus)
+    rows = rows_of(reader, tmp_path / "data", dataset=str(tmp_path / "corpus"))
+    assert rows.fraction == 0.2
+    assert all(is_validation_document(row["document"], 0.2) for row in rows.held_out)
+    assert not any(is_validation_document(row["document"], 0.2) for row in rows.true_text)
+    # a text in the same folder has a cache of its own
+    assert rows_of(reader, tmp_path / "data", dataset=text).fraction == 0.3
+
+
+def test_what_a_lens_recorded_before_is_understood():
+    assert SourceArguments.recorded({"text_file": "a.txt"}).dataset == "a.txt"
+    assert SourceArguments.recorded({"text_file": None}).dataset is None
 
 
 def test_a_folder_without_a_cache_is_a_mistake(reader, tmp_path):

@@ -4,28 +4,22 @@ Training and evaluation open their rows here, so both see the same rows held out
 """
 
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, load_from_disk
-from transformers import PreTrainedTokenizerBase
 
-from ..subject import Subject
 from .activation_cache import PROVENANCE_FILE, ActivationCache, check_provenance
-from .activation_source import ActivationRows, ActivationSource
+from .activation_source import ActivationRows, ActivationSource, Rows
 from .cache_building import build_activation_cache
-from .corpus import read_documents, tokenize_documents
-from .fingerprints import tokenizer_hash, weights_hash
-from .generation import sample_documents
 from .on_the_fly import ContextRows, OnTheFlyActivations
-from .streaming import open_stream
-from .tokenization import corpus_origin, open_corpus
+from .streaming import StreamedActivations, open_stream
+from .text_source import WHOLE, Corpus, Reader, read_corpus, sampled_corpus
+from .tokenization import SPLITS
 
 CACHE, ON_THE_FLY = "cache", "on_the_fly"
-WHOLE, SPLITS = "all", ("train", "validation")
 # Held-out rows, and training rows that controls are fitted to, of a stream: those are kept in memory.
 ROWS_IN_MEMORY = 8192
 
@@ -94,48 +88,10 @@ class SourceArguments:
     @classmethod
     def recorded(cls, record: dict[str, Any], **changes: Any) -> "SourceArguments":
         """The arguments that a lens's provenance has, with changes."""
+        # what it was called before
+        record = {"dataset": record.get("text_file")} | record
         known = {key: value for key, value in record.items() if key in {item.name for item in fields(cls)}}
         return cls(**(known | changes))
-
-
-class Reader:
-    """The model whose activations are read, and what tells it from others.
-
-    Args:
-        subject: at the layer that is read.
-        tokenizer: of the subject.
-        name, revision: Hub id or folder of the subject, and its commit.
-        known_hash: the hash of its weights where that is known, as they were loaded when a lens was trained.
-    """
-
-    def __init__(
-        self,
-        subject: Subject,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        revision: str | None = None,
-        known_hash: str | None = None,
-    ) -> None:
-        self.subject = subject
-        self.tokenizer = tokenizer
-        self.name = name
-        self.revision = revision
-        self.known_hash = known_hash
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """Sha256 of the weights; where it is not known, a pass over them."""
-        return self.known_hash or weights_hash(self.subject.model)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What the provenance of activations says if they are this subject's."""
-        return {
-            "weights_hash": self.weights_hash,
-            "tokenizer_hash": tokenizer_hash(self.tokenizer),
-            "layer": self.subject.layer,
-            "width": self.subject.stream.width,
-        }
 
 
 class SplitRows(NamedTuple):
@@ -143,22 +99,24 @@ class SplitRows(NamedTuple):
 
     train: Any
     """What is trained on, a torch dataset."""
-    true_text: Any
+    true_text: Rows
     """Training rows with their activations, whose tails are true text: what controls are fitted to."""
-    held_out: Any
+    held_out: Rows
     """Rows of other documents, with their activations."""
     mean: torch.Tensor
     """(d,), of the training rows."""
     rms: float
+    """Of the training rows."""
     provenance: dict[str, Any]
+    """Of the training rows."""
+    fraction: float | None = None
+    """The documents whose hash lies in the lowest so much of its range were held out; None where they were chosen in
+    another way."""
 
-
-class Corpus(NamedTuple):
-    """Text as tokens: its parts by name, `all` where it is not split, and where it comes from."""
-
-    name: str
-    revision: str | None
-    parts: dict[str, Dataset]
+    def close(self) -> None:
+        """Ends what is still being loaded."""
+        if isinstance(self.train, StreamedActivations):
+            self.train.close()
 
 
 def open_rows(
@@ -183,29 +141,36 @@ def open_rows(
     """
     if args.is_streamed:
         return stream_rows(args, reader, seed, pair_seed)
-    sources = open_sources(args, reader, folder, seed, state)
-    train, held_out = split_sources(sources, args.validation_fraction)
+    parts, fraction = open_parts(args, reader, folder, seed, state)
+    train, held_out = split_parts(parts, args.validation_fraction)
     true_text = ActivationRows(train, pair_seed)
     rows = ContextRows(train, pair_seed) if args.activations == ON_THE_FLY else true_text
-    return SplitRows(rows, true_text, ActivationRows(held_out, pair_seed), train.mean, train.rms, train.provenance)
+    held_out_rows = ActivationRows(held_out, pair_seed)
+    return SplitRows(rows, true_text, held_out_rows, train.mean, train.rms, train.provenance, fraction)
 
 
-def open_sources(
+def open_parts(
     args: SourceArguments, reader: Reader, folder: Path, seed: int, state: PartialState | None = None
-) -> dict[str, ActivationSource]:
-    """The parts of a source that is not streamed: `all`, or `train` and `validation`."""
+) -> tuple[dict[str, ActivationSource], float | None]:
+    """The parts of a source that is not streamed, `all` or `train` and `validation`; and `SplitRows.fraction`."""
     if not args.reads_text:
-        found = open_caches(Path(args.activations))
-        for cache in found.values():
+        caches = open_caches(Path(args.activations))
+        for cache in caches.values():
             check_provenance(str(cache.path), cache.provenance, **reader.identity)
-        return dict(found)
-    corpus = read_corpus(args, reader, folder, seed, state)
+        return dict(caches), args.validation_fraction if WHOLE in caches else None
+    if args.dataset is not None:
+        corpus = read_corpus(args.dataset, reader, args.max_length)
+    else:
+        corpus = sampled_corpus(reader, args.num_documents, args.max_length, folder, seed, state)
+    fraction = (corpus.facts or {}).get("validation_fraction", args.validation_fraction)
     if args.activations == ON_THE_FLY:
-        return {part: on_the_fly(args, reader, corpus, part, seed) for part in corpus.parts}
-    return {part: built_cache(args, reader, corpus, part, folder, seed, state) for part in corpus.parts}
+        return {part: part_on_the_fly(args, reader, corpus, part, seed) for part in corpus.parts}, fraction
+    return {part: cached_part(args, reader, corpus, part, folder, seed, state) for part in corpus.parts}, fraction
 
 
-def on_the_fly(args: SourceArguments, reader: Reader, corpus: Corpus, part: str, seed: int) -> OnTheFlyActivations:
+def part_on_the_fly(
+    args: SourceArguments, reader: Reader, corpus: Corpus, part: str, seed: int
+) -> OnTheFlyActivations:
     """The activations of a part of a corpus, read from the subject when they are needed."""
     provenance = {
         "subject": reader.name,
@@ -224,7 +189,7 @@ def on_the_fly(args: SourceArguments, reader: Reader, corpus: Corpus, part: str,
     )
 
 
-def built_cache(
+def cached_part(
     args: SourceArguments,
     reader: Reader,
     corpus: Corpus,
@@ -254,9 +219,9 @@ def built_cache(
 
 
 def cache_folder(folder: Path, layer: int, part: str = WHOLE) -> Path:
-    """Where a run keeps its cache."""
-    whole = folder / f"activations-layer{layer}"
-    return whole if part == WHOLE else whole / part
+    """Where a run keeps its cache, or those of a dataset that is split."""
+    name = f"activations-layer{layer}"
+    return folder / name if part == WHOLE else folder / f"{name}-splits" / part
 
 
 def open_caches(path: Path) -> dict[str, ActivationCache]:
@@ -271,11 +236,31 @@ def open_caches(path: Path) -> dict[str, ActivationCache]:
     return {split: ActivationCache.open(path / split) for split in SPLITS}
 
 
-def split_sources(sources: dict[str, Any], validation_fraction: float) -> tuple[ActivationSource, ActivationSource]:
-    """(train, held-out): as the dataset was split, or by document hash; see `ActivationSource.held_out_from`."""
-    if WHOLE in sources:
-        return sources[WHOLE].split_unseen(validation_fraction)
-    return sources["train"], sources["validation"].held_out_from(sources["train"])
+def split_parts(parts: dict[str, Any], validation_fraction: float) -> tuple[ActivationSource, ActivationSource]:
+    """(train, held-out): as the dataset was split, or by document hash; see `ActivationSource.held_out_from`.
+
+    Raises:
+        ValueError: if the parts share documents.
+    """
+    if WHOLE in parts:
+        return parts[WHOLE].split_unseen(validation_fraction)
+    train, validation = (parts[split] for split in SPLITS)
+    check_disjoint(train.documents, validation.documents)
+    return train, validation.held_out_from(train)
+
+
+def check_disjoint(training: np.ndarray, held_out: np.ndarray) -> None:
+    """Checks that no document (N,) of one side is on the other.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    shared = np.intersect1d(training, held_out)
+    if len(shared):
+        raise ValueError(
+            f"activations: train and validation share {len(shared)} documents, which are then not held out; build "
+            "them from one corpus, which consistency-lens tokenize splits by document"
+        )
 
 
 def stream_rows(args: SourceArguments, reader: Reader, seed: int, pair_seed: int | None) -> SplitRows:
@@ -287,6 +272,8 @@ def stream_rows(args: SourceArguments, reader: Reader, seed: int, pair_seed: int
     for stream in (train, validation):
         check_provenance(args.activations, stream.provenance, **reader.identity)
     true_text, held_out = (stream.take(ROWS_IN_MEMORY, seed) for stream in (train, validation))
+    validation.close()
+    check_disjoint(*(np.array([row["document"] for row in rows]) for rows in (true_text, held_out)))
     return SplitRows(train, true_text, held_out, train.mean, train.rms, train.provenance)
 
 
@@ -301,35 +288,3 @@ def layer_of(args: SourceArguments) -> int | None:
     if args.is_streamed:
         return open_stream(args.activations, SPLITS[0], args.activations_revision).provenance["layer"]
     return next(iter(open_caches(Path(args.activations)).values())).provenance["layer"]
-
-
-def read_corpus(
-    args: SourceArguments, reader: Reader, folder: Path, seed: int, state: PartialState | None = None
-) -> Corpus:
-    """The text to read, as tokens: a corpus folder, a text file, or documents that the subject writes."""
-    if args.dataset is None:
-        documents = sampled_documents(args, reader, folder, seed, state)
-        return Corpus(f"samples of {reader.name}", None, {WHOLE: documents})
-    if not Path(args.dataset).is_dir():
-        sequences = tokenize_documents(read_documents(args.dataset), reader.tokenizer, args.max_length)
-        return Corpus(args.dataset, None, {WHOLE: sequences})
-    origin = corpus_origin(args.dataset, reader.tokenizer, reader.name)
-    return Corpus(origin.name, origin.revision, {split: open_corpus(args.dataset, split) for split in SPLITS})
-
-
-def sampled_documents(
-    args: SourceArguments, reader: Reader, folder: Path, seed: int, state: PartialState | None = None
-) -> Dataset:
-    """Documents that the subject writes, kept in the folder; the first process writes them."""
-    settings = f"n{args.num_documents}-length{args.max_length}-seed{seed}-{reader.weights_hash[:12]}"
-    path = folder / f"corpus-{settings}"
-    if (state is None or state.is_main_process) and not path.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        model, count = reader.subject.model, args.num_documents
-        corpus = sample_documents(model, reader.tokenizer, count, args.max_length, seed=seed, batch_size=256)
-        partial = path.with_name(f".{path.name}.partial")
-        corpus.save_to_disk(partial)
-        partial.rename(path)
-    if state is not None:
-        state.wait_for_everyone()
-    return load_from_disk(path)

@@ -1,6 +1,6 @@
 """The evaluation of a saved lens on the documents that its training held out: the work of `consistency-lens eval`."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,38 +163,57 @@ def source_arguments(args: SavedLensArguments, lens: ConsistencyLensModel) -> So
     """Where the activations come from: what the arguments say, over what the lens's training had.
 
     Raises:
-        ValueError: if the cache of the training is not to be found.
+        ValueError: if the cache or the text of the training is not to be found.
     """
-    changes: dict[str, Any] = {"validation_fraction": validation_fraction(args, lens)}
-    recipe = recipe_of(lens)
+    recorded = SourceArguments.recorded(recipe_of(lens))
+    changes: dict[str, Any] = {}
+    fraction = validation_fraction(args, lens)
+    if fraction is not None:
+        changes["validation_fraction"] = fraction
     if args.activations is not None:
         changes |= {"activations": args.activations, "activations_revision": args.activations_revision}
-    elif recipe.get("activations", CACHE) == CACHE:
+    elif recorded.activations == CACHE:
         # of the training there is only the cache left to open, which needs no text
         changes["activations"] = str(cache_of_training(args, lens))
-    if changes.get("activations", ON_THE_FLY) != ON_THE_FLY:
+    elif recorded.is_streamed:
+        changes["activations_revision"] = trained_on(lens)["streamed_from"]["commit"]
+    if changes.get("activations", recorded.activations) != ON_THE_FLY:
         changes["dataset"] = None
-    return SourceArguments.recorded(recipe, **changes)
+    elif not recorded.reads_text:
+        raise ValueError(
+            f"activations: the lens was trained on {recorded.activations!r}, not on a text to read on the fly; pass a "
+            "cache"
+        )
+    return replace(recorded, **changes)
+
+
+def trained_on(lens: ConsistencyLensModel) -> dict[str, Any]:
+    """The provenance of the activations that a lens was trained on; empty where there is none."""
+    return (lens.provenance or {}).get("cache", {})
 
 
 def data_folders(args: SavedLensArguments, lens: ConsistencyLensModel) -> list[Path]:
     """Where the training may have kept its corpus and cache."""
     recorded = recipe_of(lens).get("cache_dir")
-    return [Path(args.lens) / "data", *([Path(recorded)] if recorded else [])]
+    own = [Path(args.lens) / "data"] if Path(args.lens).is_dir() else []
+    return [*own, *([Path(recorded)] if recorded else [])]
 
 
 def cache_of_training(args: SavedLensArguments, lens: ConsistencyLensModel) -> Path:
-    """The cache that the training has left.
+    """The cache that the training has left, or the folder with those of its splits.
 
     Raises:
         ValueError: if it is not to be found.
     """
-    places = [cache_folder(folder, lens.config.layer) for folder in data_folders(args, lens)]
+    split = trained_on(lens).get("dataset_split")
+    whole = [cache_folder(folder, lens.config.layer) for folder in data_folders(args, lens)]
+    parts = [cache_folder(folder, lens.config.layer, "train").parent for folder in data_folders(args, lens)]
+    places = whole if split is None else parts
     path = next((place for place in places if place.is_dir()), None)
     if path is None:
         raise ValueError(
-            f"activations: no cache at {' or '.join(repr(str(place)) for place in places)}; pass --activations with "
-            "the folder of one, or on_the_fly"
+            f"activations: no cache at {' or '.join(repr(str(place)) for place in places) or 'a known place'}; pass "
+            "--activations with the folder of one, or on_the_fly"
         )
     return path
 
@@ -203,42 +222,71 @@ def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: Consi
     """The rows that the lens is measured on, checked against it.
 
     Raises:
-        ValueError: if they are not to be found, or have another subject, layer or width (with both values).
+        ValueError: if they are not to be found, have another subject, layer or width (with both values), or if rows
+            of the training may be among them.
     """
-    trained_on = (lens.provenance or {}).get("cache", {})
+    provenance, training = lens.provenance or {}, trained_on(lens)
     reader = Reader(
         lens.subject,
         lens.require_tokenizer(),
         lens.config.base_model_name_or_path,
         lens.config.base_model_revision,
         # of the weights as the training had them, for they may be loaded in another precision now
-        known_hash=trained_on.get("weights_hash"),
+        known_hash=None if args.model is not None and args.dtype is None else training.get("weights_hash"),
     )
-    folders = data_folders(args, lens)
-    folder = next((place for place in folders if place.is_dir()), folders[0])
-    return open_rows(source, reader, folder, seed=trained_on.get("seed", 0))
+    expected = training.get("weights_hash")
+    if expected is not None and reader.weights_hash != expected:
+        raise ValueError(
+            f"model: {args.model!r} has weights of hash {reader.weights_hash}, but the lens was trained on "
+            f"{expected}; pass the subject of the lens"
+        )
+    folder = next((place for place in data_folders(args, lens) if place.is_dir()), output_folder_of_data(args))
+    rows = open_rows(source, reader, folder, seed=provenance.get("seed", training.get("seed", 0)))
+    if args.activations is None and rows.provenance.get("dataset_hash") != training.get("dataset_hash"):
+        raise ValueError(
+            f"activations: what lies at {source.activations!r} now is of another text than the lens was trained on; "
+            "pass --activations"
+        )
+    if rows.fraction is not None and provenance.get("held_out_fraction", rows.fraction) is None:
+        raise ValueError(
+            "activations: the dataset of the training was split already, so what was held out of unsplit ones is not "
+            "known; pass a folder with train and validation"
+        )
+    return rows
 
 
-def validation_fraction(args: SavedLensArguments, lens: ConsistencyLensModel) -> float:
+def output_folder_of_data(args: SavedLensArguments) -> Path:
+    """Where documents are kept that the subject has to write anew."""
+    return Path(args.output_dir or args.lens) / "data"
+
+
+def validation_fraction(args: SavedLensArguments, lens: ConsistencyLensModel) -> float | None:
     """The share of the documents that the training held out: by their hash, so that these are the same documents.
+
+    Returns:
+        None where the dataset of the training was split already.
 
     Raises:
         ValueError: if neither the arguments nor the lens's provenance know it, or if a larger share is asked for than
             was held out: the rest was trained on.
     """
-    recorded = recipe_of(lens).get("validation_fraction")
-    fraction = recorded if args.validation_fraction is None else args.validation_fraction
-    if recorded is not None and fraction > recorded:
+    provenance, asked = lens.provenance or {}, args.validation_fraction
+    recorded = provenance.get("held_out_fraction", recipe_of(lens).get("validation_fraction"))
+    if "held_out_fraction" in provenance and recorded is None and asked is not None:
         raise ValueError(
-            f"validation_fraction: the training held out {recorded} of the documents, got {fraction}; the others were "
+            f"validation_fraction: got {asked}, but the dataset of the training was split already; leave it out"
+        )
+    if recorded is not None and asked is not None and asked > recorded:
+        raise ValueError(
+            f"validation_fraction: the training held out {recorded} of the documents, got {asked}; the others were "
             "trained on, so leave it out or pass less"
         )
-    if fraction is None:
+    if recorded is None and asked is None and "held_out_fraction" not in provenance:
         raise ValueError(
             f"validation_fraction: the lens {args.lens!r} has no record of its training; pass the share of documents "
             "that was held out, e.g. --validation_fraction 0.1"
         )
-    return fraction
+    return recorded if asked is None else asked
 
 
 def recipe_of(lens: ConsistencyLensModel) -> dict[str, Any]:

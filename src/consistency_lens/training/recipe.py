@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import __version__
 from ..atomic_write import write_json
+from ..data.activation_source import rows_at
 from ..data.sources import Reader, SourceArguments, SplitRows, layer_of, open_rows
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
 from ..data.summaries import SummaryRows, read_summaries
@@ -181,11 +182,14 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
         state=training_args.distributed_state if training_args.world_size > 1 else None,
     )
     clock.lap("corpus_and_cache")
-    describe_training(lens, args, rows)
+    describe_training(lens, args, rows, training_args.seed)
     if summaries is not None:
         rows = with_summaries(rows, summaries, args, lens)
     trainer = make_trainer(args, training_args, lens, rows)
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        rows.close()
     lens.eval()
     trainer.save_model()
     clock.lap("training")
@@ -204,14 +208,16 @@ def layer_to_read(args: RecipeArguments, subject: LoadedSubject) -> int:
     return ResidualStream(subject.model, blocks=args.blocks, final_norm=args.final_norm).num_layers // 2
 
 
-def describe_training(lens: ConsistencyLensModel, args: RecipeArguments, rows: SplitRows) -> None:
+def describe_training(lens: ConsistencyLensModel, args: RecipeArguments, rows: SplitRows, seed: int) -> None:
     """Gives the lens the statistics of its training rows, and its provenance."""
     lens.set_statistics(rows.mean, rows.rms)
-    long = ("mean", "shards", "parquet")
+    long = ("mean", "shards", "parquet", "seen_in_training")
     lens.provenance = {
         "consistency_lens": __version__,
         "recipe": asdict(args),
         "cache": {key: value for key, value in rows.provenance.items() if key not in long},
+        "seed": seed,
+        "held_out_fraction": rows.fraction,
         "train_rows": len(rows.train),
         "validation_rows": len(rows.held_out),
     }
@@ -254,7 +260,7 @@ def make_trainer(
         model=lens,
         args=training_args,
         train_dataset=rows.train,
-        eval_dataset=Subset(rows.held_out, few.tolist()),
+        eval_dataset=rows_at(rows.held_out, few.tolist()),
         data_collator=collator_for(lens),
     )
     watch_held_out_rows(args, trainer, rows)
