@@ -61,14 +61,24 @@ def test_a_run_shows_its_first_answer_and_its_lengths(flags, tmp_path, capsys):
     assert recorded["model"] == MODEL and recorded["max_tries"] == 2
 
 
-@pytest.mark.parametrize(("status", "code"), [(500, 1), (400, 0)])
-def test_a_prompt_that_failed_shows_in_the_exit_code_and_a_refused_one_does_not(flags, tmp_path, capsys, status, code):
+@pytest.mark.parametrize(
+    ("status", "code", "figures", "message"),
+    [
+        (500, 1, "1 failed, 0 refused", "; run the same command again to try them again"),
+        (400, 0, "0 failed, 1 refused", "; those that the server refuses need another text or other settings"),
+    ],
+)
+def test_a_prompt_that_failed_shows_in_the_exit_code_and_a_refused_one_does_not(
+    flags, tmp_path, capsys, status, code, figures, message
+):
     def reply(text, _):
         return Reply({}, status=status) if text == "Two?" else answer()
 
     with ChatServer(reply) as server:
         assert main(flags(server.url)) == code
-    assert "failures.jsonl has the prompts without an answer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"failures.jsonl has the prompts without an answer, and why: {figures}{message}\n" in printed
+    assert f"{figures} by the server" in printed
     assert len((tmp_path / "answers" / "failures.jsonl").read_text().splitlines()) == 1
 
 

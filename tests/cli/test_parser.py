@@ -12,6 +12,7 @@ class Arguments:
     name: str = ""
     stages: list[str] = field(default_factory=lambda: ["a"])
     flag: bool = False
+    num_rows: int = 0
 
 
 def parse(tmp_path, yaml, *flags):
@@ -45,6 +46,38 @@ def test_config_may_be_given_with_an_equals_sign(tmp_path):
     assert parse_arguments((Arguments,), [f"--config={tmp_path / 'recipe.yaml'}"])[0].layer == 2
 
 
-def test_an_abbreviated_flag_is_refused(tmp_path, capsys):
-    with pytest.raises((SystemExit, ValueError)):
-        parse_arguments((Arguments,), ["--lay", "3"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layers", "3"], "--layers: unknown; did you mean --layer?"),
+        (["--lay", "3"], "--lay: unknown; did you mean --layer?"),
+        (["--name=a", "--ratee=2"], "--ratee: unknown; did you mean --rate?"),
+        (["--zzzzzz"], "--zzzzzz: unknown; see --help"),
+        (["stray"], "'stray': belongs to no flag; put one before it, or quote a value that has spaces"),
+        (["--layer", "x"], "--layer: invalid int value: 'x'; see --help"),
+        (["--layer"], "--layer: expected one argument; see --help"),
+        (["--num_rows", "x"], "--num_rows: invalid int value: 'x'; see --help"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_an_error_of_one_line(capsys, flags, message):
+    with pytest.raises(ValueError) as raised:
+        parse_arguments((Arguments,), flags)
+    assert str(raised.value) == message
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_value_in_a_file_that_cannot_be_read_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(ValueError, match="^--layer: invalid int value: 'x'; see --help$"):
+        parse(tmp_path, "layer: x\n")
+
+
+def test_an_unknown_flag_is_named_before_what_the_arguments_check():
+    @dataclass
+    class Checked:
+        layer: int = 0
+
+        def __post_init__(self):
+            raise ValueError("layer: got none")
+
+    with pytest.raises(ValueError, match="did you mean --layer"):
+        parse_arguments((Checked,), ["--layers", "3"])

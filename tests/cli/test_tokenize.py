@@ -98,6 +98,8 @@ def test_prints_what_became_of_thinking(flags, tmp_path, capsys):
         ({"model": ""}, "model: got none"),
         ({"text_column": "tex"}, "did you mean 'text'"),
         ({"num_proc": 0}, "num_proc"),
+        ({"num_proc": "x"}, "--num_proc: invalid int value: 'x'"),
+        ({"max_lenght": 8}, "--max_lenght: unknown; did you mean --max_length?"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(flags, tmp_path, capsys, changes, message):
@@ -105,6 +107,21 @@ def test_mistakes_end_in_one_line_and_exit_code_2(flags, tmp_path, capsys, chang
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "corpus").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_a_failure_not_a_mistake(flags, tmp_path, capsys):
+    assert main(flags(output_dir=tmp_path / "text.txt" / "corpus")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("failed: corpus: cannot write to ") and "text.txt/corpus'" in last
+
+
+def test_tells_of_separators_that_divide_nothing(flags, tmp_path, capsys):
+    assert main(flags()) == 0
+    assert "endoftext" not in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text(f"{TEXT} <|endoftext|> w5\n")
+    assert main(flags(output_dir=tmp_path / "other")) == 0
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert {line[1].strip(): line[2].strip() for line in lines}["lines with <|endoftext|> and more"] == "1"
 
 
 def test_a_full_disk_is_a_failure_and_leaves_nothing(flags, tmp_path, capsys, monkeypatch):

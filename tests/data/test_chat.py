@@ -45,6 +45,14 @@ class TestRendering:
         assert rendered.text == "<s>assistant w90 w5 w91 w4 </s>" and rendered.thinking_dropped == 0
         assert render_chat(tokenizer(PLAIN), chat, "row 0").thinking_dropped == 1
 
+    @pytest.mark.parametrize("key", ["thinking", "reasoning_content", "reasoning"])
+    def test_a_template_gets_thinking_under_both_names_whatever_transformers_adds(self, monkeypatch, key):
+        plain, given = tokenizer(PLAIN), []
+        monkeypatch.setattr(plain, "apply_chat_template", lambda messages, tokenize: given.extend(messages))
+        render_chat(plain, [{"role": "assistant", "content": "w4", key: "w5"}, {"role": "user", "content": "w6"}], "")
+        assert given[0]["thinking"] == given[0]["reasoning_content"] == "w5"
+        assert given[1] == {"role": "user", "content": "w6"}
+
     def test_no_thinking_is_none_to_drop(self):
         chat = [{"role": "user", "content": "w3", "thinking": " "}, {"role": "assistant", "content": "w4"}]
         assert render_chat(tokenizer(PLAIN), chat, "row 0")[1:] == (0, 0)

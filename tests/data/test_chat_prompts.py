@@ -110,3 +110,17 @@ def test_a_dataset_without_the_column_is_an_error_that_names_those_it_has(tmp_pa
     Dataset.from_dict({"text": ["One?"], "id": [1]}).to_parquet(tmp_path / "set.parquet")
     with pytest.raises(ValueError, match="has no column prompt or messages, it has text, id; pass --prompt_column"):
         read_prompts(str(tmp_path / "set.parquet"))
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    rows = '{"prompt": "One?"}\n' if name.endswith(".jsonl") else "One?\n"
+    (tmp_path / name).write_text(rows, encoding="utf-8-sig")
+    assert messages(str(tmp_path / name)) == [[user("One?")]]
+
+
+@pytest.mark.parametrize("given", [{"revision": "v1"}, {"config": "en"}])
+def test_a_file_has_neither_revision_nor_configuration(write, given):
+    (value,) = given.values()
+    with pytest.raises(ValueError, match=f"prompts: got the .* '{value}', but '.*prompts.jsonl' is local"):
+        read_prompts(write([{"prompt": "One?"}]), **given)

@@ -1,7 +1,9 @@
+import logging
+
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from consistency_lens.data.corpus import (
     corpus_from_rows,
@@ -73,15 +75,59 @@ def test_tokenized_documents_have_bos_and_eos(tokenizer):
     ("ids", "bounded"),
     [
         ([3], [BOS, 3, EOS]),
-        ([BOS, 3], [BOS, 3, EOS]),
-        ([3, EOS], [BOS, 3, EOS]),
-        ([BOS, 3, EOS], [BOS, 3, EOS]),
-        ([EOS, 3, BOS], [BOS, EOS, 3, BOS, EOS]),
+        ([3, EOS], [BOS, 3, EOS, EOS]),
         ([], [BOS, EOS]),
     ],
 )
-def test_boundaries_are_never_doubled(tokenizer, ids, bounded):
+def test_boundaries_are_those_that_the_tokenizer_has(tokenizer, ids, bounded):
     assert with_boundaries(ids, tokenizer) == bounded
+
+
+def byte_level(**special):
+    """A tokenizer of bytes, as that of GPT-2 without merges: ids 0, 1 and so on for the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = list(dict.fromkeys(special.values()))
+    core = Tokenizer(models.BPE({word: index for index, word in enumerate([*names, *alphabet])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        byte_level(bos_token="<s>", eos_token="</s>"),
+        byte_level(bos_token="<|endoftext|>", eos_token="<|endoftext|>"),
+        ByT5Tokenizer(extra_ids=0),
+    ],
+    ids=["like llama", "like gpt2", "slow"],
+)
+def test_words_that_look_like_control_tokens_are_plain_text(tokenizer):
+    texts = ["</s>", "<s> a </s> b </s>", "a<|endoftext|>b<|endoftext|>"]
+    for text, ids in zip(texts, tokenize_documents(texts, tokenizer)["input_ids"], strict=True):
+        first = 0 if tokenizer.bos_token_id is None else 1
+        assert ids[:first] + ids[-1:] == with_boundaries([], tokenizer)
+        inside = ids[first:-1]
+        assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(inside)
+        assert tokenizer.decode(inside) == text
+    left_as_it_was = tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    assert left_as_it_was == [tokenizer.eos_token_id]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "stories.txt").write_text("one\n<|endoftext|>\ntwo\n", encoding="utf-8-sig")
+    assert read_documents(tmp_path / "stories.txt") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"), [("one\n<|endoftext|>\ntwo", 0), ("a <|endoftext|> b\nc\n<|endoftext|>d", 2)]
+)
+def test_a_separator_beside_other_text_is_told_of(tmp_path, caplog, text, lines):
+    (tmp_path / "stories.txt").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        read_documents(tmp_path / "stories.txt")
+    assert ("2 lines of " in caplog.text) == bool(lines) and len(caplog.records) == bool(lines)
 
 
 def test_tokenized_documents_are_cut_at_max_length(tokenizer):
@@ -150,3 +196,17 @@ def test_split_keeps_each_document_on_one_side():
 def test_split_refuses_a_fraction_that_leaves_a_side_empty(fraction, message):
     with pytest.raises(ValueError, match=message):
         split_by_document(corpus_from_rows([{"input_ids": [1], "document": 5}]), fraction)
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([5, 5, 5], "its only document cannot be held out .*; add documents"),
+        ([5, 5, 6], "2 documents cannot be split"),
+    ],
+)
+def test_a_split_that_fails_counts_documents_not_sequences(documents, message):
+    rows = [{"input_ids": [1], "document": document} for document in documents]
+    with pytest.raises(ValueError, match=message) as raised:
+        split_by_document(corpus_from_rows(rows), 0.5)
+    assert "\n" not in str(raised.value)

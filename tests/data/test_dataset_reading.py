@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 
 from consistency_lens.data import dataset_reading
-from consistency_lens.data.dataset_reading import check_column, hub_commit, local_hash, read_dataset
+from consistency_lens.data.dataset_reading import check_column, check_source, hub_commit, local_hash, read_dataset
 
 TEXTS = ["one", "two\nlines", "three"]
 
@@ -119,6 +119,28 @@ def test_what_cannot_be_read_is_one_line(read, tmp_path, name, content, message)
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("data.jsonl", {"revision": "v1"}),
+        ("data.txt", {"config": "en"}),
+        ("folder", {"revision": "v1"}),
+        ("saved", {"config": "en"}),
+    ],
+)
+def test_what_local_data_does_not_have_is_refused(read, tmp_path, name, arguments):
+    WRITERS[name](tmp_path / name)
+    (value,) = arguments.values()
+    with pytest.raises(ValueError, match=f"dataset: got the .* '{value}', but '.*{name}' is local and has none"):
+        read(tmp_path / name, **arguments)
+
+
+def test_a_folder_of_files_and_a_data_set_of_the_hub_may_have_configurations(tmp_path):
+    write_folder(tmp_path / "folder")
+    check_source(str(tmp_path / "folder"), "en", None)
+    check_source("someone/data", "en", "v1")
+
+
 def test_an_unknown_column_is_named_with_the_nearest():
     dataset = Dataset.from_dict({"texts": ["one"], "id": [1]})
     check_column(dataset, "texts", "text_column")
@@ -137,6 +159,14 @@ def test_the_hash_is_of_names_and_contents(tmp_path):
     hashes = [local_hash(str(path)) for path in (tmp_path / "a", tmp_path / "b", tmp_path / "b" / "test.jsonl")]
     assert len(set(hashes)) == 3
     assert local_hash("someone/something") is None
+
+
+def test_the_hash_of_a_file_knows_how_it_is_read_but_not_where_it_lies(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("data.jsonl", "data.txt", "folder/other.txt"):
+        write_jsonl(tmp_path / name)
+    hashes = [local_hash(str(tmp_path / name)) for name in ("data.jsonl", "data.txt", "folder/other.txt")]
+    assert hashes[0] != hashes[1] == hashes[2]
 
 
 class TestHub:

@@ -3,21 +3,30 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 from datasets import Dataset
+from filelock import FileLock
 from tiny_lenses import tiny_tokenizer
 from tiny_models import MAX_POSITIONS, tiny_model
-from transformers import ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from consistency_lens.data import tokenization
 from consistency_lens.data.chat import chat_key
 from consistency_lens.data.corpus import document_hash, is_validation_document
 from consistency_lens.data.fingerprints import tokenizer_hash
-from consistency_lens.data.tokenization import TokenizationArguments, open_corpus, open_rows, tokenize_corpus
+from consistency_lens.data.tokenization import (
+    TokenizationArguments,
+    corpus_origin,
+    open_corpus,
+    open_rows,
+    tokenize_corpus,
+)
 
+STORIES = Path(__file__).parents[2] / "examples" / "tiny_stories"
 PAD, BOS, EOS = 0, 1, 2
 FRACTION = 0.3
 TEXTS = [" ".join(f"w{3 + (i * 7 + j) % 90}" for j in range(1 + i * 5 % 14)) for i in range(40)]
@@ -107,7 +116,16 @@ class TestRows:
         assert max(len(sequences) for sequences in found.values()) == 3
         for text in TEXTS:
             sequences = found[document_hash(text)]
-            assert sum(sequences, []) == [BOS, *words(text), EOS]
+            assert all(sequence[0] == BOS and len(sequence) > 1 for sequence in sequences)
+            assert sum((sequence[1:] for sequence in sequences), []) == [*words(text), EOS]
+            assert {len(sequence) for sequence in sequences[:-1]} <= {6} and len(sequences[-1]) <= 6
+
+    def test_without_bos_a_long_document_is_split_into_what_it_holds(self, tokenize, tmp_path):
+        model = make_subject(tmp_path / "other", tiny_tokenizer(bos=False))
+        found = by_document(tokenize(max_length=6, long_documents="split", model=model).path)
+        for text in TEXTS:
+            sequences = found[document_hash(text)]
+            assert sum(sequences, []) == [*words(text), EOS]
             assert {len(sequence) for sequence in sequences[:-1]} <= {6}
 
     @pytest.mark.parametrize("long_documents", ["cut", "split"])
@@ -122,8 +140,7 @@ class TestRows:
             assert len(rows) < len(open_rows(plain.path, split)) and "document" not in rows.column_names
             for row in rows:
                 assert len(row["input_ids"]) <= 12 and len(row["starts"]) == len(row["documents"])
-                if long_documents == "cut":
-                    assert [row["input_ids"][start] for start in row["starts"]] == [BOS] * len(row["starts"])
+                assert [row["input_ids"][start] for start in row["starts"]] == [BOS] * len(row["starts"])
 
     def test_text_files_are_read_too(self, tokenize, tmp_path):
         (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
@@ -136,12 +153,24 @@ class TestRows:
         assert len(rows_of(corpus.path)) == len(TEXTS)
         assert corpus.record["statistics"]["skipped_empty"] == 3
 
-    def test_special_tokens_in_the_text_are_not_doubled(self, tokenize, tmp_path):
-        rows = [{"text": f"<s> {text} </s>"} for text in TEXTS]
-        corpus = tokenize(dataset=write_rows(tmp_path / "special.jsonl", rows))
-        assert by_document(corpus.path) == {
-            document_hash(f"<s> {text} </s>"): [[BOS, *words(text), EOS]] for text in TEXTS
-        }
+    def test_words_like_control_tokens_are_no_boundaries(self, tokenize, tmp_path):
+        tokenizer = AutoTokenizer.from_pretrained(STORIES)
+        texts = [f"<s> {text} </s> w1 </s>" for text in TEXTS]
+        dataset = write_rows(tmp_path / "special.jsonl", [{"text": text} for text in texts])
+        corpus = tokenize(dataset=dataset, model=make_subject(tmp_path / "stories", tokenizer))
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        found = by_document(corpus.path)
+        assert len(found) == len(TEXTS)
+        for text in texts:
+            ((first, *ids, last),) = found[document_hash(text)]
+            assert (first, last) == (bos, eos) and not {bos, eos} & set(ids) and tokenizer.decode(ids) == text
+
+    def test_a_separator_beside_other_text_is_counted_and_told_of(self, tokenize, tmp_path, caplog):
+        (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join([*TEXTS, "w3 <|endoftext|> w4\nw5"]))
+        with caplog.at_level(logging.WARNING):
+            corpus = tokenize(dataset=str(tmp_path / "text.txt"))
+        assert corpus.record["statistics"]["separator_lines"] == 1
+        assert caplog.text.count("1 lines of ") == 1 and "put it on a line of its own" in caplog.text
 
 
 class TestTokenizers:
@@ -287,6 +316,24 @@ class TestSecondCall:
         with pytest.raises(ValueError, match=f"output_dir: '.*corpus' was made with {message}"):
             tokenize(**changes)
 
+    def test_with_the_same_data_and_subject_elsewhere_does_nothing(self, tokenize, tmp_path, monkeypatch, subject):
+        first = tokenize()
+        (tmp_path / "data.jsonl").rename(tmp_path / "same.jsonl")
+        shutil.copytree(subject, tmp_path / "copy")
+        monkeypatch.chdir(tmp_path)
+        assert tokenize(dataset="same.jsonl", model="copy") == (first.path, first.record, False)
+        again = tokenize(dataset="./same.jsonl", model="./copy", output_dir="other")
+        assert again.record["fingerprint"] == first.record["fingerprint"]
+        assert (again.record["settings"]["dataset"], again.record["settings"]["model"]) == ("./same.jsonl", "./copy")
+
+    def test_with_a_subject_of_a_shorter_context_names_it(self, tokenize, tmp_path, subject):
+        tokenize()
+        shutil.copytree(subject, tmp_path / "short")
+        config = json.loads((tmp_path / "short" / "config.json").read_text())
+        (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+        with pytest.raises(ValueError, match="was made with context 128, now it is 16"):
+            tokenize(model=str(tmp_path / "short"))
+
     def test_with_changed_data_or_another_tokenizer_names_their_hash(self, tokenize, tmp_path, subject):
         tokenize()
         data = tmp_path / "data.jsonl"
@@ -332,8 +379,47 @@ class TestFiles:
         left = tmp_path / ".corpus.partial" / "corpus" / "train"
         left.mkdir(parents=True)
         (left / "data-00000-of-00001.arrow").write_bytes(b"half")
+        (tmp_path / ".corpus.lock").touch()
         assert len(rows_of(tokenize().path)) == len(TEXTS)
-        assert not (tmp_path / ".corpus.partial").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data.jsonl"]
+
+    def test_a_second_call_at_the_same_time_is_refused_and_harms_nothing(self, tokenize, tmp_path, monkeypatch):
+        write, seen = tokenization._write_corpus, []
+
+        def write_while_another_starts(*args):
+            monkeypatch.setattr(tokenization, "_write_corpus", write)
+            with pytest.raises(ValueError, match="output_dir: another tokenize is at work in '.*corpus'"):
+                tokenize()
+            seen.append(sorted(path.name for path in tmp_path.iterdir()))
+            return write(*args)
+
+        monkeypatch.setattr(tokenization, "_write_corpus", write_while_another_starts)
+        assert len(rows_of(tokenize().path)) == len(TEXTS)
+        assert seen == [[".corpus.lock", ".corpus.partial", "data.jsonl"]]
+
+    def test_what_another_call_made_meanwhile_is_taken(self, tokenize, monkeypatch):
+        acquire = FileLock.acquire
+
+        def finish_another_first(lock, **arguments):
+            monkeypatch.setattr(FileLock, "acquire", acquire)
+            assert tokenize().is_new
+            return lock.acquire(**arguments)
+
+        monkeypatch.setattr(FileLock, "acquire", finish_another_first)
+        assert not tokenize().is_new
+
+    def test_a_failure_leaves_no_folders_that_it_made(self, tokenize, tmp_path):
+        (tmp_path / "old").mkdir()
+        with pytest.raises(ValueError, match="no column"):
+            tokenize(text_column="txt", output_dir=str(tmp_path / "old" / "new" / "deep" / "corpus"))
+        assert not list((tmp_path / "old").iterdir())
+        assert tokenize(output_dir=str(tmp_path / "old" / "new" / "corpus")).is_new
+
+    def test_a_place_that_cannot_be_written_to_is_no_mistake_in_the_data(self, tokenize, tmp_path):
+        for place in (tmp_path / "data.jsonl" / "corpus", Path("/proc/none/corpus")):
+            with pytest.raises(OSError, match="corpus: cannot write to '.*corpus'"):
+                tokenize(output_dir=str(place))
+        assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
     def test_a_failure_leaves_nothing(self, tokenize, tmp_path, monkeypatch):
         def full(*args):
@@ -380,6 +466,9 @@ class TestMistakes:
             ({"text_column": "txt"}, "text_column: no column 'txt', .*; did you mean 'text'"),
             ({"text_column": "id"}, "text_column: row 0 of 'id' holds int, not text"),
             ({"dataset_split": "test"}, "split 'test'"),
+            ({"dataset_revision": "v1"}, "dataset: got the revision 'v1', but '.*data.jsonl' is local and has none"),
+            ({"dataset_config": "en"}, "dataset: got the configuration 'en', but '.*data.jsonl' is local"),
+            ({"revision": "v1"}, "revision: got 'v1', but the model '.*' is local and has none"),
             ({"validation_fraction": 1e-9}, "one side is empty"),
         ],
     )
@@ -438,3 +527,20 @@ class TestOpening:
             file.rename(path / "train" / file.name)
         with pytest.raises(ValueError, match="train' has 1 rows instead of"):
             open_corpus(path, "train")
+
+
+class TestOrigin:
+    def test_of_local_data_has_no_revision(self, tokenize, subject):
+        corpus = tokenize()
+        settings = corpus.record | {"dataset_commit": "abc"}
+        (corpus.path / "tokenization.json").write_text(json.dumps(settings))
+        origin = corpus_origin(corpus.path, tiny_tokenizer(), subject)
+        assert origin.name == corpus.record["settings"]["dataset"] and origin.revision is None
+
+    def test_of_a_data_set_on_the_hub_has_its_commit(self, tokenize, subject):
+        corpus = tokenize()
+        settings = corpus.record["settings"] | {"dataset_hash": None, "dataset_revision": "v1"}
+        for commit, revision in (("abc", "abc"), (None, "v1")):
+            record = corpus.record | {"settings": settings, "dataset_commit": commit}
+            (corpus.path / "tokenization.json").write_text(json.dumps(record))
+            assert corpus_origin(corpus.path, tiny_tokenizer(), subject).revision == revision

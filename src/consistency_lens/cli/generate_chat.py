@@ -8,7 +8,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Completes prompts; prints the first answer, the lengths and where all lie. Returns the exit code."""
+    """Completes prompts; prints the first answer, the lengths and where all lie. Returns the exit code.
+
+    It is 1 where prompts failed, which another try may mend, or none was answered; prompts that the server refuses for
+    good are counted apart and leave it 0.
+    """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ..data.chat_client import ServerGoneError
@@ -28,12 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = "train/messages.parquet, messages.jsonl; counts: stats.json"
         console.print(f"The data set lies in {arguments.output_dir} ({files})", markup=False, soft_wrap=True)
         if statistics["failed"] + statistics["skipped"]:
-            console.print(
-                "failures.jsonl has the prompts without an answer, and why; the same command tries them again"
-            )
+            console.print(unanswered(statistics["failed"], statistics["skipped"]), highlight=False, soft_wrap=True)
         return FAILED if statistics["failed"] or not statistics["answers"] else DONE
 
     return run_command(work, {ServerGoneError: FAILED})
+
+
+def unanswered(failed: int, refused: int) -> str:
+    """What is to be done about prompts without an answer."""
+    text = f"failures.jsonl has the prompts without an answer, and why: {failed:,} failed, {refused:,} refused"
+    if failed:
+        text += "; run the same command again to try them again"
+    if refused:
+        text += "; those that the server refuses need another text or other settings"
+    return text
 
 
 def print_example(console: "Console", row: Mapping[str, Any]) -> None:
@@ -64,7 +76,7 @@ def statistics_report(statistics: Mapping[str, Any]) -> "Group":
         f"{statistics['answers']:,} of {statistics['prompts']:,} prompts answered by {statistics['model']}: "
         f"{statistics['with_thinking']:,} with thinking, {statistics['truncated']:,} cut at max_tokens "
         f"({statistics['dropped']:,} of them dropped); {statistics['failed']:,} failed, "
-        f"{statistics['skipped']:,} skipped, for the server refuses them",
+        f"{statistics['skipped']:,} refused by the server",
         f"This run: {run['answers']:,} answers in {run['seconds']:.0f} s, {run['answers_per_second']:.2f} answers/s, "
         f"{run['completion_tokens_per_second']:.0f} tokens/s; repeated requests: {retries}",
     ]

@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def document_rows(statistics: dict[str, Any]) -> list[tuple[str, str]]:
     """Label and value of each figure of the whole data set."""
+    from ..data.corpus import DOCUMENT_SEPARATOR
+
     labels = {
         "rows": "rows read",
         "skipped_empty": "skipped, empty",
@@ -42,6 +44,8 @@ def document_rows(statistics: dict[str, Any]) -> list[tuple[str, str]]:
     }
     if statistics["thinking"]:
         labels |= {"thinking": "messages with thinking", "thinking_dropped": "of them dropped by the chat template"}
+    if statistics["separator_lines"]:
+        labels["separator_lines"] = f"lines with {DOCUMENT_SEPARATOR} and more"
     rows = [(label, f"{statistics[name]:,}") for name, label in labels.items()]
     lengths = statistics["document_tokens"]
     return rows + [(f"tokens of a document, {name}", f"{value:,.0f}") for name, value in lengths.items()]

@@ -1,8 +1,9 @@
 """Chats to text: messages through the tokenizer's chat template, native thinking included where the template knows it.
 
 A message is a dict with `role`, `content` and whatever else the template reads. What a model thought before it
-answered stands under `thinking` (gpt-oss), `reasoning_content` (Qwen, DeepSeek) or `reasoning`. Templates differ in
-which of these they render, and many render them in the last turn alone, so each message is tried.
+answered stands under `thinking` (gpt-oss), `reasoning_content` (Qwen, DeepSeek) or `reasoning`, and is given to the
+template under the first two, whichever it reads. Templates differ in whether they render it, and many do so in the
+last turn alone, so each message is tried.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
+THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class RenderedChat(NamedTuple):
@@ -94,6 +95,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
     Raises:
         ValueError: if the template refuses the chat.
     """
+    messages = [_with_thinking(message) for message in messages]
     marks = {index: f"thinking-of-message-{index}-stands-here" for index in range(len(messages))}
     thinking = [index for index, message in enumerate(messages) if any(_thinking(message))]
     marked = [
@@ -108,6 +110,12 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
             f"{where}: the chat template refuses the chat ({error}); mend the row or leave it out"
         ) from error
     return RenderedChat(text, len(thinking), sum(marks[index] not in marked_text for index in thinking))
+
+
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose thinking stands under both names that templates read; newer transformers see to that as well."""
+    thought = next((message[key] for key in THINKING_KEYS if key in message), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _thinking_keys(message: dict[str, Any]) -> list[str]:

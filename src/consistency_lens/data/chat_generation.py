@@ -5,7 +5,8 @@ A folder of answers holds
     `finish_reason` and the server's numbers of tokens;
   - `train/messages.parquet` and `messages.jsonl`: `messages` alone (of the assistant's also `thinking`), in the order
     of the prompts, written at the end. `consistency-lens tokenize` reads either of them, or the whole folder;
-  - `failures.jsonl`: the prompts that were given up or refused, and why; the next run tries them again;
+  - `failures.jsonl`: the prompts that failed, try after try, and those that the server refused, and why; the next run
+    tries all of them again;
   - `generation.json`: the arguments; `stats.json`: counts, token lengths and speed.
 """
 
@@ -342,7 +343,7 @@ async def complete_all(
                             on_first(row)
                     bar.update()
                     speed = f"{answers.added_tokens / (time.perf_counter() - started):.0f} tokens/s"
-                    lost = f"failed {answers.failed + answers.skipped}, retries {client.retries.total()}"
+                    lost = f"failed {answers.failed}, refused {answers.skipped}, retries {client.retries.total()}"
                     bar.set_postfix_str(f"{speed}, {lost}", refresh=False)
 
             try:

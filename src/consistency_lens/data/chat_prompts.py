@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from .dataset_reading import read_dataset
+from .dataset_reading import check_source, read_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,10 @@ def read_prompts(
         limit: read no more prompts than this.
 
     Raises:
-        ValueError: if the source cannot be read, a row has no prompt or a conversation that no chat model can
-            continue, or nothing is left.
+        ValueError: if the source cannot be read or, being local, has no such revision or configuration, a row has no
+            prompt or a conversation that no chat model can continue, or nothing is left.
     """
+    check_source(source, config, revision, "prompts")
     columns = (column,) if column else COLUMNS
     if Path(source).suffix in (".jsonl", ".txt"):
         rows = _file_rows(source, columns)
@@ -98,7 +99,7 @@ def _file_rows(source: str, columns: Sequence[str]) -> Iterator[Row]:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"prompts: no file at {source!r}; pass the path of a .jsonl or .txt file")
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             place = f"line {number} of {source!r}"
             if line.strip():

@@ -9,6 +9,7 @@ A packed corpus has several sequences in a row, end to end, and says where each 
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain
@@ -20,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 CORPUS_FEATURES = Features({"input_ids": List(Value("int32")), "document": Value("int64")})
 # of each row its sequences' first tokens (`starts`, from 0 on) and documents, in order
@@ -33,10 +36,13 @@ BLOCK_ROWS = 10_000  # sequences whose lengths are read at a time
 def read_documents(path: str | Path, separator: str = DOCUMENT_SEPARATOR) -> list[str]:
     """Reads a text file whose documents are divided by `separator` alone on its line; empty ones are dropped.
 
+    A warning tells of a separator beside other text, which divides nothing.
+
     Raises:
         ValueError: if the file is missing, is not UTF-8, or holds no text.
     """
     documents = list(iterate_documents(path, separator))
+    warn_of_separators(sum(lines_with_separator(document, separator) for document in documents), path, separator)
     if not documents:
         raise ValueError(f"corpus: {str(path)!r} holds no text; pass a file with at least one document")
     return documents
@@ -53,7 +59,7 @@ def iterate_documents(path: str | Path, separator: str = DOCUMENT_SEPARATOR) -> 
         raise ValueError(f"corpus: no text file at {str(path)!r}; pass the path of a UTF-8 text file")
     lines: list[str] = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for line in chain(file, [separator]):
                 if line.rstrip("\n") != separator:
                     lines.append(line)
@@ -64,6 +70,21 @@ def iterate_documents(path: str | Path, separator: str = DOCUMENT_SEPARATOR) -> 
                     yield document
     except UnicodeDecodeError as error:
         raise ValueError(f"corpus: {str(path)!r} is no UTF-8 text ({error}); convert it") from error
+
+
+def lines_with_separator(document: str, separator: str = DOCUMENT_SEPARATOR) -> int:
+    """Lines of a document that hold the separator, which divides documents only where it is alone on its line."""
+    return sum(separator in line for line in document.split("\n")) if separator in document else 0
+
+
+def warn_of_separators(lines: int, source: str | Path, separator: str = DOCUMENT_SEPARATOR) -> None:
+    """Logs a warning if there are lines of `lines_with_separator`."""
+    if lines:
+        logger.warning(
+            "corpus: %d lines of %r hold %s and more, so it divides no documents there and is read as plain text; put "
+            "it on a line of its own",
+            *(lines, str(source), separator),
+        )
 
 
 def document_hash(content: str | Sequence[int]) -> int:
@@ -88,18 +109,32 @@ def split_by_document(corpus: Dataset, validation_fraction: float) -> tuple[Data
     documents = corpus["document"][:]
     held_out = np.array([is_validation_document(doc, validation_fraction) for doc in documents], dtype=bool)
     if held_out.all() or not held_out.any():
+        number = len(set(documents))
+        if number == 1:
+            raise ValueError(
+                "corpus: its only document cannot be held out (one side is empty); add documents, in a text file with "
+                f"lines of {DOCUMENT_SEPARATOR} alone between them"
+            )
         raise ValueError(
-            f"corpus: {len(held_out)} sequences cannot be split with validation_fraction={validation_fraction} "
-            "(one side is empty); add documents or change the fraction"
+            f"corpus: {number} documents cannot be split with validation_fraction={validation_fraction} (one side is "
+            "empty); add documents or change the fraction"
         )
     return corpus.select(np.flatnonzero(~held_out)), corpus.select(np.flatnonzero(held_out))
 
 
+def text_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each text, without BOS and EOS.
+
+    A word in it that looks like a control token, such as `</s>`, is read as the characters that it is made of.
+    """
+    # not verbose, for it warns of every text beyond the model's context
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
 def with_boundaries(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A document's tokens between BOS and EOS: those that the tokenizer has and that are not there already."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    before = [] if bos is None or ids[:1] == [bos] else [bos]
-    after = [] if eos is None or ids[-1:] == [eos] else [eos]
+    """A document's tokens between BOS and EOS, as far as the tokenizer has them."""
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return before + ids + after
 
 
@@ -118,7 +153,7 @@ def tokenize_documents(
     def rows() -> Iterator[dict]:
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
-            for text, ids in zip(batch, tokenizer(batch, add_special_tokens=False)["input_ids"], strict=True):
+            for text, ids in zip(batch, text_tokens(batch, tokenizer), strict=True):
                 yield {"input_ids": with_boundaries(ids, tokenizer)[:max_length], "document": document_hash(text)}
 
     return corpus_from_rows(rows())

@@ -38,9 +38,11 @@ def read_dataset(
             data set of the Hub is kept where `datasets` keeps it.
 
     Raises:
-        ValueError: if it cannot be read, has no such split, or the split is empty.
+        ValueError: if it cannot be read, has no such split, or the split is empty, or it is local and has no such
+            thing as the revision or the configuration.
         OSError: if there is no room for what it is converted to.
     """
+    check_source(source, config, revision)
     path = Path(source)
     cache = str(cache_dir)
     try:
@@ -48,7 +50,7 @@ def read_dataset(
             dataset = load_dataset(LOADERS[path.suffix], data_files=str(path), split=split, cache_dir=cache)
         elif path.is_file():
             dataset = _read_text_file(path, split, cache)
-        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        elif _is_saved(path):
             dataset = _saved_split(load_from_disk(path), split)
         elif path.is_dir():
             dataset = load_dataset(str(path), name=config, split=split, cache_dir=cache)
@@ -63,6 +65,24 @@ def read_dataset(
     if len(dataset) == 0:
         raise ValueError(f"dataset: split {split!r} of {source!r} is empty; pass another split")
     return dataset
+
+
+def check_source(source: str, config: str | None, revision: str | None, argument: str = "dataset") -> None:
+    """Raises a ValueError for a revision of what is not on the Hub, or a configuration of what has none."""
+    path = Path(source)
+    if revision is not None and path.exists():
+        raise ValueError(
+            f"{argument}: got the revision {revision!r}, but {source!r} is local and has none; leave it out"
+        )
+    if config is not None and (path.is_file() or _is_saved(path)):
+        raise ValueError(
+            f"{argument}: got the configuration {config!r}, but {source!r} is local and has none; leave it out"
+        )
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _raise_if_full(error: BaseException | None) -> None:
@@ -110,14 +130,17 @@ def check_column(dataset: Dataset, column: str, argument: str) -> None:
 
 
 def local_hash(source: str) -> str | None:
-    """Sha256 of a local file, or of the names and contents of a folder's files; None for a data set on the Hub."""
+    """Sha256 of a local file's suffix (it says how the file is read) and content, or of the names and contents of a
+    folder's files; None for a data set on the Hub.
+    """
     path = Path(source)
     if not path.exists():
         return None
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        name = path.suffix if file == path else file.relative_to(path).as_posix()
+        digest.update(name.encode() + b"\0")
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -7,12 +7,15 @@ from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from .chat import chat_key, read_messages, render_chat
-from .corpus import CORPUS_FEATURES, document_hash, with_boundaries
+from .corpus import CORPUS_FEATURES, document_hash, lines_with_separator, text_tokens, with_boundaries
 
 # a sequence, and at the first one of each document what is counted of it
 COUNTED_FEATURES = Features(
     {**CORPUS_FEATURES}
-    | {name: Value("int32") for name in ("document_tokens", "dropped_tokens", "thinking", "thinking_dropped")}
+    | {
+        name: Value("int32")
+        for name in ("document_tokens", "dropped_tokens", "thinking", "thinking_dropped", "separator_lines")
+    }
 )
 QUANTILES = {"min": 0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1}
 
@@ -27,21 +30,23 @@ class Document(NamedTuple):
     """Names the row in an error."""
     thinking: int = 0
     thinking_dropped: int = 0
+    separator_lines: int = 0
 
 
 class SequenceMaker:
     """Turns batches of rows into sequences (`COUNTED_FEATURES`), in order; empty rows give none.
 
-    A text gets BOS and EOS, as far as the tokenizer has them and they are not there already. A chat is what the chat
-    template renders, and nothing is added: the template writes the control tokens that the model knows.
+    A text gets BOS and EOS, as far as the tokenizer has them; words in it that look like control tokens are read as
+    plain text. A chat is what the chat template renders, and nothing is added: the template writes the control tokens
+    that the model knows.
 
     Args:
         tokenizer: of the subject.
         column: the one that is read.
         is_chat: whether it holds messages, not text.
         max_length: tokens of a sequence; None: a document is one sequence.
-        keep_rest: whether what is beyond `max_length` becomes further sequences of the document; they have no BOS of
-            their own, for they are not its start.
+        keep_rest: whether what is beyond `max_length` becomes further sequences of the document, in order and with
+            the same `document`. Where the document begins with BOS, so does each of them, within `max_length`.
         context: positions of the subject, which documents must fit where there is no max_length; None: unbounded.
 
     Raises:
@@ -74,8 +79,10 @@ class SequenceMaker:
         if not documents:
             return rows
         texts = [document.text for document in documents]
-        # not verbose, for it warns of every text beyond the model's context
-        token_lists = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if self.is_chat:
+            token_lists = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            token_lists = text_tokens(texts, self.tokenizer)
         for document, ids in zip(documents, token_lists, strict=True):
             if ids:
                 self._add(rows, document, ids if self.is_chat else with_boundaries(ids, self.tokenizer))
@@ -88,25 +95,35 @@ class SequenceMaker:
                 f"{document.where} has {len(ids)} tokens, beyond the subject's context of {self.context}; pass e.g. "
                 f"--max_length {self.context}"
             )
-        length = self.max_length or len(ids)
-        sequences = [ids[start : start + length] for start in range(0, len(ids) if self.keep_rest else 1, length)]
-        dropped = len(ids) - sum(len(sequence) for sequence in sequences)
+        sequences = self._split(ids) if self.keep_rest else [ids[: self.max_length]]
         counted = {
             "document_tokens": len(ids),
-            "dropped_tokens": dropped,
+            "dropped_tokens": 0 if self.keep_rest else len(ids) - len(sequences[0]),
             "thinking": document.thinking,
             "thinking_dropped": document.thinking_dropped,
+            "separator_lines": document.separator_lines,
         }
         rows["input_ids"] += sequences
         rows["document"] += [document_hash(document.key)] * len(sequences)
         for name, value in counted.items():
             rows[name] += [value, *[0] * (len(sequences) - 1)]
 
+    def _split(self, ids: list[int]) -> list[list[int]]:
+        """All of a document's tokens as sequences of at most `max_length`, each with the BOS that the document has."""
+        start = 1 if ids[0] == self.tokenizer.bos_token_id else 0
+        bos, rest = ids[:start], ids[start:]
+        length = (self.max_length or len(ids)) - start
+        if not rest:
+            return [ids]
+        return [bos + rest[first : first + length] for first in range(0, len(rest), length)]
+
     def _text(self, value: Any, index: int) -> Document | None:
         where = f"text_column: row {index} of {self.column!r}"
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where} holds {type(value).__name__}, not text; pass a column of texts")
-        return Document(value, value, where) if value and value.strip() else None
+        if not value or not value.strip():
+            return None
+        return Document(value, value, where, separator_lines=lines_with_separator(value))
 
     def _chat(self, value: Any, index: int) -> Document | None:
         where = f"messages_column: row {index} of {self.column!r}"
@@ -140,4 +157,5 @@ def count(sequences: Dataset, num_rows: int) -> dict[str, Any]:
         | {"mean": float(lengths.mean())},
         "thinking": int(columns["thinking"].sum()),
         "thinking_dropped": int(columns["thinking_dropped"].sum()),
+        "separator_lines": int(columns["separator_lines"].sum()),
     }

@@ -11,6 +11,8 @@ import logging
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -22,19 +24,28 @@ import pyarrow as pa
 import tokenizers
 import transformers
 from datasets import Dataset, DatasetInfo, load_from_disk
+from filelock import FileLock, Timeout
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..atomic_write import write_json
 from .chat import chat_template, chat_template_hash
-from .corpus import CORPUS_FEATURES, PACKED_FEATURES, pack_whole, sequence_lengths, split_by_document, unpacked
-from .dataset_reading import check_column, hub_commit, local_hash, read_dataset
+from .corpus import (
+    CORPUS_FEATURES,
+    PACKED_FEATURES,
+    pack_whole,
+    sequence_lengths,
+    split_by_document,
+    unpacked,
+    warn_of_separators,
+)
+from .dataset_reading import check_column, check_source, hub_commit, local_hash, read_dataset
 from .fingerprints import tokenizer_hash
 from .sequences import COUNTED_FEATURES, SequenceMaker, count
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 TOKENIZATION_FILE = "tokenization.json"
 SPLITS = ("train", "validation")
 LONG_DOCUMENTS = ("cut", "split")
@@ -75,7 +86,10 @@ class TokenizationArguments:
     )
     long_documents: str = field(
         default="cut",
-        metadata={"help": "Documents beyond max_length: cut (the rest is dropped) or split (it becomes sequences)."},
+        metadata={
+            "help": "Documents beyond max_length: cut (the rest is dropped) or split (it becomes sequences of the "
+            "same document, each with BOS)."
+        },
     )
     packing: bool = field(
         default=False,
@@ -127,7 +141,7 @@ class CorpusOrigin(NamedTuple):
     name: str
     """The data set."""
     revision: str | None
-    """Its revision on the Hub."""
+    """Its revision on the Hub; None for local data."""
     facts: dict[str, Any]
     """How it was made into sequences: what of the settings shows in them, and the fingerprint."""
 
@@ -136,34 +150,69 @@ def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
     """Tokenises a data set into a corpus folder; where the same corpus lies already, does nothing.
 
     A document is BOS, its text and EOS, or a chat as the template renders it: one sequence, or several where it is
-    long and its rest is kept. Its train/validation side is that of its hash. All files are written to
-    `.<name>.partial` beside the folder, which then takes the name.
+    long and its rest is kept; they lie in order and have the same `document`. Its train/validation side is that of its
+    hash. All files are written to `.<name>.partial` beside the folder, which then takes the name; `.<name>.lock` keeps
+    a second call out, and the system ends it where this one is killed.
 
     Raises:
-        ValueError: for a user's mistake: data, column or tokenizer that cannot be read, documents that do not fit the
-            subject, all of them empty, a side of the split that is empty, or a folder that holds something else.
+        ValueError: for a user's mistake: data, column or tokenizer that cannot be read, a revision of what is local,
+            documents that do not fit the subject, all of them empty, a side of the split that is empty, a folder that
+            holds something else, or another call at work on it.
         OSError: if the files cannot be written, as when the disk is full.
     """
+    check_source(args.dataset, args.dataset_config, args.dataset_revision)
     tokenizer = load_tokenizer(args)
     context = subject_context(args)
     path = Path(args.output_dir).resolve()
-    settings = settings_of(args, tokenizer)
+    settings = settings_of(args, tokenizer, context)
     if holds_corpus(path, settings):
         return TokenizedCorpus(path, read_tokenization(path), False)
-    work = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
     try:
-        record = _write_corpus(args, settings, tokenizer, context, work)
-        _sync(work / "corpus")
-        os.replace(work / "corpus", path)
+        with _work_folder(path) as work:
+            if holds_corpus(path, settings):  # made by another call since it was asked for
+                return TokenizedCorpus(path, read_tokenization(path), False)
+            record = _write_corpus(args, settings, tokenizer, context, work)
+            _sync(work / "corpus")
+            os.replace(work / "corpus", path)
     except OSError as error:
         raise OSError(
             f"corpus: cannot write to {str(path)!r}: {error.strerror or error}; make room (or mend what it says) and "
             "run the same again"
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return TokenizedCorpus(path, record, True)
+
+
+@contextmanager
+def _work_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` for this call alone, removed at the end, as are folders that stayed empty.
+
+    Raises:
+        ValueError: if another call is at work there.
+        OSError: if nothing can be written there.
+    """
+    new = [folder for folder in path.parents if not folder.exists()]
+    work, lock_file = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(lock_file).acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(
+                f"output_dir: another tokenize is at work in {str(path)!r}; wait for it, stop it, or choose another "
+                "folder"
+            ) from error
+        with lock:
+            try:
+                shutil.rmtree(work, ignore_errors=True)  # left where a call was killed
+                work.mkdir()
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+                lock_file.unlink(missing_ok=True)
+    finally:
+        for folder in new:
+            with suppress(OSError):  # it is not there, or holds the corpus
+                folder.rmdir()
 
 
 def open_corpus(path: str | Path, split: str) -> Dataset:
@@ -222,8 +271,9 @@ def corpus_origin(path: str | Path, tokenizer: PreTrainedTokenizerBase, model: s
             f"{settings['tokenizer_hash'][:12]}), but that of {model!r} differs (hash {own_hash[:12]}); tokenise "
             f"again with --model {model}"
         )
+    is_local = settings["dataset_hash"] is not None
+    revision = None if is_local else record["dataset_commit"] or settings["dataset_revision"]
     told = {name: settings[name] for name in TOLD_OF_CORPUS} | {"rendered_on": record["rendered_on"]}
-    revision = record["dataset_commit"] or settings["dataset_revision"]
     return CorpusOrigin(settings["dataset"], revision, told | {"fingerprint": record["fingerprint"]})
 
 
@@ -244,8 +294,13 @@ def load_tokenizer(args: TokenizationArguments) -> PreTrainedTokenizerBase:
     """The subject's tokenizer.
 
     Raises:
-        ValueError: if it cannot be loaded, or has no chat template where messages are to be rendered.
+        ValueError: if it cannot be loaded, a revision of a local one is asked for, or it has no chat template where
+            messages are to be rendered.
     """
+    if args.revision is not None and Path(args.model).is_dir():
+        raise ValueError(
+            f"revision: got {args.revision!r}, but the model {args.model!r} is local and has none; leave it out"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
     except (OSError, ValueError) as error:
@@ -279,7 +334,9 @@ def _not_loaded(args: TokenizationArguments, what: str, error: Exception) -> Val
     )
 
 
-def settings_of(args: TokenizationArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def settings_of(
+    args: TokenizationArguments, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> dict[str, Any]:
     """All that decides what a corpus holds, but for the commit of a data set on the Hub, which may move."""
     is_chat = args.messages_column is not None
     return {
@@ -296,10 +353,20 @@ def settings_of(args: TokenizationArguments, tokenizer: PreTrainedTokenizerBase)
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "chat_template_hash": chat_template_hash(tokenizer) if is_chat else None,
         "max_length": args.max_length,
+        # which documents must fit that are not cut
+        "context": context if args.max_length is None else None,
         "long_documents": args.long_documents,
         "packing": args.packing,
         "validation_fraction": args.validation_fraction,
     }
+
+
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the paths of local data and a local subject: hashes stand for these, wherever they lie."""
+    paths = {"dataset"} if settings["dataset_hash"] is not None else set()
+    if Path(settings["model"]).is_dir():
+        paths.add("model")
+    return {name: value for name, value in settings.items() if name not in paths}
 
 
 def holds_corpus(path: Path, settings: dict[str, Any]) -> bool:
@@ -312,7 +379,7 @@ def holds_corpus(path: Path, settings: dict[str, Any]) -> bool:
         raise ValueError(f"output_dir: {str(path)!r} lies in the data set {settings['dataset']!r}; choose another")
     if (path / TOKENIZATION_FILE).is_file():
         found = read_tokenization(path)["settings"]
-        for name, value in settings.items():
+        for name, value in deciding(settings).items():
             if found.get(name) != value:
                 raise ValueError(
                     f"output_dir: {str(path)!r} was made with {name} {found.get(name)!r}, now it is {value!r}; choose "
@@ -336,10 +403,11 @@ def _write_corpus(
     revision = commit or args.dataset_revision
     source = read_dataset(args.dataset, args.dataset_config, args.dataset_split, revision, cache_dir=work / "source")
     check_column(source, args.column, "text_column" if args.messages_column is None else "messages_column")
-    fingerprint = hashlib.sha256(json.dumps([settings, commit]).encode()).hexdigest()[:32]
+    fingerprint = hashlib.sha256(json.dumps([deciding(settings), commit]).encode()).hexdigest()[:32]
     sequences = _sequences(args, source, tokenizer, context, work, fingerprint)
     statistics = count(sequences, len(source))
     _warn_of_dropped_thinking(args, statistics)
+    warn_of_separators(statistics["separator_lines"], args.dataset)
     corpus = Dataset(
         sequences.select_columns(list(CORPUS_FEATURES)).data,
         DatasetInfo(features=CORPUS_FEATURES),  # without what is known of the source, such as the paths of its files
