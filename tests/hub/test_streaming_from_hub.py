@@ -55,7 +55,8 @@ def test_what_was_changed_on_the_way_is_refused(built, hub):
         stream[0]
 
 
-def test_a_hub_that_is_gone_is_one_line(built, hub):
+def test_a_hub_that_is_gone_is_one_line(built, hub, monkeypatch):
+    monkeypatch.setattr("consistency_lens.data.streaming.RETRY_SECONDS", (0,))
     with pytest.raises(ValueError, match="repo: no 'no/such' on the Hub"):
         open_stream("no/such", "train")
     with pytest.raises(ValueError, match="revision: 'user/activations' has no 'v9'"):
