@@ -16,10 +16,15 @@ from consistency_lens.data import cache_parquet
 from consistency_lens.data.activation_cache import ActivationCache, file_hash
 from consistency_lens.data.cache_verification import CacheVerificationError
 from consistency_lens.hub import cache_push
+from consistency_lens.hub.cache_pull import pull_cache
 from consistency_lens.hub.cache_push import public_name, push_cache
 from consistency_lens.hub_connection import HubError
 
 REPO = "user/tiny-activations"
+SPLITS = ("train", "validation")
+# The first words of every text are the same, and contexts end among them or after.
+SHARED_BEGINNINGS = [" ".join(["w5"] * 8 + [f"w{9 + (i * 7 + j) % 80}" for j in range(8)]) for i in range(40)]
+SAME_TEXTS = [" ".join(["w5"] * 30 + [f"w{9 + i}"]) for i in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,7 @@ def test_the_provenance_goes_along_whole_with_the_parquet_files_in_it_and_no_loc
         own = ActivationCache.open(layer / split).provenance
         names = {"subject": "subject", "tokenizer": "subject", "dataset": "texts.txt"}
         parts = published.pop("parquet")
+        assert published.pop("seen_in_training", None) == (None if split == "train" else [])
         assert published == own | names
         for part in parts:
             assert list(part) == ["file", "rows", "bytes", "sha256"]
@@ -83,6 +89,42 @@ def test_the_provenance_goes_along_whole_with_the_parquet_files_in_it_and_no_loc
     root = str(built.subject.parent).encode()
     shown = [name for name, blob in files.items() if root in blob.content or str(tmp_path).encode() in blob.content]
     assert shown == []
+
+
+def test_validation_rows_that_begin_a_training_context_are_named(hub, layer, tmp_path):
+    """Both splits share the first words of some documents, as those that a model writes do."""
+    build_caches(tmp_path / "same", texts=SHARED_BEGINNINGS)
+    layer = tmp_path / "same" / "layer_1"
+    push(layer)
+    found = json.loads(files_of(hub)["provenance/validation.json"].content)["seen_in_training"]
+    train, validation = (ActivationCache.open(layer / split).dataset["input_ids"][:] for split in SPLITS)
+    beginnings = {tuple(context[:end]) for context in train for end in range(1, len(context) + 1)}
+    assert found == [row for row, context in enumerate(validation) if tuple(context) in beginnings]
+    assert 0 < len(found) < len(validation)
+    assert "seen_in_training" not in json.loads(files_of(hub)["provenance/train.json"].content)
+
+    pull_cache(REPO, tmp_path / "pulled", progress=False)
+    assert "seen_in_training" not in ActivationCache.open(tmp_path / "pulled" / "validation").provenance
+    hub.repos.clear()
+    push(tmp_path / "pulled" / "validation")
+    assert "seen_in_training" not in json.loads(files_of(hub)["provenance/validation.json"].content)
+
+
+def test_splits_with_documents_in_common_are_refused(hub, layer):
+    shutil.rmtree(layer / "validation")
+    shutil.copytree(layer / "train", layer / "validation")
+    file = layer / "validation" / "provenance.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset_split": "validation"}))
+    shared = len(set(ActivationCache.open(layer / "train").documents))
+    with pytest.raises(ValueError, match=f"'train' and 'validation' share {shared} documents"):
+        push(layer)
+    assert hub.repos == {}
+
+
+def test_a_validation_split_of_training_text_alone_is_refused(hub, tmp_path):
+    with pytest.raises(ValueError, match="have contexts of their own, from fewer than two documents"):
+        push(build_caches(tmp_path, texts=SAME_TEXTS).layer)
+    assert hub.repos == {}
 
 
 def test_the_card_is_rendered_from_what_was_measured(hub, layer):

@@ -22,6 +22,8 @@ from ..hub_connection import asking_hub
 
 PROVENANCE_PATTERN = r"provenance/(?P<split>\w+(\.\w+)*)\.json"
 DOWNLOADS = ".downloads"
+# of a published provenance, what holds of its parquet files and of the splits that lie beside it there
+ONLY_PUBLISHED = ("parquet", "seen_in_training")
 
 
 class PulledCache(NamedTuple):
@@ -84,7 +86,7 @@ class _Pull:
             with folder.locked():
                 folder.claim()
                 shards = self._write_shards(folder, published, downloads)
-                facts = {key: value for key, value in published.items() if key != "parquet"}
+                facts = {key: value for key, value in published.items() if key not in ONLY_PUBLISHED}
                 with writing(self.path):
                     write_json(self.path / PROVENANCE_FILE, facts | {"shards": shards, "pulled_from": origin})
         folder.remove_leftovers()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from tqdm.auto import tqdm
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SETTINGS_FILE = "staged.json"
 DATA, PROVENANCE = "data", "provenance"
+TRAIN, VALIDATION = "train", "validation"
+SEEN_IN_TRAINING = "seen_in_training"
 # The splits of one data set must agree in these.
 SHARED = ("weights_hash", "tokenizer_hash", "layer", "width", "dtype")
 # of a repository, what a push replaces
@@ -73,8 +76,9 @@ def push_cache(
         dry_run: do all but the upload.
 
     Raises:
-        ValueError: for a user's mistake, such as a path without a cache, splits of different subjects, a repository
-            that holds something else or a split that this push would drop, or a token that does not do.
+        ValueError: for a user's mistake, such as a path without a cache, splits of different subjects or with
+            documents in common, a repository that holds something else or a split that this push would drop, or a
+            token that does not do.
         CacheVerificationError: if a cache does not pass `verify_cache`.
         HubError: if the Hub cannot be reached, or fails.
         CacheWriteError: if the staged files cannot be written.
@@ -86,13 +90,14 @@ def push_cache(
         _check_remote(repo, revision, caches, private)
     for split, cache in caches.items():
         _check_content(split, cache, progress)
+    seen = seen_in_training(caches)
     if not dry_run:
         _make_repository(repo, revision, private)  # first, for it may not be allowed
     staging = path.with_name(f".{path.name}.push")
     tokenizer = load_cache_tokenizer(next(iter(caches.values())).provenance) if text else None
     if text and tokenizer is None:
         logger.warning("the tokenizer of the cache is not to be had: the decoded contexts are left out")
-    folder = stage(caches, staging, tokenizer, progress)
+    folder = stage(caches, staging, tokenizer, seen, progress)
     descriptions = {split: describe_cache(cache, tokenizer, progress=progress) for split, cache in caches.items()}
     published = {split: json.loads((folder / PROVENANCE / f"{split}.json").read_text()) for split in caches}
     records = {split: _records(staging, split) for split in caches}
@@ -176,6 +181,31 @@ def _check_content(split: str, cache: ActivationCache, progress: bool) -> None:
         raise CacheVerificationError(f"cache: {split} at {str(cache.path)!r} does not pass verification ({told})")
 
 
+def seen_in_training(caches: Mapping[str, ActivationCache]) -> list[int] | None:
+    """The validation rows that say nothing about text that is new to a lens: see `ActivationSource.held_out_from`.
+
+    Args:
+        caches: of each split that is published.
+
+    Returns:
+        Their row numbers, ascending; None where `train` and `validation` do not go together.
+
+    Raises:
+        ValueError: if the two share documents, or too little is left of the validation rows.
+    """
+    if TRAIN not in caches or VALIDATION not in caches:
+        return None
+    train, validation = caches[TRAIN], caches[VALIDATION]
+    shared = np.intersect1d(train.documents, validation.documents)
+    if len(shared):
+        raise ValueError(
+            f"path: {TRAIN!r} and {VALIDATION!r} share {len(shared):,} documents, so nothing would be held out; split "
+            "by document, or push them one by one"
+        )
+    unseen = validation.held_out_from(train)
+    return np.setdiff1d(validation.rows, unseen.rows).tolist()
+
+
 # Staging
 
 
@@ -183,6 +213,7 @@ def stage(
     caches: Mapping[str, ActivationCache],
     staging: Path,
     tokenizer: PreTrainedTokenizerBase | None,
+    seen: Sequence[int] | None,
     progress: bool = True,
 ) -> Path:
     """Writes the parquet files and the provenance of each split, going on where an earlier call was killed.
@@ -190,6 +221,7 @@ def stage(
     Args:
         staging: folder for it, made or, if it belongs to other caches, made anew.
         tokenizer: decodes the contexts; None: no text.
+        seen: for the provenance of the validation split, see `seen_in_training`.
 
     Returns:
         The folder that is uploaded.
@@ -212,7 +244,9 @@ def stage(
                 {"file": f"{DATA}/{record['file']}", **{key: record[key] for key in ("rows", "bytes", "sha256")}}
                 for record in _records(staging, split)
             ]
-            provenance = published_provenance(cache.provenance) | {"parquet": records}
+            provenance = redacted_provenance(cache.provenance) | {"parquet": records}
+            if split == VALIDATION and seen is not None:
+                provenance[SEEN_IN_TRAINING] = seen
             write_json(staging / "upload" / PROVENANCE / f"{split}.json", provenance)
     return staging / "upload"
 
@@ -235,7 +269,7 @@ def _records(staging: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def published_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def redacted_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """A provenance as others may read it: of local files and folders the name alone, and not where it was pulled."""
     names = {key: public_name(provenance[key]) for key in ("subject", "tokenizer", "dataset") if provenance.get(key)}
     return {key: value for key, value in provenance.items() if key != "pulled_from"} | names
