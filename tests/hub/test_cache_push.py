@@ -14,6 +14,7 @@ from published_caches import build_caches, rows_of
 
 from consistency_lens.data import cache_parquet
 from consistency_lens.data.activation_cache import ActivationCache, file_hash
+from consistency_lens.data.cache_columns import cache_features
 from consistency_lens.data.cache_verification import CacheVerificationError
 from consistency_lens.hub import cache_push
 from consistency_lens.hub.cache_pull import pull_cache
@@ -392,7 +393,7 @@ def test_of_paths_the_last_part_is_public(name, public):
 
 def test_the_parquet_of_a_shard_is_the_same_every_time(built, tmp_path):
     shard = built.layer / "train" / "shard-00000.arrow"
-    features = cache_parquet.cache_features(32, "float16")
+    features = cache_features(32, "float16")
     records = [cache_parquet.write_parquet(shard, tmp_path / f"{n}.parquet", features) for n in range(2)]
     assert records[0]["sha256"] == records[1]["sha256"] == file_hash(tmp_path / "1.parquet")
     whole = rows_of(built.layer / "train")

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .activation_cache import ActivationCache
 from .cache_folder import norms
+from .dataset_reading import cause_of
 from .fingerprints import tokenizer_hash
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def load_cache_tokenizer(provenance: Mapping[str, Any], name: str | None = None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = cause_of(error)
         if name is not None:
             raise ValueError(f"tokenizer: cannot load {name!r}; pass a Hub id or a folder ({cause})") from error
         logger.info("no tokenizer at %s: tokens are shown by their ids (%s)", source, cause)

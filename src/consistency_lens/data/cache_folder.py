@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
-from datasets import Features, List, Value
 from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..atomic_write import atomic_file, write_json
 from .activation_cache import BUILDING_FILE, PROVENANCE_FILE, file_hash
+from .cache_columns import cache_features
 from .cache_plan import ShardPlan
 from .moments import BlockMoments, block_moments, merge_moments
 
@@ -284,14 +284,6 @@ def _shard_table(shard: ShardPlan, kept: np.ndarray, values: np.ndarray) -> pa.T
         values: their activations, (N, d).
     """
     width = values.shape[1]
-    features = Features(
-        {
-            "activation": List(Value(str(values.dtype)), length=width),
-            "input_ids": List(Value("int32")),
-            "position": Value("int32"),
-            "document": Value("int64"),
-        }
-    )
     counts = [len(positions) for positions in shard.positions]
     sequences = np.repeat(np.arange(len(counts)), counts)[kept]
     positions = np.concatenate(shard.positions)[kept]
@@ -303,5 +295,5 @@ def _shard_table(shard: ShardPlan, kept: np.ndarray, values: np.ndarray) -> pa.T
         pa.array(positions),
         pa.array(shard.documents[sequences]),
     ]
-    schema = features.arrow_schema
+    schema = cache_features(width, str(values.dtype)).arrow_schema
     return pa.Table.from_arrays([col.cast(f.type) for col, f in zip(columns, schema, strict=True)], schema=schema)

@@ -15,9 +15,11 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from ..hub_connection import first_line
 from ..residual_stream import ResidualStream
 from .activation_cache import BUILDING_FILE, PROVENANCE_FILE, file_hash, token_lists
 from .activation_reading import ActivationReader
+from .cache_columns import cache_features
 from .cache_folder import norms
 from .cache_plan import ShardPlan
 from .fingerprints import tokenizer_hash, weights_hash
@@ -179,7 +181,7 @@ def _check_shard(file: Path, shard: dict[str, Any], provenance: dict[str, Any]) 
                 moments.append(block_moments(activations))
                 rows += len(table)
     except (pa.ArrowInvalid, OSError) as error:
-        problems["columns"].append(f"{file.name}: no Arrow stream ({str(error).splitlines()[0]})")
+        problems["columns"].append(f"{file.name}: no Arrow stream ({first_line(error)})")
         return ShardFindings(0, [], problems, False)
     if rows != shard["rows"]:
         problems["rows"].append(f"{file.name}: {rows:,} rows, not {shard['rows']:,}")
@@ -193,20 +195,13 @@ def _blocks(reader: pa.RecordBatchStreamReader) -> Iterator[pa.Table]:
 
 
 def _check_columns(schema: pa.Schema, name: str, provenance: dict[str, Any], problems: dict[str, list[str]]) -> None:
-    dtype = {"float16": pa.float16(), "float32": pa.float32()}[provenance["dtype"]]
-    expected = {
-        "activation": pa.list_(dtype, provenance["width"]),
-        "input_ids": pa.list_(pa.int32()),
-        "position": pa.int32(),
-        "document": pa.int64(),
-    }
-    if schema.names != list(expected):
-        problems["columns"].append(f"{name}: {', '.join(schema.names)}, not {', '.join(expected)}")
+    expected = cache_features(provenance["width"], provenance["dtype"]).arrow_schema
+    if schema.names != expected.names:
+        problems["columns"].append(f"{name}: {', '.join(schema.names)}, not {', '.join(expected.names)}")
         return
-    for column, wanted in expected.items():
-        found = schema.field(column).type
-        if not found.equals(wanted):
-            problems["columns"].append(f"{name}: {column} is {found}, not {wanted}")
+    for found, wanted in zip(schema, expected, strict=True):
+        if not found.type.equals(wanted.type):
+            problems["columns"].append(f"{name}: {wanted.name} is {found.type}, not {wanted.type}")
 
 
 def _check_rows(

@@ -16,6 +16,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.hub import extract_commit_hash
 
 from ..optional_packages import require
+from .dataset_reading import cause_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -89,11 +90,7 @@ def pinned_revision(model: str, revision: str | None = None) -> str | None:
 
 def not_loaded(model: str, error: Exception) -> ValueError:
     """The one-line error for a subject that cannot be loaded, with its cause."""
-    return ValueError(f"model: cannot load {model!r}; pass a Hub id or a folder with a causal LM ({_cause(error)})")
-
-
-def _cause(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(f"model: cannot load {model!r}; pass a Hub id or a folder with a causal LM ({cause_of(error)})")
 
 
 def _check_arguments(
@@ -141,14 +138,14 @@ def _load(model: str, arguments: dict[str, Any], attention: str | None, may_flas
         return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention, **arguments)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"model: {model!r} does not fit the device ({_cause(error)}); pass device_map='auto' "
+            f"model: {model!r} does not fit the device ({cause_of(error)}); pass device_map='auto' "
             "(--device_map auto), a smaller dtype or a quantization"
         ) from error
     except (ImportError, OSError, ValueError) as error:
         if attention is None:
             raise not_loaded(model, error) from error
         raise ValueError(
-            f"model: cannot load {model!r} with attention {attention!r}; leave attention out ({_cause(error)})"
+            f"model: cannot load {model!r} with attention {attention!r}; leave attention out ({cause_of(error)})"
         ) from error
 
 

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
 from ..data.activation_cache import PROVENANCE_FILE, file_hash
+from ..data.cache_columns import cache_features
 from ..data.cache_folder import CacheFolder, writing
-from ..data.cache_parquet import cache_features, published_provenance, read_parquet, write_shard
+from ..data.cache_parquet import published_provenance, read_parquet, write_shard
 from ..data.cache_verification import CacheVerificationError
 from ..hub_connection import asking_hub
 

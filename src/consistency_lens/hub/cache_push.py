@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic_write import write_json
 from ..data.activation_cache import BUILDING_FILE, ActivationCache
+from ..data.cache_columns import cache_features
 from ..data.cache_description import describe_cache, load_cache_tokenizer
 from ..data.cache_folder import writing
-from ..data.cache_parquet import cache_features, write_parquet
+from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import CacheVerificationError, is_cache, verify_cache
 from ..hub_connection import asking_hub
 from .cards import write_cache_card

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
 from ..atomic_write import write_text
-from ..data.cache_parquet import TEXT_COLUMN
+from ..data.cache_columns import TEXT_COLUMN
 from ..evaluation.report import markdown_table, metrics_markdown
 from ..evaluation.samples import Sample
 from ..modeling_consistency_lens import ConsistencyLensModel
