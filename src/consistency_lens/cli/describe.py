@@ -86,6 +86,8 @@ def summary_table(root: Path, listed: Sequence[Mapping[str, Any]], unfinished: S
     from rich.table import Table
     from rich.text import Text
 
+    from ..data.cache_folder import how_to_finish
+
     table = Table()
     table.add_column("cache", overflow="fold")
     for name in ("layer", "split", "rows", "width", "stored as", "rms", "disk"):
@@ -97,7 +99,7 @@ def summary_table(root: Path, listed: Sequence[Mapping[str, Any]], unfinished: S
         )  # fmt: skip
         table.add_row(*(Text(cell) for cell in cells))
     for path in unfinished:
-        table.add_row(Text(f"{path.relative_to(root)} (unfinished)"))
+        table.add_row(Text(f"{path.relative_to(root)} (unfinished: {how_to_finish(path)})"))
     return table
 
 

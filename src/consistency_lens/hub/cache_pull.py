@@ -85,7 +85,7 @@ class _Pull:
         is_new = not folder.is_finished()
         if is_new:
             with folder.locked():
-                folder.claim()
+                folder.claim(len(published["parquet"]))
                 shards = self._write_shards(folder, published, downloads)
                 facts = {key: value for key, value in published.items() if key not in ONLY_PUBLISHED}
                 with writing(self.path):

@@ -22,7 +22,7 @@ from ..atomic_write import write_json
 from ..data.activation_cache import BUILDING_FILE, ActivationCache
 from ..data.cache_columns import cache_features
 from ..data.cache_description import describe_cache, load_cache_tokenizer
-from ..data.cache_folder import writing
+from ..data.cache_folder import how_to_finish, writing
 from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import CacheVerificationError, is_cache, verify_cache
 from ..hub_connection import asking_hub
@@ -125,7 +125,7 @@ def splits_of(path: Path) -> dict[str, Path]:
     unfinished = [child for child in (path, *path.iterdir()) if (child / BUILDING_FILE).is_file()]
     unfinished = [child for child in unfinished if not is_cache(child)]
     if unfinished:
-        raise ValueError(f"path: the cache at {str(unfinished[0])!r} is unfinished; run its build again to finish it")
+        raise ValueError(f"path: the cache at {str(unfinished[0])!r} is unfinished: {how_to_finish(unfinished[0])}")
     if not folders:
         raise ValueError(f"path: no activation cache at {str(path)!r} or just below it; pass one")
     found: dict[str, Path] = {}
@@ -176,8 +176,9 @@ def _check_remote(repo: str, revision: str | None, caches: Mapping[str, Activati
 
 
 def _check_content(split: str, cache: ActivationCache, progress: bool) -> None:
-    failed = [check for check in verify_cache(cache.path, progress=progress) if not check.passed]
-    if failed:
+    checks = verify_cache(cache.path, progress=progress)
+    if not all(check.passed for check in checks):
+        failed = [check for check in checks if check.checked and not check.passed]
         told = "; ".join(f"{check.name}: {check.detail.splitlines()[0]}" for check in failed)
         raise CacheVerificationError(f"cache: {split} at {str(cache.path)!r} does not pass verification ({told})")
 
