@@ -362,6 +362,35 @@ def test_a_wrong_or_missing_token_is_a_mistake_and_not_shown(hub, layer, monkeyp
     assert hub.repos == {}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"license": "Apache 2.0"}, "license: the Hub knows no 'Apache 2.0' .*; did you mean 'apache-2.0'?"),
+        ({"license": "mine"}, "pass 'other' if it has none"),
+        ({"language": ["en", "English"]}, "language: got 'English'; pass ISO 639 codes"),
+        ({"language": ["en-US"]}, "language: got 'en-US'"),
+    ],
+)
+def test_what_the_card_cannot_say_is_a_mistake_before_anything_is_done(hub, layer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        push(layer, **arguments)
+    assert hub.requests == [] and not layer.with_name(".layer_1.push").exists()
+
+
+def test_a_card_that_the_hub_does_not_take_is_a_mistake_in_its_words(hub, layer):
+    hub.licenses = {"other"}
+    with pytest.raises(ValueError, match='hub: .*"license" must be one of') as caught:
+        push(layer, license="mit", language=["en", "deu", "code"])
+    assert "\n" not in str(caught.value) and len(hub.dataset(REPO).commits) == 1
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_what_the_hub_refuses_is_a_mistake_in_its_words(hub, layer, status):
+    hub.faults["POST", "/commit/"] = error(status, "", "a file has no name")
+    with pytest.raises(ValueError, match=f"does not take this for .*{status}: .*a file has no name"):
+        push(layer)
+
+
 def test_another_ones_name_is_a_mistake(hub, layer):
     with pytest.raises(ValueError, match="no right to do that in 'someone/cache' .403: You don't have the rights"):
         push_cache(layer, "someone/cache", progress=False)

@@ -26,6 +26,7 @@ from ..data.cache_folder import how_to_finish, writing
 from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import CacheVerificationError, is_cache, verify_cache
 from ..hub_connection import asking_hub
+from .card_metadata import check_card_metadata
 from .cards import write_cache_card
 
 logger = logging.getLogger(__name__)
@@ -78,12 +79,13 @@ def push_cache(
 
     Raises:
         ValueError: for a user's mistake, such as a path without a cache, splits of different subjects or with
-            documents in common, a repository that holds something else or a split that this push would drop, or a
-            token that does not do.
+            documents in common, a repository that holds something else or a split that this push would drop, a token
+            that does not do, or a licence or language that the Hub does not know.
         CacheVerificationError: if a cache does not pass `verify_cache`.
         HubError: if the Hub cannot be reached, or fails.
         CacheWriteError: if the staged files cannot be written.
     """
+    check_card_metadata(license, language)
     path = Path(path).resolve()
     caches = {split: ActivationCache.open(folder) for split, folder in splits_of(path).items()}
     _check_agreement(caches)
