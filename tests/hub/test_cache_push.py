@@ -79,6 +79,7 @@ def test_the_provenance_goes_along_whole_with_the_parquet_files_in_it_and_no_loc
         published = json.loads(files[f"provenance/{split}.json"].content)
         own = ActivationCache.open(layer / split).provenance
         names = {"subject": "subject", "tokenizer": "subject", "dataset": "texts.txt"}
+        names |= {"local": ["subject", "tokenizer", "dataset"]}
         parts = published.pop("parquet")
         assert published.pop("seen_in_training", None) == (None if split == "train" else [])
         assert published == own | names
@@ -144,18 +145,32 @@ def test_the_card_is_rendered_from_what_was_measured(hub, layer):
     assert metadata["dataset_info"]["download_size"] == sum(sizes)
     for told in (train.provenance["weights_hash"], f"| train | {len(train):,} |", "`subject`", "min_position 4"):
         assert told in text
+    for split, cache in (("train", train), ("validation", validation)):
+        kept = cache.provenance["sequences"]["kept"]
+        assert f"| sequences, {split} | {kept} kept, 0 skipped as too short |" in text
+        assert f"\n- {split}: 0 rows\n" in text
+    assert "this cache's own, made by document" in text and "\n0 rows of `validation` have" in text
+    assert "a sequence is" not in text
     assert f"pull --repo {REPO} --split train" in text and "transformers " in text
 
 
 def test_what_is_on_the_hub_is_linked_at_its_revision(hub, tmp_path):
     names = {"subject_name": "org/model", "subject_revision": "a" * 40}
     origin = {"dataset_name": "org/text", "dataset_revision": "b" * 40}
-    push(build_caches(tmp_path, **names, **origin).layer, text=False)
+    facts = {
+        "dataset_config": "en", "dataset_split": "test", "text_column": "story", "messages_column": None,
+        "max_length": 512, "long_documents": "split", "packing": True,
+    }  # fmt: skip
+    push(build_caches(tmp_path, **names, **origin, corpus_facts=facts).layer, text=False)
+    provenance = json.loads(files_of(hub)["provenance/train.json"].content)
+    assert provenance["corpus"] == facts and provenance["local"] == ["tokenizer"]
     text = files_of(hub)["README.md"].content.decode()
     assert f"[org/model](https://huggingface.co/org/model), revision `{'a' * 40}`" in text
     assert f"[org/text](https://huggingface.co/datasets/org/text), revision `{'b' * 40}`" in text
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert metadata["source_datasets"] == ["org/text"] and "org/model" in metadata["tags"]
+    assert "| read of the text | config en, split test, column story |" in text
+    assert "| a sequence is | at most 512 tokens, longer documents split, packed |" in text
     assert "license" not in metadata and "none is stated" in text
     assert "text" not in [feature["name"] for feature in metadata["dataset_info"]["features"]]
 

@@ -38,6 +38,8 @@ TRAIN, VALIDATION = "train", "validation"
 SEEN_IN_TRAINING = "seen_in_training"
 # The splits of one data set must agree in these.
 SHARED = ("weights_hash", "tokenizer_hash", "layer", "width", "dtype")
+# of a provenance, those that may be a Hub id or a path
+NAMES = ("subject", "tokenizer", "dataset")
 # of a repository, what a push replaces
 OWN_FILES = [f"{DATA}/*.parquet", f"{PROVENANCE}/*.json"]
 
@@ -274,15 +276,24 @@ def _records(staging: Path, split: str) -> list[dict[str, Any]]:
 
 
 def redacted_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """A provenance as others may read it: of local files and folders the name alone, and not where it was pulled."""
-    names = {key: public_name(provenance[key]) for key in ("subject", "tokenizer", "dataset") if provenance.get(key)}
-    return {key: value for key, value in provenance.items() if key != "pulled_from"} | names
+    """A provenance as others may read it: of local files and folders the name alone, and not where it was pulled.
+
+    `local` lists the keys whose names are of such: nobody should look for them on the Hub.
+    """
+    names = {key: provenance[key] for key in NAMES if provenance.get(key)}
+    local = [key for key, name in names.items() if is_path(name) or key in provenance.get("local", ())]
+    kept = {key: value for key, value in provenance.items() if key != "pulled_from"}
+    return kept | {key: public_name(name) for key, name in names.items()} | {"local": local}
 
 
 def public_name(name: str) -> str:
     """A Hub id as it is; of a path the last part."""
-    is_path = Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) or name.count("/") > 1
-    return Path(name).expanduser().resolve().name if is_path else name
+    return Path(name).expanduser().resolve().name if is_path(name) else name
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is one of a file or folder, and no Hub id."""
+    return Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 # Upload
