@@ -118,6 +118,7 @@ class HubServer:
         requests: (method, path) of all requests so far.
         authorizations: all that came in that header.
         faults: (method, pattern of the path) -> the reply that is given instead.
+        licenses: those that a card may name.
     """
 
     def __init__(self, token: str = TOKEN) -> None:
@@ -127,6 +128,7 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.authorizations: set[str | None] = set()
         self.faults: dict[tuple[str, str], Reply] = {}
+        self.licenses = {"apache-2.0", "mit", "odc-by", "other"}
         self.lock, self.closing = threading.Lock(), threading.Event()
         self._http = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -207,6 +209,8 @@ class HubServer:
         except yaml.YAMLError as problem:
             return Reply({"errors": [{"message": str(problem)}], "warnings": []}, 400)
         wrong = [] if isinstance(metadata, dict) else [{"message": "the metadata must be a mapping"}]
+        if not wrong and metadata.get("license", "other") not in self.licenses:
+            wrong = [{"message": '"license" must be one of [apache-2.0, mit, ...]'}]
         return Reply({"errors": wrong, "warnings": []}, 400 if wrong else 200)
 
     def found(self, request: Request, kind: str, name: str) -> Repo | None:

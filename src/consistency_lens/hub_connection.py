@@ -1,5 +1,6 @@
 """Talking to the Hugging Face Hub: its many errors as two, each one line that says what to do."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (400, 422)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -27,8 +30,9 @@ def asking_hub(repo: str, revision: str | None = None) -> Iterator[None]:
 
     Raises:
         ValueError: where the user can mend it: no such repository or revision, a token that is missing, wrong or
-            without the right.
+            without the right, something that the Hub does not take.
         HubError: where the Hub cannot be reached, or fails.
+        OSError: where there is no room on the disk here.
     """
     try:
         yield
@@ -42,6 +46,9 @@ def asking_hub(repo: str, revision: str | None = None) -> Iterator[None]:
         # an upload in several threads wraps what went wrong in a RuntimeError
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         raise _readable(cause, repo) from error
+    except ValueError as error:
+        # what the Hub finds wrong with a card comes in several lines
+        raise ValueError(f"hub: {' '.join(str(error).split())}") from error
 
 
 def _asked(error: HfHubHTTPError) -> str:
@@ -50,6 +57,8 @@ def _asked(error: HfHubHTTPError) -> str:
 
 
 def _readable(error: BaseException, repo: str) -> Exception:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return OSError(error.errno, f"no room on the disk for what comes from or goes to {repo!r}; make some")
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     said = first_line(error)
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
@@ -58,6 +67,8 @@ def _readable(error: BaseException, repo: str) -> Exception:
         return ValueError(f"repo: no {repo!r} on the Hub, or it is private; check the name, or {LOG_IN}")
     if status == 403:
         return ValueError(f"hub: the token has no right to do that in {repo!r} (403: {said}); {LOG_IN}")
+    if status in REFUSED:
+        return ValueError(f"hub: {constants.ENDPOINT} does not take this for {repo!r} ({status}: {said}); mend it")
     return HubError(f"hub: {constants.ENDPOINT} fails or cannot be reached ({said}); try again later")
 
 

@@ -1,6 +1,7 @@
 """Activation caches through their command: from a corpus folder or a text file, on one process or two."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from consistency_lens.cli.cache import CacheArguments, cache_activations, main
+from consistency_lens.cli.describe import readable_size
 from consistency_lens.cli.tokenize import main as tokenize
 from consistency_lens.data import cache_folder
 from consistency_lens.data.activation_cache import ActivationCache
@@ -51,7 +53,11 @@ def test_a_corpus_gives_a_cache_of_each_split_and_layer(subject_folder, corpus_f
             cache = ActivationCache.open(path, subject_name=str(subject_folder), layer=layer)
             assert all(check.passed for check in verify_cache(path, progress=False))
             documents[split] = set(cache.documents)
-            assert any(str(path) in line and f"{len(cache):,} rows" in line for line in printed)
+            size = readable_size(sum(file.stat().st_size for file in path.glob("*.arrow")))
+            told = f"sequences, {size}; look at it with: consistency-lens describe --cache {path}"
+            assert any(told in line and f"{len(cache):,} rows" in line for line in printed)
+            assert cache.provenance["corpus"]["max_length"] == 16
+            assert cache.provenance["corpus"]["long_documents"] == "cut"
             assert cache.provenance["dataset"] == str(text_file)
             assert cache.provenance["dataset_split"] == split
             arguments = json.loads((path / "arguments.json").read_text())
@@ -61,13 +67,16 @@ def test_a_corpus_gives_a_cache_of_each_split_and_layer(subject_folder, corpus_f
     assert len(documents["train"]) + len(documents["validation"]) == 30
 
 
-def test_a_second_call_does_nothing(subject_folder, corpus_folder, tmp_path, monkeypatch):
+def test_a_second_call_does_nothing(subject_folder, corpus_folder, tmp_path, capsys):
     arguments = flags(subject_folder, corpus_folder, tmp_path)
     assert main(arguments) == 0
     path = tmp_path / "stories" / "subject" / "layer_1"  # the middle block
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     assert before
+    assert "nothing was done" not in capsys.readouterr().out
     assert main([*arguments, "--batch_size", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("here already; nothing was done" in line for line in lines)
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 
 
@@ -77,6 +86,26 @@ def test_a_text_file_gives_the_same_cache_as_its_corpus(subject_folder, corpus_f
     corpus, text = content(tmp_path / "corpus"), content(tmp_path / "text")
     assert corpus.keys() == text.keys()
     assert {k: v for k, v in corpus.items() if "shard" in k} == {k: v for k, v in text.items() if "shard" in k}
+
+
+def test_a_killed_build_goes_on_with_the_arguments_that_it_left(subject_folder, corpus_folder, tmp_path, monkeypatch):
+    write_shard = cache_folder.CacheFolder.write_shard
+
+    def dying(self, index, *arguments):
+        if index == 1:
+            raise KeyboardInterrupt
+        write_shard(self, index, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache_folder.CacheFolder, "write_shard", dying)
+        main(flags(subject_folder, corpus_folder, tmp_path / "killed", 1))
+    train = tmp_path / "killed" / "stories" / "subject" / "layer_1" / "train"
+    told = cache_folder.how_to_finish(train)
+    assert told.startswith("1 of ")
+    command = told.split("consistency-lens cache ")[1].split()
+    assert main(command) == 0
+    assert main(flags(subject_folder, corpus_folder, tmp_path / "whole", 1)) == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 def test_one_split_may_be_asked_for(subject_folder, corpus_folder, tmp_path):
@@ -145,6 +174,25 @@ def test_one_place_for_several_processes_is_a_mistake(subject_folder, corpus_fol
     arguments = CacheArguments(model=str(subject_folder), dataset=str(corpus_folder), **{name: value})
     with pytest.raises(ValueError, match=f"{name}: got '{value}' with 8 processes; leave it out"):
         cache_activations(arguments, SimpleNamespace(num_processes=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"layer": 7}, "layer must lie in 0..2 ("), ({"dataset": "."}, "no finished corpus"),
+     ({"dtype": "auto"}, "dtype must be one of"), ({"model": "other"}, "was made with the tokenizer of")],
+)  # fmt: skip
+def test_what_needs_no_weights_is_checked_before_they_are_read(
+    subject_folder, corpus_folder, tmp_path, capsys, monkeypatch, changes, message
+):
+    """The subjects here have none."""
+    monkeypatch.chdir(tmp_path)
+    for name, tokenizer in (("bare", tiny_tokenizer()), ("other", tiny_tokenizer(bos=False))):
+        shutil.copytree(subject_folder, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        tokenizer.save_pretrained(tmp_path / name)
+    capsys.readouterr()
+    assert main(flags(**{"subject_folder": "bare", "corpus": corpus_folder, "output_dir": "out"}, **changes)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_no_corpus_is_a_mistake(subject_folder, tmp_path, capsys):

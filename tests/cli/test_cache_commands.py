@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_from_text_to_a_published_cache_and_back(hub, built, tmp_path, capsys):
     shard.write_bytes(content)
     code, out, _ = run(verify, capsys, cache=tmp_path / "pulled")
     assert code == 3 and "1 of 2 caches passed" in out
-    assert "shard-00001.arrow: sha256" in out and out.count("FAILED") == 1
+    assert "shard-00001.arrow: sha256" in out and out.count("FAILED") == 1 and out.count("not checked") == 5
 
 
 # verify
@@ -114,7 +115,14 @@ def test_mistakes_of_verify(built, capsys, settings, message):
 def test_a_cache_is_described(built, capsys):
     code, out, _ = run(describe, capsys, cache=built.layer / "train")
     assert code == 0
-    for told in ("float16, rms about the mean", "seed 0", "Rows by norm", "beyond ten times the median norm", "'w"):
+    for told in (
+        "per dimension",
+        "float16, rms about the mean",
+        "seed 0",
+        "Rows by norm",
+        "beyond ten times the median norm",
+        "'w",
+    ):
         assert told in out
 
 
@@ -147,6 +155,37 @@ def test_no_bin_with_a_row_looks_empty_and_outliers_are_marked():
     assert lines[2].rstrip().endswith(" 0")
     assert lines[3].endswith("1 ▏  beyond 10 x the median")
     assert bar(0, 10) == "" and bar(5, 10) == "█" * 30
+
+
+def test_edges_stand_in_columns_and_the_bin_of_the_threshold_claims_no_more_than_it_holds():
+    histogram = {"log_spaced": False, "edges": [5.0, 12.5, 20.25, 1234.0], "rows": [3, 2, 1]}
+    lines = histogram_text(histogram, 15.0).plain.rstrip().splitlines()[-3:]
+    assert [line[:13] for line in lines] == ["    5 –  12.5", " 12.5 – 20.25", "20.25 –  1234"]
+    assert lines[0].endswith("█") and lines[1].endswith("10 x the median is 15")
+    assert lines[2].endswith("beyond 10 x the median")
+
+
+def test_without_a_tokenizer_the_flag_is_named(built, tmp_path, capsys):
+    cache = shutil.copytree(built.layer / "train", tmp_path / "cache")
+    file = cache / "provenance.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"local": ["tokenizer"], "tokenizer": "subject"}))
+    code, out, _ = run(describe, capsys, cache=cache)
+    assert code == 0 and "(no tokenizer is to be had; pass one with --tokenizer)" in out
+    code, out, _ = run(describe, capsys, cache=cache, tokenizer=built.subject)
+    assert code == 0 and "no tokenizer" not in out and "'w" in out
+
+
+def test_an_unfinished_cache_says_in_the_list_how_far_it_is(built, tmp_path, capsys):
+    root = shutil.copytree(built.layer, tmp_path / "layer_1")
+    (root / "train" / "provenance.json").unlink()
+    (root / "train" / "building.json").write_text(json.dumps({"layer": 1, "num_shards": 3}))
+    (root / "train" / "shard-00000.json").touch()
+    code, out, _ = run(describe, capsys, cache=root)
+    told = " ".join(out.replace("│", " ").split())
+    assert code == 0 and "train (unfinished: 1 of 3 shards" in told and "in 1 shard," not in told
+    code, out, _ = run(verify, capsys, cache=root)
+    assert code == 3 and "1 of 2 caches passed" in out and "1 of 3 shards are done" in out
+    assert "in 1 shard," in run(describe, capsys, cache=root / "validation")[1]
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,9 @@ def test_float16_is_stored_as_float16(build):
 
 
 def test_provenance_says_how_the_cache_was_made(build, subject):
-    cache = build(subject_revision="abc", dataset_revision="def", dataset_split="train", seed=3)
+    facts = {"max_length": 20, "packing": False}
+    revisions = {"subject_revision": "abc", "dataset_revision": "def"}
+    cache = build(**revisions, dataset_split="train", seed=3, corpus_facts=facts)
     activations = cache.activations(np.arange(len(cache))).astype(np.float64)
     expected = {
         "subject": "tiny",
@@ -153,6 +155,7 @@ def test_provenance_says_how_the_cache_was_made(build, subject):
         "dataset": "random",
         "dataset_revision": "def",
         "dataset_split": "train",
+        "corpus": facts,
         "layer": LAYER,
         "width": WIDTH,
         "dtype": "float32",

@@ -6,10 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 from cache_builds import ARGUMENTS, NUM_SEQUENCES, make_corpus, make_subject, make_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from consistency_lens.data import cache_description
 from consistency_lens.data.cache_building import build_activation_cache
-from consistency_lens.data.cache_description import describe_cache, load_cache_tokenizer, norm_histogram
+from consistency_lens.data.cache_description import describe_cache, load_cache_tokenizer, norm_histogram, token_text
 from consistency_lens.data.cache_folder import norms
 
 MASSIVE = 17  # a token whose activations are far from all others
@@ -93,6 +95,23 @@ def test_json_holds_the_figures(figures):
 
 def test_without_a_tokenizer_the_ids_stand_alone(cache):
     assert {token["text"] for token in describe_cache(cache, progress=False)["tokens"]} == {None}
+
+
+def test_tokens_show_the_spaces_that_they_start_with():
+    """As sentencepiece and byte-level vocabularies have them; of a first token `decode` alone drops them."""
+    pieces = ["a", "▁a", "▁", "▁▁", ",", "▁,", "<0x41>"]
+    sentencepiece = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
+    sentencepiece.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentencepiece, clean_up_tokenization_spaces=True)
+    shown = [token_text(tokenizer, n) for n in range(len(pieces))]
+    assert shown == ["a", " a", " ", "  ", ",", " ,", "A"]
+    pieces = ["a", "Ġa", "Ġ", "Ã¤", "Ċ", "ĠĠ."]
+    byte_level = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
+    byte_level.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, clean_up_tokenization_spaces=True)
+    assert [token_text(tokenizer, n) for n in range(len(pieces))] == ["a", " a", " ", "ä", "\n", "  ."]
 
 
 # The histogram

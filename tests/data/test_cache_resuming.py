@@ -23,7 +23,8 @@ from consistency_lens import atomic_write
 from consistency_lens.data.activation_cache import ActivationCache
 from consistency_lens.data.activation_reading import ActivationReader
 from consistency_lens.data.cache_building import build_activation_cache, build_activation_caches
-from consistency_lens.data.cache_folder import CacheFolder, CacheWriteError
+from consistency_lens.data.cache_folder import CacheFolder, CacheWriteError, how_to_finish
+from consistency_lens.data.cache_verification import find_caches, verify_cache
 
 LAYERS = (0, 2)
 
@@ -215,6 +216,65 @@ def test_a_cache_from_before_the_newer_settings_is_opened(build):
         del provenance[name]
     path.write_text(json.dumps(provenance))
     assert len(build()) == provenance["rows"]
+
+
+def test_names_and_facts_do_not_make_another_cache(build, monkeypatch, subject):
+    """The hashes say what was read; a folder may be spelled in several ways, and a corpus told of later."""
+    first = build()
+    monkeypatch.setattr(subject.model, "forward", None)
+    again = build(
+        subject_name="./tiny", dataset_name="/data/random", subject_revision="abc", dataset_revision="def",
+        corpus_facts={"max_length": 20},
+    )  # fmt: skip
+    assert again.provenance == first.provenance and first.provenance["subject"] == "tiny"
+    assert "corpus" not in first.provenance
+
+
+def killed_after(build, monkeypatch, shards, **changes):
+    """Builds that many shards and dies."""
+    write_shard = CacheFolder.write_shard
+
+    def dying(self, index, *arguments):
+        if index == shards:
+            raise Killed
+        write_shard(self, index, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(CacheFolder, "write_shard", dying)
+        build(**changes)
+
+
+def test_an_unfinished_build_says_how_far_it_is_and_what_goes_on_with_it(build, monkeypatch, tmp_path):
+    folder = tmp_path / "cache"
+    killed_after(build, monkeypatch, 3, arguments={"model": "tiny", "batch_size": 4}, max_norm=4.0)
+    assert json.loads((folder / "arguments.json").read_text()) == {"model": "tiny", "batch_size": 4}
+    finish = f"consistency-lens cache --config {folder / 'arguments.json'}"
+    assert how_to_finish(folder) == f"3 of 4 shards are done; finish it with: {finish}"
+    with pytest.raises(ValueError, match="an unfinished cache at .*cache': 3 of 4 shards are done"):
+        find_caches(folder)
+    (check,) = verify_cache(folder, progress=False)
+    assert not check.passed and "3 of 4 shards are done" in check.detail
+    # those of the first start stay
+    build(arguments={"model": "tiny", "batch_size": 8}, max_norm=4.0)
+    assert json.loads((folder / "arguments.json").read_text())["batch_size"] == 4
+
+
+def test_a_build_without_arguments_is_run_again_and_a_pull_pulled_again(build, monkeypatch, tmp_path):
+    folder = tmp_path / "cache"
+    killed_after(build, monkeypatch, 1)
+    assert how_to_finish(folder) == "1 of 4 shards are done; run its build again to finish it"
+    origin = {"repo": "user/tiny", "commit": "abc", "split": "train"}
+    CacheFolder(tmp_path / "my cache", {"layer": LAYER, "pulled_from": origin}).claim(7)
+    assert how_to_finish(tmp_path / "my cache") == (
+        "0 of 7 shards are done; finish it with: consistency-lens pull --repo user/tiny --revision abc --split train "
+        f"--path '{tmp_path / 'my cache'}'"
+    )
+
+
+def test_arguments_of_other_settings_do_not_stay(build, monkeypatch, tmp_path):
+    killed_after(build, monkeypatch, 0, arguments={"seed": 1}, seed=1)
+    killed_after(build, monkeypatch, 0, arguments={"seed": 2}, seed=2)
+    assert json.loads((tmp_path / "cache" / "arguments.json").read_text()) == {"seed": 2}
 
 
 def test_shards_of_unknown_origin_are_refused(build, tmp_path):

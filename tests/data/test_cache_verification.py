@@ -44,7 +44,14 @@ def verify(path, *arguments):
 
 def failures(path, *arguments):
     """Name -> detail of the checks that fail."""
-    return {check.name: check.detail for check in verify(path, *arguments) if not check.passed}
+    return {check.name: check.detail for check in verify(path, *arguments) if check.checked and not check.passed}
+
+
+def unchecked(path, *arguments):
+    """Name -> detail of the checks that cannot be made; none of them passes."""
+    found = [check for check in verify(path, *arguments) if not check.checked]
+    assert not any(check.passed for check in found)
+    return {check.name: check.detail for check in found}
 
 
 def change_provenance(path, **changes):
@@ -117,8 +124,41 @@ def test_all_findings_are_listed(cache):
     first, second = found["checksums"].splitlines()
     assert first.startswith("shard-00000.arrow: sha256") and "(7 bytes of" in first
     assert second == "shard-00002.arrow: missing"
-    assert found["shards"] == "shard-00009.arrow: not in the provenance"
+    assert found["shards"].splitlines() == ["shard-00002.arrow: missing", "shard-00009.arrow: not in the provenance"]
     assert found["rows"].endswith("not 1,000")
+
+
+def test_what_could_not_be_read_has_not_passed(subject, cache):
+    """A shard is missing, another damaged: of the rest of the rows, and of no more, something can be said."""
+    (cache / "shard-00002.arrow").unlink()
+    (cache / "shard-00000.arrow").write_bytes(b"nothing")
+    assert failures(cache).keys() == {"shards", "checksums"}
+    found = unchecked(cache)
+    assert found.pop("mean and rms") == "some shards cannot be read"
+    assert found.keys() == {"rows", "columns", "finite values", "positions"}
+    assert set(found.values()) == {"of 36 of 72 rows alone: the rest cannot be read"}
+    assert [check.name for check in verify(cache)] == CONTENT
+    for shard in cache.glob("shard-*.arrow"):
+        shard.unlink()
+    found = unchecked(cache, weights_of(subject))
+    assert found["activations"] == "no rows can be read"
+    assert found["rows"] == "of 0 of 72 rows alone: the rest cannot be read"
+
+
+def test_a_shard_that_is_no_arrow_stream_though_its_checksum_fits_is_a_failure(cache):
+    (cache / "shard-00001.arrow").write_bytes(b"nothing")
+    shards = json.loads((cache / "provenance.json").read_text())["shards"]
+    shards[1] |= {"bytes": 7, "sha256": file_hash(cache / "shard-00001.arrow")}
+    change_provenance(cache, shards=shards)
+    assert failures(cache)["columns"].startswith("shard-00001.arrow: no Arrow stream")
+    assert unchecked(cache).keys() == {"rows", "finite values", "positions", "mean and rms"}
+
+
+def test_the_bar_names_the_cache(cache, capsys):
+    verify_cache(cache)
+    verify_cache(cache, name="layer_3/train")
+    bars = capsys.readouterr().err
+    assert "verifying cache" in bars and "verifying layer_3/train" in bars
 
 
 def test_values_that_are_not_finite_are_found_though_the_checksum_fits(cache):
@@ -246,7 +286,7 @@ def test_the_sample_is_spread_over_the_cache(subject, cache):
     checks = {check.name: check.detail for check in verify(cache, weights_of(subject), 5)}
     assert checks["activations"].startswith("5 rows computed anew")
     (cache / "shard-00003.arrow").unlink()
-    assert failures(cache, weights_of(subject), 5).keys() == {"checksums"}
+    assert failures(cache, weights_of(subject), 5).keys() == {"shards", "checksums"}
 
 
 def test_another_tokenizer_is_found(subject, cache):

@@ -24,13 +24,15 @@ class BuiltCaches(NamedTuple):
     """The subject's folder."""
 
 
-def build_caches(root: Path, **arguments) -> BuiltCaches:
+TEXTS = [" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(10 + i % 9)) for i in range(40)]
+
+
+def build_caches(root: Path, texts=TEXTS, **arguments) -> BuiltCaches:
     """Caches of `root/subject` at `LAYER`, float16, several shards in train; `arguments` change the build."""
     subject, tokenizer = root / "subject", tiny_tokenizer()
     model = tiny_model("llama")
     model.save_pretrained(subject)
     tokenizer.save_pretrained(subject)
-    texts = [" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(10 + i % 9)) for i in range(40)]
     splits = split_by_document(tokenize_documents(texts, tokenizer), 0.2)
     layer = root / f"layer_{LAYER}"
     tokenizer.name_or_path = str(subject)

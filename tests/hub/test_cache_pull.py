@@ -8,6 +8,7 @@ from hub_server import Blob, Reply
 from published_caches import build_caches, rows_of
 
 from consistency_lens.data.activation_cache import ActivationCache
+from consistency_lens.data.cache_description import load_cache_tokenizer
 from consistency_lens.data.cache_verification import CacheVerificationError, verify_cache
 from consistency_lens.hub import cache_pull
 from consistency_lens.hub.cache_pull import pull_cache
@@ -59,10 +60,25 @@ def test_a_pulled_cache_is_the_one_that_was_pushed(hub, tmp_path, dtype):
         own, pulled = (ActivationCache.open(path).provenance for path in (built.layer / cache.split, cache.path))
         assert pulled.pop("pulled_from") == {"repo": REPO, "commit": commit, "split": cache.split}
         differing = {key for key in own | pulled if own.get(key) != pulled.get(key)}
-        assert differing <= {"subject", "tokenizer", "dataset", "shards"}
+        assert differing <= {"subject", "tokenizer", "dataset", "local", "shards"}
+        assert pulled["local"] == ["subject", "tokenizer", "dataset"]
         assert [shard["rows"] for shard in pulled["shards"]] == [shard["rows"] for shard in own["shards"]]
         names = {file.name for file in cache.path.iterdir()}
         assert names == {"provenance.json", *(shard["file"] for shard in pulled["shards"])}
+
+
+def test_the_hub_is_not_asked_for_what_was_a_folder_elsewhere(hub, built, tmp_path):
+    push_cache(built.layer, REPO, progress=False)
+    pull(tmp_path / "pulled")
+    provenance = ActivationCache.open(tmp_path / "pulled" / "train").provenance
+    hub.requests.clear()
+    assert load_cache_tokenizer(provenance) is None
+    assert load_cache_tokenizer(provenance, str(built.subject)) is not None
+    assert hub.requests == []
+    # nor by those who have it from whoever pulled it
+    push_cache(tmp_path / "pulled", REPO, progress=False)
+    pull(tmp_path / "again")
+    assert ActivationCache.open(tmp_path / "again" / "train").provenance["local"] == provenance["local"]
 
 
 def test_a_shard_without_rows_survives(hub, built, tmp_path):

@@ -14,12 +14,18 @@ from published_caches import build_caches, rows_of
 
 from consistency_lens.data import cache_parquet
 from consistency_lens.data.activation_cache import ActivationCache, file_hash
+from consistency_lens.data.cache_columns import cache_features
 from consistency_lens.data.cache_verification import CacheVerificationError
 from consistency_lens.hub import cache_push
+from consistency_lens.hub.cache_pull import pull_cache
 from consistency_lens.hub.cache_push import public_name, push_cache
 from consistency_lens.hub_connection import HubError
 
 REPO = "user/tiny-activations"
+SPLITS = ("train", "validation")
+# The first words of every text are the same, and contexts end among them or after.
+SHARED_BEGINNINGS = [" ".join(["w5"] * 8 + [f"w{9 + (i * 7 + j) % 80}" for j in range(8)]) for i in range(40)]
+SAME_TEXTS = [" ".join(["w5"] * 30 + [f"w{9 + i}"]) for i in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,9 @@ def test_the_provenance_goes_along_whole_with_the_parquet_files_in_it_and_no_loc
         published = json.loads(files[f"provenance/{split}.json"].content)
         own = ActivationCache.open(layer / split).provenance
         names = {"subject": "subject", "tokenizer": "subject", "dataset": "texts.txt"}
+        names |= {"local": ["subject", "tokenizer", "dataset"]}
         parts = published.pop("parquet")
+        assert published.pop("seen_in_training", None) == (None if split == "train" else [])
         assert published == own | names
         for part in parts:
             assert list(part) == ["file", "rows", "bytes", "sha256"]
@@ -83,6 +91,42 @@ def test_the_provenance_goes_along_whole_with_the_parquet_files_in_it_and_no_loc
     root = str(built.subject.parent).encode()
     shown = [name for name, blob in files.items() if root in blob.content or str(tmp_path).encode() in blob.content]
     assert shown == []
+
+
+def test_validation_rows_that_begin_a_training_context_are_named(hub, layer, tmp_path):
+    """Both splits share the first words of some documents, as those that a model writes do."""
+    build_caches(tmp_path / "same", texts=SHARED_BEGINNINGS)
+    layer = tmp_path / "same" / "layer_1"
+    push(layer)
+    found = json.loads(files_of(hub)["provenance/validation.json"].content)["seen_in_training"]
+    train, validation = (ActivationCache.open(layer / split).dataset["input_ids"][:] for split in SPLITS)
+    beginnings = {tuple(context[:end]) for context in train for end in range(1, len(context) + 1)}
+    assert found == [row for row, context in enumerate(validation) if tuple(context) in beginnings]
+    assert 0 < len(found) < len(validation)
+    assert "seen_in_training" not in json.loads(files_of(hub)["provenance/train.json"].content)
+
+    pull_cache(REPO, tmp_path / "pulled", progress=False)
+    assert "seen_in_training" not in ActivationCache.open(tmp_path / "pulled" / "validation").provenance
+    hub.repos.clear()
+    push(tmp_path / "pulled" / "validation")
+    assert "seen_in_training" not in json.loads(files_of(hub)["provenance/validation.json"].content)
+
+
+def test_splits_with_documents_in_common_are_refused(hub, layer):
+    shutil.rmtree(layer / "validation")
+    shutil.copytree(layer / "train", layer / "validation")
+    file = layer / "validation" / "provenance.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset_split": "validation"}))
+    shared = len(set(ActivationCache.open(layer / "train").documents))
+    with pytest.raises(ValueError, match=f"'train' and 'validation' share {shared} documents"):
+        push(layer)
+    assert hub.repos == {}
+
+
+def test_a_validation_split_of_training_text_alone_is_refused(hub, tmp_path):
+    with pytest.raises(ValueError, match="have contexts of their own, from fewer than two documents"):
+        push(build_caches(tmp_path, texts=SAME_TEXTS).layer)
+    assert hub.repos == {}
 
 
 def test_the_card_is_rendered_from_what_was_measured(hub, layer):
@@ -101,18 +145,32 @@ def test_the_card_is_rendered_from_what_was_measured(hub, layer):
     assert metadata["dataset_info"]["download_size"] == sum(sizes)
     for told in (train.provenance["weights_hash"], f"| train | {len(train):,} |", "`subject`", "min_position 4"):
         assert told in text
+    for split, cache in (("train", train), ("validation", validation)):
+        kept = cache.provenance["sequences"]["kept"]
+        assert f"| sequences, {split} | {kept} kept, 0 skipped as too short |" in text
+        assert f"\n- {split}: 0 rows\n" in text
+    assert "this cache's own, made by document" in text and "\n0 rows of `validation` have" in text
+    assert "a sequence is" not in text
     assert f"pull --repo {REPO} --split train" in text and "transformers " in text
 
 
 def test_what_is_on_the_hub_is_linked_at_its_revision(hub, tmp_path):
     names = {"subject_name": "org/model", "subject_revision": "a" * 40}
     origin = {"dataset_name": "org/text", "dataset_revision": "b" * 40}
-    push(build_caches(tmp_path, **names, **origin).layer, text=False)
+    facts = {
+        "dataset_config": "en", "dataset_split": "test", "text_column": "story", "messages_column": None,
+        "max_length": 512, "long_documents": "split", "packing": True,
+    }  # fmt: skip
+    push(build_caches(tmp_path, **names, **origin, corpus_facts=facts).layer, text=False)
+    provenance = json.loads(files_of(hub)["provenance/train.json"].content)
+    assert provenance["corpus"] == facts and provenance["local"] == ["tokenizer"]
     text = files_of(hub)["README.md"].content.decode()
     assert f"[org/model](https://huggingface.co/org/model), revision `{'a' * 40}`" in text
     assert f"[org/text](https://huggingface.co/datasets/org/text), revision `{'b' * 40}`" in text
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert metadata["source_datasets"] == ["org/text"] and "org/model" in metadata["tags"]
+    assert "| read of the text | config en, split test, column story |" in text
+    assert "| a sequence is | at most 512 tokens, longer documents split, packed |" in text
     assert "license" not in metadata and "none is stated" in text
     assert "text" not in [feature["name"] for feature in metadata["dataset_info"]["features"]]
 
@@ -319,6 +377,35 @@ def test_a_wrong_or_missing_token_is_a_mistake_and_not_shown(hub, layer, monkeyp
     assert hub.repos == {}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"license": "Apache 2.0"}, "license: the Hub knows no 'Apache 2.0' .*; did you mean 'apache-2.0'?"),
+        ({"license": "mine"}, "pass 'other' if it has none"),
+        ({"language": ["en", "English"]}, "language: got 'English'; pass ISO 639 codes"),
+        ({"language": ["en-US"]}, "language: got 'en-US'"),
+    ],
+)
+def test_what_the_card_cannot_say_is_a_mistake_before_anything_is_done(hub, layer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        push(layer, **arguments)
+    assert hub.requests == [] and not layer.with_name(".layer_1.push").exists()
+
+
+def test_a_card_that_the_hub_does_not_take_is_a_mistake_in_its_words(hub, layer):
+    hub.licenses = {"other"}
+    with pytest.raises(ValueError, match='hub: .*"license" must be one of') as caught:
+        push(layer, license="mit", language=["en", "deu", "code"])
+    assert "\n" not in str(caught.value) and len(hub.dataset(REPO).commits) == 1
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_what_the_hub_refuses_is_a_mistake_in_its_words(hub, layer, status):
+    hub.faults["POST", "/commit/"] = error(status, "", "a file has no name")
+    with pytest.raises(ValueError, match=f"does not take this for .*{status}: .*a file has no name"):
+        push(layer)
+
+
 def test_another_ones_name_is_a_mistake(hub, layer):
     with pytest.raises(ValueError, match="no right to do that in 'someone/cache' .403: You don't have the rights"):
         push_cache(layer, "someone/cache", progress=False)
@@ -350,7 +437,7 @@ def test_of_paths_the_last_part_is_public(name, public):
 
 def test_the_parquet_of_a_shard_is_the_same_every_time(built, tmp_path):
     shard = built.layer / "train" / "shard-00000.arrow"
-    features = cache_parquet.cache_features(32, "float16")
+    features = cache_features(32, "float16")
     records = [cache_parquet.write_parquet(shard, tmp_path / f"{n}.parquet", features) for n in range(2)]
     assert records[0]["sha256"] == records[1]["sha256"] == file_hash(tmp_path / "1.parquet")
     whole = rows_of(built.layer / "train")

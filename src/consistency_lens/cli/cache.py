@@ -1,9 +1,10 @@
 """`consistency-lens cache`, and the whole of `examples/cache_activations.py`: a subject's activations on a corpus."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from ..data.activation_cache import ActivationCache
 
-ARGUMENTS_FILE = "arguments.json"
 SPLITS = ("train", "validation")
 VALIDATION_FRACTION = 0.1
 
@@ -107,7 +107,17 @@ class Source(NamedTuple):
 
     name: str
     revision: str | None
+    facts: dict[str, Any]
+    """How its text was made into sequences."""
     splits: "dict[str, Dataset]"
+
+
+class CachedSplit(NamedTuple):
+    """A cache that is there now."""
+
+    cache: "ActivationCache"
+    is_new: bool
+    """False if it was here already."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = process_state(args)
         caches = cache_activations(args, state)
         if state.is_main_process:
-            for cache in caches:
-                console.print(summary(cache), markup=False, highlight=False, soft_wrap=True)
+            for cached in caches:
+                console.print(summary(cached), markup=False, highlight=False, soft_wrap=True)
         state.destroy_process_group()
 
     return run_command(work)
@@ -139,18 +149,16 @@ def process_state(args: CacheArguments) -> "PartialState":
     return PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available(), timeout=timedelta(days=30))
 
 
-def cache_activations(args: CacheArguments, state: "PartialState") -> "list[ActivationCache]":
+def cache_activations(args: CacheArguments, state: "PartialState") -> list[CachedSplit]:
     """Builds, or finishes, one cache for each split and layer; every process of `state` calls it.
 
     Raises:
         ValueError: for a user's mistake.
         CacheWriteError: if a file cannot be written, as when the disk is full.
     """
-    from ..atomic_write import write_json
-    from ..data.activation_cache import ActivationCache, cache_path
+    from ..data.activation_cache import PROVENANCE_FILE, cache_path
     from ..data.cache_building import build_activation_caches, check_settings
-    from ..data.cache_folder import writing
-    from ..data.subject_loading import load_subject_and_tokenizer
+    from ..data.subject_loading import check_layers, check_loading, load_model, load_tokenizer, pinned_revision
     from ..residual_stream import ResidualStream
 
     check_settings(
@@ -164,25 +172,32 @@ def cache_activations(args: CacheArguments, state: "PartialState") -> "list[Acti
             "has its own GPU, or start one process"
         )
     device = args.device or (None if args.device_map is not None else str(state.device))
-    subject = load_subject_and_tokenizer(
-        args.model, args.revision, args.dtype, args.quantization, args.attention, device, args.device_map
-    )
-    stream = ResidualStream(subject.model, blocks=args.blocks)
-    source = read_source(args, subject.tokenizer)
+    # all that can be wrong without the weights comes before they are loaded
+    check_loading(args.dtype, args.quantization, device, args.device_map)
+    revision = pinned_revision(args.model, args.revision)
+    tokenizer = load_tokenizer(args.model, revision)
+    check_layers(args.model, revision, args.layer or [])
+    source = read_source(args, tokenizer)
+    model = load_model(args.model, revision, args.dtype, args.quantization, args.attention, device, args.device_map)
+    stream = ResidualStream(model, blocks=args.blocks)
     layers = [stream.num_layers // 2] if args.layer is None else args.layer
-    caches: list[ActivationCache] = []
+    caches: list[CachedSplit] = []
     for split, corpus in source.splits.items():
+        paths = {layer: cache_path(args.output_dir, source.name, args.model, layer, split) for layer in layers}
+        here = {layer for layer, path in paths.items() if (path / PROVENANCE_FILE).is_file()}
         built = build_activation_caches(
             stream,
             corpus,
-            {layer: cache_path(args.output_dir, source.name, args.model, layer, split) for layer in layers},
-            tokenizer=subject.tokenizer,
+            paths,
+            tokenizer=tokenizer,
             subject_name=args.model,
-            subject_revision=subject.revision,
-            subject_hash=caches[0].provenance["weights_hash"] if caches else None,
+            subject_revision=revision,
+            subject_hash=caches[0].cache.provenance["weights_hash"] if caches else None,
             dataset_name=source.name,
             dataset_revision=source.revision,
             dataset_split=split,
+            corpus_facts=source.facts,
+            arguments=asdict(args),
             positions_per_sequence=args.positions_per_sequence,
             min_position=args.min_position,
             dtype=args.cache_dtype,
@@ -193,12 +208,7 @@ def cache_activations(args: CacheArguments, state: "PartialState") -> "list[Acti
             progress=not args.disable_tqdm,
             state=state,
         )
-        caches += built.values()
-    for cache in caches:
-        # those that built a cache stay beside it
-        if state.is_main_process and not (cache.path / ARGUMENTS_FILE).is_file():
-            with writing(cache.path):
-                write_json(cache.path / ARGUMENTS_FILE, asdict(args))
+        caches += [CachedSplit(cache, layer not in here) for layer, cache in built.items()]
     return caches
 
 
@@ -213,20 +223,31 @@ def read_source(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> S
 
     if Path(args.dataset).is_dir():
         origin = corpus_origin(args.dataset, tokenizer, args.model)
-        return Source(origin.name, origin.revision, {split: open_corpus(args.dataset, split) for split in args.split})
+        splits = {split: open_corpus(args.dataset, split) for split in args.split}
+        return Source(origin.name, origin.revision, origin.facts, splits)
     corpus = tokenize_documents(read_documents(args.dataset), tokenizer, args.max_length)
     fraction = args.validation_fraction or VALIDATION_FRACTION
-    splits = dict(zip(SPLITS, split_by_document(corpus, fraction), strict=True))
-    return Source(args.dataset, None, {split: splits[split] for split in args.split})
+    parts = dict(zip(SPLITS, split_by_document(corpus, fraction), strict=True))
+    facts = {
+        "max_length": args.max_length, "long_documents": "cut", "packing": False, "validation_fraction": fraction,
+    }  # fmt: skip
+    return Source(args.dataset, None, facts, {split: parts[split] for split in args.split})
 
 
-def summary(cache: "ActivationCache") -> str:
-    """What a cache holds, in one line."""
-    provenance = cache.provenance
+def summary(cached: CachedSplit) -> str:
+    """What a cache holds, in one line, and what to do next."""
+    from .describe import readable_size
+
+    provenance, path = cached.cache.provenance, cached.cache.path
     counts = f"{provenance['rows']:,} rows of {provenance['sequences']['kept']:,} sequences"
     skipped = provenance["sequences"]["skipped_too_short"]
     if skipped:
         counts += f", {skipped:,} skipped as too short"
     if "norm_filter" in provenance:
         counts += f", {provenance['norm_filter']['dropped_rows']:,} rows dropped by their norm"
-    return f"layer {provenance['layer']}, {provenance['dataset_split']}: {counts}; {cache.path}"
+    counts += f", {readable_size(sum(shard['bytes'] for shard in provenance['shards']))}"
+    state = "" if cached.is_new else "here already; nothing was done; "
+    return (
+        f"layer {provenance['layer']}, {provenance['dataset_split']}: {state}{counts}; look at it with: "
+        f"consistency-lens describe --cache {shlex.quote(str(path))}"
+    )

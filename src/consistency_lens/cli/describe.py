@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 60
 EIGHTHS = " ▏▎▍▌▋▊▉"
+NO_TOKENIZER = " (no tokenizer is to be had; pass one with --tokenizer)"
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -86,6 +87,8 @@ def summary_table(root: Path, listed: Sequence[Mapping[str, Any]], unfinished: S
     from rich.table import Table
     from rich.text import Text
 
+    from ..data.cache_folder import how_to_finish
+
     table = Table()
     table.add_column("cache", overflow="fold")
     for name in ("layer", "split", "rows", "width", "stored as", "rms", "disk"):
@@ -97,7 +100,7 @@ def summary_table(root: Path, listed: Sequence[Mapping[str, Any]], unfinished: S
         )  # fmt: skip
         table.add_row(*(Text(cell) for cell in cells))
     for path in unfinished:
-        table.add_row(Text(f"{path.relative_to(root)} (unfinished)"))
+        table.add_row(Text(f"{path.relative_to(root)} (unfinished: {how_to_finish(path)})"))
     return table
 
 
@@ -110,13 +113,14 @@ def description(figures: Mapping[str, Any]) -> "Group":
     quantiles = [("norm", *(f"{value:.4g}" for value in figures["norm"].values()))]
     position = figures["position"]
     positions = [("position P", *(f"{position.get(name, ''):,}" for name in position))]
+    decoded = any(of["text"] is not None for of in figures["tokens"])
     parts: list[Any] = [
         facts_table(figures),
         rich_table(("", *position), positions),
         rich_table(("", *figures["norm"]), quantiles),
         histogram_text(figures["norm_histogram"], figures["outliers"]["threshold"]),
         *outlier_parts(figures["outliers"]),
-        "\nThe most frequent tokens at P:",
+        f"\nThe most frequent tokens at P{'' if decoded else NO_TOKENIZER}:",
         token_table(figures["tokens"]),
     ]
     return Group(*parts)
@@ -134,7 +138,11 @@ def facts_table(figures: Mapping[str, Any]) -> "Table":
 
 
 def facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of each."""
+    from ..data.cache_description import corpus_facts
+
     sequences, positions, disk = figures["sequences"], figures["positions"], figures["disk"]
+    shards = f"{disk['shards']:,} {'shard' if disk['shards'] == 1 else 'shards'}"
     loaded, tokens = figures.get("loaded_as", {}), figures["context_tokens"]
     found = [
         ("cache", figures["path"]),
@@ -143,15 +151,16 @@ def facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokenizer", figures.get("tokenizer", "unknown")),
         ("layer", f"{figures['layer']}, the output of block {figures['layer']}, {figures['width']:,} dimensions"),
         ("data set", at_revision(figures["dataset"], figures.get("dataset_revision"))),
-        ("split", figures.get("dataset_split", "not said")),
+        ("split of the cache", figures.get("dataset_split", "not said")),
+        *corpus_facts(figures),
         ("rows", f"{figures['rows']:,} of {figures['documents']:,} documents"),
         ("sequences", f"{sequences['kept']:,} kept, {sequences['skipped_too_short']:,} skipped as too short"),
         ("tokens in contexts", f"{tokens:,}, {tokens / figures['rows']:.1f} a row"),
         ("positions", f"{positions['rule']}; {positions['per_sequence']} a sequence, "
                       f"min_position {positions['min_position']}, seed {figures['seed']}"),
         ("norm filter", norm_filter(figures)),
-        ("stored as", f"{figures['dtype']}, rms about the mean {figures['rms']:.4g}"),
-        ("disk", f"{readable_size(disk['bytes'])} in {disk['shards']:,} shards, {disk['bytes_per_row']:,.0f} a row"),
+        ("stored as", f"{figures['dtype']}, rms about the mean {figures['rms']:.4g} per dimension"),
+        ("disk", f"{readable_size(disk['bytes'])} in {shards}, {disk['bytes_per_row']:,.0f} a row"),
     ]  # fmt: skip
     pulled = figures.get("pulled_from")
     return found + ([("pulled from", f"{pulled['repo']} at {pulled['commit']}")] if pulled else [])
@@ -172,18 +181,25 @@ def norm_filter(figures: Mapping[str, Any]) -> str:
 
 
 def histogram_text(histogram: Mapping[str, Any], threshold: float) -> "Text":
-    """The rows by norm, a bar each; bins beyond the threshold are marked, and no bin with a row looks empty."""
+    """The rows by norm, a bar each; bins beyond the threshold and the one that it lies in are marked, and no bin with
+    a row looks empty."""
     from rich.text import Text
 
     edges, counts = histogram["edges"], histogram["rows"]
     most, width = max(counts), max(len(f"{count:,}") for count in counts)
     scale = ", edges in equal ratios" if histogram["log_spaced"] else ""
     text = Text(f"\nRows by norm{scale}:\n")
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        span = f"{low:>9.4g} – {high:<9.4g}"
-        mark = "  beyond 10 x the median" if high > threshold and count else ""
-        text.append(f"{span} {count:>{width},} ")
-        text.append(bar(count, most), style="red" if mark else "cyan")
+    told = [f"{edge:.4g}" for edge in edges]
+    edge_width = max(map(len, told))
+    for index, count in enumerate(counts):
+        low, high = edges[index], edges[index + 1]
+        mark, style = "", "cyan"
+        if count and low >= threshold:
+            mark, style = "  beyond 10 x the median", "red"
+        elif count and high > threshold:
+            mark, style = f"  10 x the median is {threshold:.4g}", "yellow"
+        text.append(f"{told[index]:>{edge_width}} – {told[index + 1]:>{edge_width}} {count:>{width},} ")
+        text.append(bar(count, most), style=style)
         text.append(f"{mark}\n")
     return text
 
@@ -214,7 +230,7 @@ def token_table(tokens: Sequence[Mapping[str, Any]]) -> "Table":
         )
         for of in tokens
     ]  # fmt: skip
-    decoded = any(row[0] for row in rows)
+    decoded = any(of["text"] is not None for of in tokens)
     columns = ("token", "id", "rows", "share", "mean norm")
     return rich_table(columns, rows) if decoded else rich_table(columns[1:], [row[1:] for row in rows])
 

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         subject = None if args.model is None else load_subject(args, caches)
         failed = 0
         for cache in caches:
-            checks = verify_cache(cache, subject, args.rows, progress=not args.disable_tqdm)
+            name = None if cache == Path(args.cache) else str(cache.relative_to(args.cache))
+            checks = verify_cache(cache, subject, args.rows, progress=not args.disable_tqdm, name=name)
             failed += not all(check.passed for check in checks)
             console.print(str(cache), markup=False, highlight=False, soft_wrap=True)
             console.print(checks_table(checks))
@@ -102,7 +103,10 @@ def checks_table(checks: "Sequence[Check]") -> "Table":
     for name in ("check", "", "found"):
         table.add_column(name)
     for check in checks:
-        verdict = Text("passed", style="green") if check.passed else Text("FAILED", style="bold red")
+        if check.passed:
+            verdict = Text("passed", style="green")
+        else:
+            verdict = Text("FAILED", style="bold red") if check.checked else Text("not checked", style="yellow")
         # as Text, since a name may look like rich's markup
         table.add_row(Text(check.name), verdict, Text(check.detail))
     return table

@@ -34,17 +34,17 @@ STORED_DTYPES = ("float16", "float32")
 NORM_SEQUENCES, NORM_DIGITS = 512, 4
 
 
-def build_activation_cache(subject: Subject, corpus: Dataset, path: str | Path, **arguments: Any) -> ActivationCache:
+def build_activation_cache(subject: Subject, corpus: Dataset, path: str | Path, **settings: Any) -> ActivationCache:
     """Caches a subject's activations at its layer; the one-layer form of `build_activation_caches`.
 
     Args:
         path: folder of the cache.
-        arguments: the keyword arguments of `build_activation_caches`.
+        settings: the keyword arguments of `build_activation_caches`.
 
     Raises:
         ValueError, CacheWriteError: as there.
     """
-    return build_activation_caches(subject.stream, corpus, {subject.layer: path}, **arguments)[subject.layer]
+    return build_activation_caches(subject.stream, corpus, {subject.layer: path}, **settings)[subject.layer]
 
 
 def build_activation_caches(
@@ -59,6 +59,8 @@ def build_activation_caches(
     subject_hash: str | None = None,
     dataset_revision: str | None = None,
     dataset_split: str | None = None,
+    corpus_facts: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
     positions_per_sequence: int = 1,
     min_position: int = 8,
     dtype: str = "float16",
@@ -75,7 +77,8 @@ def build_activation_caches(
     distinct positions uniform in [min_position, S - 2]. They depend on the seed, the document and the sequence's index
     in the corpus, and on nothing else; their order is that of the corpus. Sequences too short for one position are
     skipped and counted. The activations depend on `batch_size` only by rounding. A build that was killed goes on when
-    started again with the same arguments; a finished one is opened.
+    started again with the same arguments; a finished one is opened. What subject and data set are called is told in
+    the provenance, but does not decide whether it is the same cache: their hashes do.
 
     Args:
         stream: of the subject, in evaluation mode. Blocks above the highest layer and the head do not run.
@@ -83,6 +86,9 @@ def build_activation_caches(
         paths: layer -> folder of its cache.
         tokenizer: the one that made the corpus, for the provenance.
         subject_hash: `weights_hash` of the subject, if it is known already.
+        corpus_facts: how the text was made into sequences, for the provenance; see `tokenization.CorpusOrigin`.
+        arguments: what started the build, in what JSON can hold; written beside the shards before the first of them,
+            so that an unfinished build says how it goes on.
         dtype: of the stored activations, "float16" or "float32".
         max_norm: drop the rows whose norm is above this many times the median norm (massive activations), and count
             them. The median is that of the rows of up to 512 sequences, spread over the corpus, to four digits.
@@ -114,8 +120,6 @@ def build_activation_caches(
     )
     settings = {
         "format": FORMAT,
-        "subject": subject_name,
-        "subject_revision": subject_revision,
         "weights_hash": subject_hash or weights_hash(stream.model),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "width": stream.width,
@@ -126,15 +130,22 @@ def build_activation_caches(
         },
         "dtype": dtype,
         "max_norm": max_norm,
-        "dataset": dataset_name,
-        "dataset_revision": dataset_revision,
         "dataset_split": dataset_split,
         "dataset_hash": plan.dataset_hash,
         "seed": seed,
         "rows_per_shard": rows_per_shard,
     }
     folders = [CacheFolder(Path(path), {**settings, "layer": layer}) for layer, path in sorted(paths.items())]
-    _Build(stream, plan, batch_size, progress, state).run(folders, {"tokenizer": tokenizer.name_or_path})
+    facts: dict[str, Any] = {
+        "subject": subject_name,
+        "subject_revision": subject_revision,
+        "tokenizer": tokenizer.name_or_path,
+        "dataset": dataset_name,
+        "dataset_revision": dataset_revision,
+    }
+    if corpus_facts is not None:
+        facts["corpus"] = dict(corpus_facts)
+    _Build(stream, plan, batch_size, progress, state).run(folders, facts, arguments)
     return {folder.layer: ActivationCache.open(folder.path) for folder in folders}
 
 
@@ -184,12 +195,12 @@ class _Build:
         self.is_main = self.rank == 0
         self.progress = progress and self.is_main
 
-    def run(self, folders: Sequence[CacheFolder], facts: dict[str, Any]) -> None:
-        """Builds all caches that are not finished; `facts` go into their provenance."""
+    def run(self, folders: Sequence[CacheFolder], facts: dict[str, Any], arguments: Mapping[str, Any] | None) -> None:
+        """Builds all caches that are not finished; `facts` go into their provenance, `arguments` beside them."""
         with ExitStack() as locks:
             if not self.is_main:
                 self._wait()
-            unfinished = self._claim(folders, locks)
+            unfinished = self._claim(folders, locks, arguments)
             if self.is_main:
                 self._measure_norms(unfinished)
                 self._wait()
@@ -208,7 +219,9 @@ class _Build:
         if self.state is not None:
             self.state.wait_for_everyone()
 
-    def _claim(self, folders: Sequence[CacheFolder], locks: ExitStack) -> list[CacheFolder]:
+    def _claim(
+        self, folders: Sequence[CacheFolder], locks: ExitStack, arguments: Mapping[str, Any] | None
+    ) -> list[CacheFolder]:
         """The folders that are not finished, made those of this build; the first rank keeps other builds out."""
         unfinished = []
         for folder in folders:
@@ -217,7 +230,7 @@ class _Build:
             # asked again, as another build may have had the lock until now
             if not folder.is_finished():
                 if self.is_main:
-                    folder.claim()
+                    folder.claim(len(self.plan.shard_rows), arguments)
                 else:
                     folder.join()
                 unfinished.append(folder)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .activation_cache import ActivationCache
 from .cache_folder import norms
+from .dataset_reading import cause_of
 from .fingerprints import tokenizer_hash
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,11 @@ OUTLIER_FACTOR = 10  # times the median norm: such rows are massive activations
 LOG_FACTOR = 10  # a histogram is log-spaced if its largest norm is this many times the smallest
 NUM_BINS = 24
 BLOCK_ROWS = 1024  # read at a time
+SPACE_MARKS = "▁Ġ"  # a space, as sentencepiece and byte-level vocabularies spell it
 
+# what was read of a source -> what that is called
+SOURCE_FACTS = {"dataset_config": "config", "dataset_split": "split", "text_column": "column"}
+SOURCE_FACTS |= {"messages_column": "messages in"}
 # taken from the provenance as they are
 FACTS = (
     "subject",
@@ -35,6 +40,7 @@ FACTS = (
     "dataset",
     "dataset_revision",
     "dataset_split",
+    "corpus",
     "sequences",
     "seed",
     "max_norm",
@@ -100,17 +106,21 @@ def load_cache_tokenizer(provenance: Mapping[str, Any], name: str | None = None)
 
     Args:
         name: Hub id or folder; by default the one that the provenance names, and None is returned where that cannot
-            be loaded or is another one by now: token texts would be wrong.
+            be loaded, was a folder elsewhere, or is another one by now: token texts would be wrong.
 
     Raises:
         ValueError: if the tokenizer that is asked for cannot be loaded, or is not that of the cache.
     """
-    source = name or provenance.get("tokenizer") or provenance["subject"]
+    key = "tokenizer" if provenance.get("tokenizer") else "subject"
+    source = name or provenance[key]
+    if name is None and key in provenance.get("local", ()):
+        logger.info("the tokenizer was a folder where the cache was made: tokens are shown by their ids")
+        return None
     revision = provenance.get("subject_revision") if source == provenance["subject"] else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = cause_of(error)
         if name is not None:
             raise ValueError(f"tokenizer: cannot load {name!r}; pass a Hub id or a folder ({cause})") from error
         logger.info("no tokenizer at %s: tokens are shown by their ids (%s)", source, cause)
@@ -138,6 +148,20 @@ def norm_histogram(values: np.ndarray, bins: int = NUM_BINS) -> dict[str, Any]:
     else:
         counts = np.histogram(values.astype(np.float64), edges)[0]
     return {"log_spaced": log_spaced, "edges": edges.tolist(), "rows": counts.tolist()}
+
+
+def corpus_facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the text of a cache was made into sequences, as label and value; empty where it does not say."""
+    corpus = provenance.get("corpus")
+    if corpus is None:
+        return []
+    source = [f"{name} {corpus[key]}" for key, name in SOURCE_FACTS.items() if corpus.get(key) is not None]
+    if corpus["max_length"] is None:
+        made = "a whole document each"
+    else:
+        made = f"at most {corpus['max_length']:,} tokens, longer documents {corpus['long_documents']}"
+    made += ", packed" if corpus["packing"] else ""
+    return [*([("read of the text", ", ".join(source))] if source else []), ("a sequence is", made)]
 
 
 def _read_rows(cache: ActivationCache, progress: bool) -> ReadRows:
@@ -183,6 +207,13 @@ def _outliers(read: ReadRows, threshold: float, tokenizer: PreTrainedTokenizerBa
     }
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as it reads within a text: with the spaces that it starts with, which `decode` drops of a first one."""
+    text, piece = str(tokenizer.decode([token])), tokenizer.convert_ids_to_tokens([token])[0] or ""
+    spaces = len(piece) - len(piece.lstrip(SPACE_MARKS))
+    return " " * spaces + text.lstrip(" ") if spaces else text
+
+
 def _token_table(read: ReadRows, tokenizer: PreTrainedTokenizerBase | None, top: int) -> list[dict[str, Any]]:
     """The most frequent tokens at P, first those with most rows."""
     ids, group, counts = np.unique(read.tokens, return_inverse=True, return_counts=True)
@@ -191,7 +222,7 @@ def _token_table(read: ReadRows, tokenizer: PreTrainedTokenizerBase | None, top:
     return [
         {
             "id": int(ids[n]),
-            "text": None if tokenizer is None else tokenizer.decode([int(ids[n])]),
+            "text": None if tokenizer is None else token_text(tokenizer, int(ids[n])),
             "rows": int(counts[n]),
             "share": float(counts[n] / len(read.tokens)),
             "mean_norm": float(sums[n] / counts[n]),

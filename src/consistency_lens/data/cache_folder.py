@@ -7,7 +7,8 @@ last. So a build may be killed at any moment, and nothing half-written is ever t
 
 import json
 import platform
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
-from datasets import Features, List, Value
 from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..atomic_write import atomic_file, write_json
 from .activation_cache import BUILDING_FILE, PROVENANCE_FILE, file_hash
+from .cache_columns import cache_features
 from .cache_plan import ShardPlan
 from .moments import BlockMoments, block_moments, merge_moments
 
 LOCK_FILE = ".building.lock"
+ARGUMENTS_FILE = "arguments.json"
 FLOAT16_MAX = 65504.0
 NO_TOKENS = np.empty(0, dtype=np.int32)
 
@@ -93,20 +95,28 @@ class CacheFolder:
             finally:
                 (self.path / LOCK_FILE).unlink(missing_ok=True)
 
-    def claim(self) -> None:
+    def claim(self, num_shards: int, arguments: Mapping[str, Any] | None = None) -> None:
         """Makes the folder that of this build, or goes on with what an earlier start of it left.
 
         To be called where `is_finished` is False: a build of other settings has then left nothing that could be lost.
+
+        Args:
+            num_shards: that the finished cache will have.
+            arguments: what started the build, kept beside the shards; those of the first start stay.
 
         Raises:
             CacheWriteError: if nothing can be written there.
         """
         found = self._read(BUILDING_FILE) if (self.path / BUILDING_FILE).is_file() else {}
-        if self._differing(found) is None:
+        goes_on = self._differing(found) is None
+        file = self.path / ARGUMENTS_FILE
+        with writing(self.path):
+            if arguments is not None and not (goes_on and file.is_file()):
+                write_json(file, arguments)
+            if not goes_on:
+                write_json(self.path / BUILDING_FILE, self.settings | {"num_shards": num_shards})
+        if goes_on:
             self.median_norm = found.get("median_norm")
-        else:
-            with writing(self.path):
-                write_json(self.path / BUILDING_FILE, self.settings)
 
     def join(self) -> None:
         """Takes up what the first rank has claimed, on another rank.
@@ -126,7 +136,7 @@ class CacheFolder:
     def keep_median_norm(self, median_norm: float) -> None:
         """Fixes the norm that rows are dropped by, so that it is the same after a kill and for every rank."""
         with writing(self.path):
-            write_json(self.path / BUILDING_FILE, self.settings | {"median_norm": median_norm})
+            write_json(self.path / BUILDING_FILE, self._read(BUILDING_FILE) | {"median_norm": median_norm})
         self.median_norm = median_norm
 
     def has_shard(self, index: int) -> bool:
@@ -254,6 +264,22 @@ class CacheFolder:
         return activations.astype(self.settings["dtype"], copy=False)
 
 
+def how_to_finish(path: Path) -> str:
+    """How far the build in the folder of an unfinished cache is, and what goes on with it, in one line."""
+    building = json.loads((path / BUILDING_FILE).read_text(encoding="utf-8"))
+    done = sum(file.with_suffix(".json").is_file() for file in path.glob("shard-*.arrow"))
+    # a build of an earlier version does not say how many there will be
+    far = f"{done:,} of {building['num_shards']:,} shards are" if "num_shards" in building else f"{done:,} shards are"
+    if origin := building.get("pulled_from"):
+        names = {"repo": origin["repo"], "revision": origin["commit"], "split": origin["split"], "path": str(path)}
+        command = " ".join(["pull", *(f"--{name} {shlex.quote(value)}" for name, value in names.items())])
+    elif (path / ARGUMENTS_FILE).is_file():
+        command = f"cache --config {shlex.quote(str(path / ARGUMENTS_FILE))}"
+    else:
+        return f"{far} done; run its build again to finish it"
+    return f"{far} done; finish it with: consistency-lens {command}"
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turns the system's error of a write inside the `with` block into one that says where and what to do.
@@ -284,14 +310,6 @@ def _shard_table(shard: ShardPlan, kept: np.ndarray, values: np.ndarray) -> pa.T
         values: their activations, (N, d).
     """
     width = values.shape[1]
-    features = Features(
-        {
-            "activation": List(Value(str(values.dtype)), length=width),
-            "input_ids": List(Value("int32")),
-            "position": Value("int32"),
-            "document": Value("int64"),
-        }
-    )
     counts = [len(positions) for positions in shard.positions]
     sequences = np.repeat(np.arange(len(counts)), counts)[kept]
     positions = np.concatenate(shard.positions)[kept]
@@ -303,5 +321,5 @@ def _shard_table(shard: ShardPlan, kept: np.ndarray, values: np.ndarray) -> pa.T
         pa.array(positions),
         pa.array(shard.documents[sequences]),
     ]
-    schema = features.arrow_schema
+    schema = cache_features(width, str(values.dtype)).arrow_schema
     return pa.Table.from_arrays([col.cast(f.type) for col, f in zip(columns, schema, strict=True)], schema=schema)

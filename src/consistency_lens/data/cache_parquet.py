@@ -12,31 +12,19 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, List, Value
+from datasets import Features
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
 from ..atomic_write import atomic_file
-from ..hub_connection import asking_hub
+from ..hub_connection import asking_hub, first_line
 from .activation_cache import file_hash, token_lists
 
-TEXT_COLUMN = "text"
 PARQUET_PATTERN = r"data/[\w.-]+\.parquet"
 # A row group is what a viewer reads to show one row, and a stream to read on.
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 512, 1 << 20
 COMPRESSION = "zstd"
 FEW_VALUES = ["position", "document", "input_ids.list.element"]  # worth a dictionary; activations are not
-
-
-def cache_features(width: int, dtype: str, with_text: bool = False) -> Features:
-    """The columns of a cache of `width` dimensions stored in `dtype`, with the decoded context or without."""
-    features = {
-        "activation": List(Value(dtype), length=width),
-        "input_ids": List(Value("int32")),
-        "position": Value("int32"),
-        "document": Value("int64"),
-    }
-    return Features(features | ({TEXT_COLUMN: Value("string")} if with_text else {}))
 
 
 def published_provenance(repo: str, split: str, commit: str) -> dict[str, Any]:
@@ -111,7 +99,7 @@ def read_parquet(file: Path, features: Features) -> pa.Table:
         with pq.ParquetFile(file) as parquet:
             table = parquet.read(columns=schema.names)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"cannot read {file.name!r} as parquet ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"cannot read {file.name!r} as parquet ({first_line(error)})") from error
     found, wanted = ({field.name: field.type for field in of} for of in (table.schema, schema))
     if found != wanted:
         raise ValueError(f"{file.name!r} has columns {_types(found)}, not {_types(wanted)}")

@@ -6,7 +6,7 @@ further, for nothing in it can be relied on.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,12 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from ..hub_connection import first_line
 from ..residual_stream import ResidualStream
 from .activation_cache import BUILDING_FILE, PROVENANCE_FILE, file_hash, token_lists
 from .activation_reading import ActivationReader
-from .cache_folder import norms
+from .cache_columns import cache_features
+from .cache_folder import how_to_finish, norms
 from .cache_plan import ShardPlan
 from .fingerprints import tokenizer_hash, weights_hash
 from .moments import BlockMoments, block_moments, merge_moments
@@ -47,6 +49,8 @@ class Check(NamedTuple):
     passed: bool
     detail: str
     """What was checked, or each thing that is wrong, a line each."""
+    checked: bool = True
+    """False if it could not be made, or not of all rows: then it has not passed, but has found nothing wrong."""
 
 
 class LoadedWeights(NamedTuple):
@@ -78,7 +82,7 @@ def find_caches(path: str | Path) -> list[Path]:
     if is_cache(path):
         return [path]
     if (path / BUILDING_FILE).is_file():
-        raise ValueError(f"cache: an unfinished cache at {str(path)!r}; run its build (again) to finish it")
+        raise ValueError(f"cache: an unfinished cache at {str(path)!r}: {how_to_finish(path)}")
     if not path.is_dir():
         raise ValueError(f"cache: no folder at {str(path)!r}; pass a cache, or a folder with caches below it")
     finished = {file.parent for file in path.rglob(PROVENANCE_FILE) if is_cache(file.parent)}
@@ -110,7 +114,11 @@ def load_weights(subject: LoadedSubject, blocks: str | None = None) -> LoadedWei
 
 
 def verify_cache(
-    path: str | Path, subject: LoadedWeights | None = None, sample_rows: int = 64, progress: bool = True
+    path: str | Path,
+    subject: LoadedWeights | None = None,
+    sample_rows: int = 64,
+    progress: bool = True,
+    name: str | None = None,
 ) -> list[Check]:
     """Checks a cache: checksums, counts, columns, values, positions and moments, and with `subject` what it was read
     from. Memory does not grow with the rows.
@@ -119,19 +127,21 @@ def verify_cache(
         path: folder of the cache.
         subject: the one that its provenance names; its activations are computed anew for a sample of the rows.
         sample_rows: how many of them, spread evenly over the cache.
+        name: of the cache on the bar; default: that of its folder.
 
     Returns:
         All checks, in order. Where the provenance cannot be used or the cache is unfinished, one that says so.
     """
     path = Path(path)
     if not (path / PROVENANCE_FILE).is_file():
-        return [Check("finished", False, f"no {PROVENANCE_FILE}: run its build (again) to finish it")]
+        told = how_to_finish(path) if (path / BUILDING_FILE).is_file() else "run its build (again) to finish it"
+        return [Check("finished", False, f"no {PROVENANCE_FILE}: {told}")]
     try:
         provenance = _read_provenance(path)
     except ValueError as error:
         return [Check("provenance", False, str(error))]
     shards = provenance["shards"]
-    bar = tqdm(shards, desc=f"verifying {path.name}", unit=" shards", disable=not progress)
+    bar = tqdm(shards, desc=f"verifying {name or path.name}", unit=" shards", disable=not progress)
     findings = [_check_shard(path / shard["file"], shard, provenance) for shard in bar]
     checks = [Check("provenance", True, f"layer {provenance['layer']} of {provenance['subject']}")]
     checks += _content_checks(path, provenance, findings)
@@ -160,6 +170,7 @@ def _check_shard(file: Path, shard: dict[str, Any], provenance: dict[str, Any]) 
     """Reads a shard once for its checksum and once for its rows."""
     problems: dict[str, list[str]] = defaultdict(list)
     if not file.is_file():
+        problems["shards"].append(f"{file.name}: missing")
         problems["checksums"].append(f"{file.name}: missing")
     elif (found := file_hash(file)) != shard["sha256"]:
         size = file.stat().st_size
@@ -179,7 +190,7 @@ def _check_shard(file: Path, shard: dict[str, Any], provenance: dict[str, Any]) 
                 moments.append(block_moments(activations))
                 rows += len(table)
     except (pa.ArrowInvalid, OSError) as error:
-        problems["columns"].append(f"{file.name}: no Arrow stream ({str(error).splitlines()[0]})")
+        problems["columns"].append(f"{file.name}: no Arrow stream ({first_line(error)})")
         return ShardFindings(0, [], problems, False)
     if rows != shard["rows"]:
         problems["rows"].append(f"{file.name}: {rows:,} rows, not {shard['rows']:,}")
@@ -193,20 +204,13 @@ def _blocks(reader: pa.RecordBatchStreamReader) -> Iterator[pa.Table]:
 
 
 def _check_columns(schema: pa.Schema, name: str, provenance: dict[str, Any], problems: dict[str, list[str]]) -> None:
-    dtype = {"float16": pa.float16(), "float32": pa.float32()}[provenance["dtype"]]
-    expected = {
-        "activation": pa.list_(dtype, provenance["width"]),
-        "input_ids": pa.list_(pa.int32()),
-        "position": pa.int32(),
-        "document": pa.int64(),
-    }
-    if schema.names != list(expected):
-        problems["columns"].append(f"{name}: {', '.join(schema.names)}, not {', '.join(expected)}")
+    expected = cache_features(provenance["width"], provenance["dtype"]).arrow_schema
+    if schema.names != expected.names:
+        problems["columns"].append(f"{name}: {', '.join(schema.names)}, not {', '.join(expected.names)}")
         return
-    for column, wanted in expected.items():
-        found = schema.field(column).type
-        if not found.equals(wanted):
-            problems["columns"].append(f"{name}: {column} is {found}, not {wanted}")
+    for found, wanted in zip(schema, expected, strict=True):
+        if not found.type.equals(wanted.type):
+            problems["columns"].append(f"{name}: {wanted.name} is {found.type}, not {wanted.type}")
 
 
 def _check_rows(
@@ -250,18 +254,33 @@ def _content_checks(path: Path, provenance: dict[str, Any], findings: Sequence[S
     if sum(shard["rows"] for shard in shards) != provenance["rows"]:
         found["rows"].append(f"the shards have {sum(shard['rows'] for shard in shards):,}, not {provenance['rows']:,}")
     size = sum(shard["bytes"] for shard in shards)
+    checks = [
+        _found_check("shards", found, f"{len(shards):,} {'file' if len(shards) == 1 else 'files'}, none besides"),
+        _found_check("checksums", found, f"sha256 of {size:,} bytes"),
+    ]
     passed = {
-        "shards": f"{len(shards):,} files, none besides",
-        "checksums": f"sha256 of {size:,} bytes",
         "rows": f"{provenance['rows']:,}",
         "columns": f"activation {provenance['dtype']} x {provenance['width']}, input_ids, position, document",
         "finite values": f"{sum(finding.rows for finding in findings) * provenance['width']:,} values",
         "positions": f"tokens 0..P each, P of {provenance['positions']['min_position']} or more",
     }
-    checks = [Check(name, not found[name], "\n".join(found[name]) or detail) for name, detail in passed.items()]
     if all(finding.readable for finding in findings):
-        checks.append(_moments_check(provenance, findings))
-    return checks
+        return [
+            *checks,
+            *(_found_check(name, found, detail) for name, detail in passed.items()),
+            _moments_check(provenance, findings),
+        ]
+    rows = sum(finding.rows for finding in findings)
+    read = f"of {rows:,} of {provenance['rows']:,} rows alone: the rest cannot be read"
+    checks += [_found_check(name, found, read, checked=False) for name in passed]
+    return [*checks, Check("mean and rms", False, "some shards cannot be read", checked=False)]
+
+
+def _found_check(name: str, found: Mapping[str, list[str]], otherwise: str, checked: bool = True) -> Check:
+    """What was found wrong; where that is nothing, `otherwise`, as passed or as not checked."""
+    if found[name]:
+        return Check(name, False, "\n".join(found[name]))
+    return Check(name, checked, otherwise, checked)
 
 
 def _moments_check(provenance: dict[str, Any], findings: Sequence[ShardFindings]) -> Check:
@@ -296,7 +315,9 @@ def _subject_checks(
         return [*checks, Check("activations", False, detail)]
     readable = [finding.readable for finding in findings]
     sample = _sample(path, provenance["shards"], readable, sample_rows)
-    return [*checks, _activations_check(sample, provenance, subject)] if sample else checks
+    if not sample:
+        return [*checks, Check("activations", False, "no rows can be read", checked=False)]
+    return [*checks, _activations_check(sample, provenance, subject)]
 
 
 def _weights_check(provenance: dict[str, Any], subject: LoadedWeights) -> Check:

@@ -1,11 +1,13 @@
 """The frozen subject and its tokenizer, from the Hub or a folder: in any precision, on one device or over several."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -16,6 +18,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 from transformers.utils.hub import extract_commit_hash
 
 from ..optional_packages import require
+from .dataset_reading import cause_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
@@ -55,12 +58,61 @@ def load_subject_and_tokenizer(
     Raises:
         ValueError: if the model or its tokenizer cannot be loaded, does not fit the device, or an argument is wrong.
     """
-    _check_arguments(dtype, quantization, device, device_map)
+    check_loading(dtype, quantization, device, device_map)
     revision = pinned_revision(model, revision)
+    tokenizer = load_tokenizer(model, revision)
+    subject = load_model(model, revision, dtype, quantization, attention, device, device_map)
+    return LoadedSubject(subject, tokenizer, revision)
+
+
+def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a subject.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        return AutoTokenizer.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
         raise not_loaded(model, error) from error
+
+
+def check_layers(model: str, revision: str | None, layers: Sequence[int]) -> None:
+    """Checks by the configuration alone, before weights are loaded, that a subject has these blocks.
+
+    Raises:
+        ValueError: if it has not, or the configuration cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise not_loaded(model, error) from error
+    # a configuration may not say; the loaded subject does
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is None:
+        return
+    beyond = [layer for layer in layers if not 0 <= layer < num_layers]
+    if beyond:
+        raise ValueError(
+            f"layer must lie in 0..{num_layers - 1} ({model!r} has {num_layers} blocks), got {beyond[0]}; layer k is "
+            "the output of block k, counted from 0"
+        )
+
+
+def load_model(
+    model: str,
+    revision: str | None,
+    dtype: str,
+    quantization: str | None,
+    attention: str | None,
+    device: str | torch.device | None,
+    device_map: str | None,
+) -> PreTrainedModel:
+    """The subject of `load_subject_and_tokenizer`, with arguments that `check_loading` has passed.
+
+    Raises:
+        ValueError: if the model cannot be loaded, or does not fit the device.
+    """
     arguments: dict[str, Any] = {"revision": revision, "dtype": getattr(torch, dtype)}
     if quantization is not None:
         arguments["quantization_config"] = _quantization_config(quantization, dtype)
@@ -69,7 +121,7 @@ def load_subject_and_tokenizer(
     subject = _load(model, arguments, attention, _may_flash(dtype, device, device_map))
     if quantization == "4bit":
         _keep_gradients(subject)
-    return LoadedSubject(subject.eval().requires_grad_(False), tokenizer, revision)
+    return subject.eval().requires_grad_(False)
 
 
 def pinned_revision(model: str, revision: str | None = None) -> str | None:
@@ -89,16 +141,17 @@ def pinned_revision(model: str, revision: str | None = None) -> str | None:
 
 def not_loaded(model: str, error: Exception) -> ValueError:
     """The one-line error for a subject that cannot be loaded, with its cause."""
-    return ValueError(f"model: cannot load {model!r}; pass a Hub id or a folder with a causal LM ({_cause(error)})")
+    return ValueError(f"model: cannot load {model!r}; pass a Hub id or a folder with a causal LM ({cause_of(error)})")
 
 
-def _cause(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _check_arguments(
+def check_loading(
     dtype: str, quantization: str | None, device: str | torch.device | None, device_map: str | None
 ) -> None:
+    """Checks how a subject is to be loaded, as far as that needs no subject.
+
+    Raises:
+        ValueError: naming the first argument that is wrong.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if quantization is not None and quantization not in QUANTIZATIONS:
@@ -141,14 +194,14 @@ def _load(model: str, arguments: dict[str, Any], attention: str | None, may_flas
         return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention, **arguments)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"model: {model!r} does not fit the device ({_cause(error)}); pass device_map='auto' "
+            f"model: {model!r} does not fit the device ({cause_of(error)}); pass device_map='auto' "
             "(--device_map auto), a smaller dtype or a quantization"
         ) from error
     except (ImportError, OSError, ValueError) as error:
         if attention is None:
             raise not_loaded(model, error) from error
         raise ValueError(
-            f"model: cannot load {model!r} with attention {attention!r}; leave attention out ({_cause(error)})"
+            f"model: cannot load {model!r} with attention {attention!r}; leave attention out ({cause_of(error)})"
         ) from error
 
 

@@ -15,13 +15,16 @@ from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
 from ..data.activation_cache import PROVENANCE_FILE, file_hash
+from ..data.cache_columns import cache_features
 from ..data.cache_folder import CacheFolder, writing
-from ..data.cache_parquet import cache_features, published_provenance, read_parquet, write_shard
+from ..data.cache_parquet import published_provenance, read_parquet, write_shard
 from ..data.cache_verification import CacheVerificationError
 from ..hub_connection import asking_hub
 
 PROVENANCE_PATTERN = r"provenance/(?P<split>\w+(\.\w+)*)\.json"
 DOWNLOADS = ".downloads"
+# of a published provenance, what holds of its parquet files and of the splits that lie beside it there
+ONLY_PUBLISHED = ("parquet", "seen_in_training")
 
 
 class PulledCache(NamedTuple):
@@ -82,9 +85,9 @@ class _Pull:
         is_new = not folder.is_finished()
         if is_new:
             with folder.locked():
-                folder.claim()
+                folder.claim(len(published["parquet"]))
                 shards = self._write_shards(folder, published, downloads)
-                facts = {key: value for key, value in published.items() if key != "parquet"}
+                facts = {key: value for key, value in published.items() if key not in ONLY_PUBLISHED}
                 with writing(self.path):
                     write_json(self.path / PROVENANCE_FILE, facts | {"shards": shards, "pulled_from": origin})
         folder.remove_leftovers()

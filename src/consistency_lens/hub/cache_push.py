@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from tqdm.auto import tqdm
@@ -19,11 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic_write import write_json
 from ..data.activation_cache import BUILDING_FILE, ActivationCache
+from ..data.cache_columns import cache_features
 from ..data.cache_description import describe_cache, load_cache_tokenizer
-from ..data.cache_folder import writing
-from ..data.cache_parquet import cache_features, write_parquet
+from ..data.cache_folder import how_to_finish, writing
+from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import CacheVerificationError, is_cache, verify_cache
 from ..hub_connection import asking_hub
+from .card_metadata import check_card_metadata
 from .cards import write_cache_card
 
 logger = logging.getLogger(__name__)
@@ -31,8 +34,12 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SETTINGS_FILE = "staged.json"
 DATA, PROVENANCE = "data", "provenance"
+TRAIN, VALIDATION = "train", "validation"
+SEEN_IN_TRAINING = "seen_in_training"
 # The splits of one data set must agree in these.
 SHARED = ("weights_hash", "tokenizer_hash", "layer", "width", "dtype")
+# of a provenance, those that may be a Hub id or a path
+NAMES = ("subject", "tokenizer", "dataset")
 # of a repository, what a push replaces
 OWN_FILES = [f"{DATA}/*.parquet", f"{PROVENANCE}/*.json"]
 
@@ -73,12 +80,14 @@ def push_cache(
         dry_run: do all but the upload.
 
     Raises:
-        ValueError: for a user's mistake, such as a path without a cache, splits of different subjects, a repository
-            that holds something else or a split that this push would drop, or a token that does not do.
+        ValueError: for a user's mistake, such as a path without a cache, splits of different subjects or with
+            documents in common, a repository that holds something else or a split that this push would drop, a token
+            that does not do, or a licence or language that the Hub does not know.
         CacheVerificationError: if a cache does not pass `verify_cache`.
         HubError: if the Hub cannot be reached, or fails.
         CacheWriteError: if the staged files cannot be written.
     """
+    check_card_metadata(license, language)
     path = Path(path).resolve()
     caches = {split: ActivationCache.open(folder) for split, folder in splits_of(path).items()}
     _check_agreement(caches)
@@ -86,13 +95,14 @@ def push_cache(
         _check_remote(repo, revision, caches, private)
     for split, cache in caches.items():
         _check_content(split, cache, progress)
+    seen = seen_in_training(caches)
     if not dry_run:
         _make_repository(repo, revision, private)  # first, for it may not be allowed
     staging = path.with_name(f".{path.name}.push")
     tokenizer = load_cache_tokenizer(next(iter(caches.values())).provenance) if text else None
     if text and tokenizer is None:
         logger.warning("the tokenizer of the cache is not to be had: the decoded contexts are left out")
-    folder = stage(caches, staging, tokenizer, progress)
+    folder = stage(caches, staging, tokenizer, seen, progress)
     descriptions = {split: describe_cache(cache, tokenizer, progress=progress) for split, cache in caches.items()}
     published = {split: json.loads((folder / PROVENANCE / f"{split}.json").read_text()) for split in caches}
     records = {split: _records(staging, split) for split in caches}
@@ -119,7 +129,7 @@ def splits_of(path: Path) -> dict[str, Path]:
     unfinished = [child for child in (path, *path.iterdir()) if (child / BUILDING_FILE).is_file()]
     unfinished = [child for child in unfinished if not is_cache(child)]
     if unfinished:
-        raise ValueError(f"path: the cache at {str(unfinished[0])!r} is unfinished; run its build again to finish it")
+        raise ValueError(f"path: the cache at {str(unfinished[0])!r} is unfinished: {how_to_finish(unfinished[0])}")
     if not folders:
         raise ValueError(f"path: no activation cache at {str(path)!r} or just below it; pass one")
     found: dict[str, Path] = {}
@@ -170,10 +180,36 @@ def _check_remote(repo: str, revision: str | None, caches: Mapping[str, Activati
 
 
 def _check_content(split: str, cache: ActivationCache, progress: bool) -> None:
-    failed = [check for check in verify_cache(cache.path, progress=progress) if not check.passed]
-    if failed:
+    checks = verify_cache(cache.path, progress=progress)
+    if not all(check.passed for check in checks):
+        failed = [check for check in checks if check.checked and not check.passed]
         told = "; ".join(f"{check.name}: {check.detail.splitlines()[0]}" for check in failed)
         raise CacheVerificationError(f"cache: {split} at {str(cache.path)!r} does not pass verification ({told})")
+
+
+def seen_in_training(caches: Mapping[str, ActivationCache]) -> list[int] | None:
+    """The validation rows that say nothing about text that is new to a lens: see `ActivationSource.held_out_from`.
+
+    Args:
+        caches: of each split that is published.
+
+    Returns:
+        Their row numbers, ascending; None where `train` and `validation` do not go together.
+
+    Raises:
+        ValueError: if the two share documents, or too little is left of the validation rows.
+    """
+    if TRAIN not in caches or VALIDATION not in caches:
+        return None
+    train, validation = caches[TRAIN], caches[VALIDATION]
+    shared = np.intersect1d(train.documents, validation.documents)
+    if len(shared):
+        raise ValueError(
+            f"path: {TRAIN!r} and {VALIDATION!r} share {len(shared):,} documents, so nothing would be held out; split "
+            "by document, or push them one by one"
+        )
+    unseen = validation.held_out_from(train)
+    return np.setdiff1d(validation.rows, unseen.rows).tolist()
 
 
 # Staging
@@ -183,6 +219,7 @@ def stage(
     caches: Mapping[str, ActivationCache],
     staging: Path,
     tokenizer: PreTrainedTokenizerBase | None,
+    seen: Sequence[int] | None,
     progress: bool = True,
 ) -> Path:
     """Writes the parquet files and the provenance of each split, going on where an earlier call was killed.
@@ -190,6 +227,7 @@ def stage(
     Args:
         staging: folder for it, made or, if it belongs to other caches, made anew.
         tokenizer: decodes the contexts; None: no text.
+        seen: for the provenance of the validation split, see `seen_in_training`.
 
     Returns:
         The folder that is uploaded.
@@ -212,7 +250,9 @@ def stage(
                 {"file": f"{DATA}/{record['file']}", **{key: record[key] for key in ("rows", "bytes", "sha256")}}
                 for record in _records(staging, split)
             ]
-            provenance = published_provenance(cache.provenance) | {"parquet": records}
+            provenance = redacted_provenance(cache.provenance) | {"parquet": records}
+            if split == VALIDATION and seen is not None:
+                provenance[SEEN_IN_TRAINING] = seen
             write_json(staging / "upload" / PROVENANCE / f"{split}.json", provenance)
     return staging / "upload"
 
@@ -235,16 +275,25 @@ def _records(staging: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def published_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """A provenance as others may read it: of local files and folders the name alone, and not where it was pulled."""
-    names = {key: public_name(provenance[key]) for key in ("subject", "tokenizer", "dataset") if provenance.get(key)}
-    return {key: value for key, value in provenance.items() if key != "pulled_from"} | names
+def redacted_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance as others may read it: of local files and folders the name alone, and not where it was pulled.
+
+    `local` lists the keys whose names are of such: nobody should look for them on the Hub.
+    """
+    names = {key: provenance[key] for key in NAMES if provenance.get(key)}
+    local = [key for key, name in names.items() if is_path(name) or key in provenance.get("local", ())]
+    kept = {key: value for key, value in provenance.items() if key != "pulled_from"}
+    return kept | {key: public_name(name) for key, name in names.items()} | {"local": local}
 
 
 def public_name(name: str) -> str:
     """A Hub id as it is; of a path the last part."""
-    is_path = Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) or name.count("/") > 1
-    return Path(name).expanduser().resolve().name if is_path else name
+    return Path(name).expanduser().resolve().name if is_path(name) else name
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is one of a file or folder, and no Hub id."""
+    return Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 # Upload

@@ -13,7 +13,8 @@ from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
 from ..atomic_write import write_text
-from ..data.cache_parquet import TEXT_COLUMN
+from ..data.cache_columns import TEXT_COLUMN
+from ..data.cache_description import corpus_facts
 from ..evaluation.report import markdown_table, metrics_markdown
 from ..evaluation.samples import Sample
 from ..modeling_consistency_lens import ConsistencyLensModel
@@ -89,6 +90,9 @@ def write_cache_card(
         subject=hub_link(provenance["subject"], provenance["subject_revision"]),
         dataset=hub_link(provenance["dataset"], provenance["dataset_revision"], "datasets/"),
         provenance=provenance,
+        corpus=corpus_facts(provenance),
+        sequences={split: of["sequences"] for split, of in provenances.items()},
+        seen=provenances.get("validation", {}).get("seen_in_training"),
         columns={name: column_meaning(name, provenance) for name in features},
         splits=markdown_table(("split", "rows", "documents", "tokens in contexts", "bytes as Arrow"), rows),
         norms=markdown_table(("split", *norm_names), norm_rows),
