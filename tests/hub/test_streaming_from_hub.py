@@ -71,7 +71,8 @@ def test_a_lens_is_trained_and_evaluated_on_a_stream(built, tmp_path):
     settings = {
         "model": built.subject, "activations": REPO, "num_text_tokens": 3, "eval_rows": 16, "num_samples": 2,
         "max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True, "output_dir": tmp_path / "run",
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 2, "stream_window": 2, "seed": 7,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 2, "stream_window": 2,
+        "seed": 7,
     }  # fmt: skip
     assert train([part for name, value in settings.items() for part in (f"--{name}", str(value))]) == 0
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())

@@ -74,11 +74,12 @@ class ActivationCache(ActivationSource):
         check_provenance(str(path), provenance, **expected)
         for shard in provenance["shards"]:
             file = path / shard["file"]
-            size = file.stat().st_size if file.is_file() else 0
+            size = file.stat().st_size if file.is_file() else None
             if size != shard["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
                 raise ValueError(
-                    f"activation cache: {str(file)!r} has {size} bytes instead of {shard['bytes']}; restore it from a "
-                    "copy, or delete the folder and build again"
+                    f"activation cache: {str(file)!r} {state}; restore it from a copy, or delete the folder and build "
+                    "again"
                 )
         shards = [Dataset.from_file(str(path / shard["file"])) for shard in provenance["shards"]]
         return cls(concatenate_datasets(shards), provenance, path)

@@ -178,6 +178,7 @@ def part_on_the_fly(
         "dataset": corpus.name,
         "dataset_revision": corpus.revision,
         "dataset_split": None if part == WHOLE else part,
+        "corpus": corpus.facts,
     }
     return OnTheFlyActivations.from_corpus(
         reader.subject,
@@ -210,6 +211,7 @@ def cached_part(
         dataset_name=corpus.name,
         dataset_revision=corpus.revision,
         dataset_split=None if part == WHOLE else part,
+        corpus_facts=corpus.facts,
         positions_per_sequence=args.positions_per_sequence,
         min_position=args.min_position,
         dtype=args.cache_dtype,
