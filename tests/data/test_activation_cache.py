@@ -71,7 +71,10 @@ def test_a_truncated_shard_is_not_opened(build):
     cache = build()
     shard = cache.path / "shard-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="shard-00001.arrow.*(bytes instead of|is missing)"):
+    with pytest.raises(ValueError, match="shard-00001.arrow.* bytes instead of"):
+        ActivationCache.open(cache.path)
+    shard.unlink()
+    with pytest.raises(ValueError, match="shard-00001.arrow.* is missing"):
         ActivationCache.open(cache.path)
 
 
