@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= 1
+WORKERS ?= 2
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 # Large logits are otherwise mapped and unmapped by glibc at every step, which costs several times the arithmetic.
@@ -41,11 +42,12 @@ demo: $(INSTALLED)
 best objectives: $(INSTALLED)
 	$(BIN)/python model_cards/measure.py $@ --jobs $(JOBS)
 
+# Tiny models are slower on several threads than on one, so the tests run side by side instead.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -88,6 +88,15 @@ def test_no_answer_at_all_shows_in_the_exit_code(flags, capsys):
     assert "0 of 2 prompts answered" in capsys.readouterr().out
 
 
+@pytest.fixture
+def interruptible():
+    """A shell that starts the tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_says_how_to_go_on(flags, tmp_path, capsys):
     def reply(text, _):
         if text == "Two?":
