@@ -69,6 +69,9 @@ def test_every_picture_of_the_readme_exists():
         ("straight_through_time", 1.5),
         ("straight_through_memory", 1.0),
         ("shared_weights_memory", 1.0),
+        ("cache_vs_plain_loop", 3.0),
+        ("cache_vs_plain_loop_k1", 1.0),
+        ("cache_vs_bare_forward", 1 / 1.3),
     ],
 )
 def test_a_benchmark_result_is_whole_and_meets_its_aim(name, least):
@@ -77,12 +80,3 @@ def test_a_benchmark_result_is_whole_and_meets_its_aim(name, least):
     assert result["name"] == name
     assert result["ratio"] == pytest.approx(result["theirs"] / result["ours"], rel=1e-3)
     assert result["ratio"] >= least
-
-
-def test_caching_is_as_fast_as_promised():
-    ratio = {
-        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["ratio"]
-        for name in ("cache_vs_plain_loop", "cache_vs_bare_forward")
-    }
-    assert ratio["cache_vs_plain_loop"] >= 3
-    assert ratio["cache_vs_bare_forward"] >= 1 / 1.3
