@@ -45,3 +45,11 @@ def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
         ValueError: if a number is NaN or infinite, which JSON cannot hold; the old file stays.
     """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes sure that a folder's files survive a power failure."""
+    for file in [folder, *folder.rglob("*")]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -19,7 +19,7 @@ from tiny_models import tiny_model
 
 from consistency_lens.cli import main as command_line
 from consistency_lens.cli.generate_chat import main
-from consistency_lens.data.tokenization import open_corpus
+from consistency_lens.data.tokenized_corpus import open_corpus
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "examples" / "slurm" / "serve_vllm.sbatch"

@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from consistency_lens.cli import main as command_line
 from consistency_lens.cli.tokenize import main
 from consistency_lens.data import tokenization
-from consistency_lens.data.tokenization import open_corpus
+from consistency_lens.data.tokenized_corpus import open_corpus
 
 TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))
 

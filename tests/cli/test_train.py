@@ -15,7 +15,7 @@ from consistency_lens.cli.eval import main as evaluate
 from consistency_lens.cli.tokenize import main as tokenize
 from consistency_lens.cli.train import main
 from consistency_lens.data.activation_cache import ActivationCache
-from consistency_lens.data.tokenization import open_corpus
+from consistency_lens.data.tokenized_corpus import open_corpus
 from consistency_lens.training import recipe
 
 TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))

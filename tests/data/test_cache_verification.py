@@ -10,8 +10,9 @@ import torch
 from cache_builds import ARGUMENTS, LAYER, make_corpus, make_subject, make_tokenizer
 
 from consistency_lens.data.activation_cache import file_hash
+from consistency_lens.data.cache_against_subject import load_weights, made_as, tolerance
 from consistency_lens.data.cache_building import build_activation_cache, build_activation_caches
-from consistency_lens.data.cache_verification import find_caches, load_weights, made_as, tolerance, verify_cache
+from consistency_lens.data.cache_verification import find_caches, verify_cache
 from consistency_lens.data.subject_loading import LoadedSubject
 
 CONTENT = ["provenance", "shards", "checksums", "rows", "columns", "finite values", "positions", "mean and rms"]

@@ -18,13 +18,8 @@ from consistency_lens.data import tokenization
 from consistency_lens.data.chat import chat_key
 from consistency_lens.data.corpus import document_hash, is_validation_document
 from consistency_lens.data.fingerprints import tokenizer_hash
-from consistency_lens.data.tokenization import (
-    TokenizationArguments,
-    corpus_origin,
-    open_corpus,
-    open_rows,
-    tokenize_corpus,
-)
+from consistency_lens.data.tokenization import TokenizationArguments, tokenize_corpus
+from consistency_lens.data.tokenized_corpus import corpus_origin, open_corpus, open_rows
 
 STORIES = Path(__file__).parents[2] / "examples" / "tiny_stories"
 PAD, BOS, EOS = 0, 1, 2
@@ -460,7 +455,7 @@ class TestMistakes:
             ({"long_documents": "split"}, "long_documents split needs the length"),
             ({"validation_fraction": 0.0}, "validation_fraction must lie between 0 and 1"),
             ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
-            ({"model": "no/such/model"}, "model: cannot load the tokenizer of 'no/such/model'"),
+            ({"model": "no/such/model"}, "model: cannot load 'no/such/model'"),
             ({"max_length": MAX_POSITIONS + 1}, "max_length 129 is beyond the subject's context of 128"),
             ({"dataset": "no/such/data"}, "dataset: cannot read 'no/such/data'"),
             ({"text_column": "txt"}, "text_column: no column 'txt', .*; did you mean 'text'"),

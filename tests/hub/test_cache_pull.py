@@ -8,8 +8,9 @@ from hub_server import Blob, Reply
 from published_caches import build_caches, rows_of
 
 from consistency_lens.data.activation_cache import ActivationCache
+from consistency_lens.data.cache_check import CacheVerificationError
 from consistency_lens.data.cache_description import load_cache_tokenizer
-from consistency_lens.data.cache_verification import CacheVerificationError, verify_cache
+from consistency_lens.data.cache_verification import verify_cache
 from consistency_lens.hub import cache_pull
 from consistency_lens.hub.cache_pull import pull_cache
 from consistency_lens.hub.cache_push import push_cache

@@ -14,8 +14,8 @@ from published_caches import build_caches, rows_of
 
 from consistency_lens.data import cache_parquet
 from consistency_lens.data.activation_cache import ActivationCache, file_hash
+from consistency_lens.data.cache_check import CacheVerificationError
 from consistency_lens.data.cache_columns import cache_features
-from consistency_lens.data.cache_verification import CacheVerificationError
 from consistency_lens.hub import cache_push
 from consistency_lens.hub.cache_pull import pull_cache
 from consistency_lens.hub.cache_push import public_name, push_cache

@@ -165,13 +165,7 @@ def cache_activations(args: CacheArguments, state: "PartialState") -> list[Cache
         args.positions_per_sequence, args.min_position, args.cache_dtype, args.max_norm, args.batch_size,
         args.rows_per_shard,
     )  # fmt: skip
-    if state.num_processes > 1 and (args.device_map is not None or args.device not in (None, "cpu")):
-        name = "device" if args.device_map is None else "device_map"
-        raise ValueError(
-            f"{name}: got {getattr(args, name)!r} with {state.num_processes} processes; leave it out, so that each "
-            "has its own GPU, or start one process"
-        )
-    device = args.device or (None if args.device_map is not None else str(state.device))
+    device = device_of(args, state)
     # all that can be wrong without the weights comes before they are loaded
     check_loading(args.dtype, args.quantization, device, args.device_map)
     revision = pinned_revision(args.model, args.revision)
@@ -212,6 +206,21 @@ def cache_activations(args: CacheArguments, state: "PartialState") -> list[Cache
     return caches
 
 
+def device_of(args: CacheArguments, state: "PartialState") -> str | None:
+    """Where this process has its subject; None where a device map says.
+
+    Raises:
+        ValueError: if several processes would share a device or a device map.
+    """
+    if state.num_processes > 1 and (args.device_map is not None or args.device not in (None, "cpu")):
+        name = "device" if args.device_map is None else "device_map"
+        raise ValueError(
+            f"{name}: got {getattr(args, name)!r} with {state.num_processes} processes; leave it out, so that each "
+            "has its own GPU, or start one process"
+        )
+    return args.device or (None if args.device_map is not None else str(state.device))
+
+
 def read_source(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> Source:
     """The splits that are asked for, of a corpus folder or a text file.
 
@@ -219,7 +228,7 @@ def read_source(args: CacheArguments, tokenizer: "PreTrainedTokenizerBase") -> S
         ValueError: if the folder is no corpus, or one of another tokenizer, or the text cannot be read or split.
     """
     from ..data.corpus import read_documents, split_by_document, tokenize_documents
-    from ..data.tokenization import corpus_origin, open_corpus
+    from ..data.tokenized_corpus import corpus_origin, open_corpus
 
     if Path(args.dataset).is_dir():
         origin = corpus_origin(args.dataset, tokenizer, args.model)

@@ -30,7 +30,7 @@ class PullArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetches; prints what is where. Returns the exit code, 3 for a file that is not what its provenance says."""
-    from ..data.cache_verification import CacheVerificationError
+    from ..data.cache_check import CacheVerificationError
     from ..hub.cache_pull import pull_cache
     from .command import NOT_VERIFIED, run_command
     from .parser import parse_arguments

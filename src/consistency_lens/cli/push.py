@@ -39,7 +39,7 @@ class PushArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Publishes; prints the address. Returns the exit code."""
-    from ..data.cache_verification import CacheVerificationError
+    from ..data.cache_check import CacheVerificationError
     from .command import NOT_VERIFIED, run_command
     from .parser import parse_arguments
 

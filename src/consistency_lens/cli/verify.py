@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ..data.cache_verification import Check, LoadedWeights
+    from ..data.cache_against_subject import LoadedWeights
+    from ..data.cache_check import Check
 
 
 @dataclass
@@ -72,7 +73,7 @@ def load_subject(args: VerifyArguments, caches: Sequence[Path]) -> "LoadedWeight
     import json
 
     from ..data.activation_cache import PROVENANCE_FILE
-    from ..data.cache_verification import load_weights, made_as
+    from ..data.cache_against_subject import load_weights, made_as
     from ..data.subject_loading import load_subject_and_tokenizer
 
     assert args.model is not None

@@ -86,7 +86,7 @@ def build_activation_caches(
         paths: layer -> folder of its cache.
         tokenizer: the one that made the corpus, for the provenance.
         subject_hash: `weights_hash` of the subject, if it is known already.
-        corpus_facts: how the text was made into sequences, for the provenance; see `tokenization.CorpusOrigin`.
+        corpus_facts: how the text was made into sequences, for the provenance; see `tokenized_corpus.CorpusOrigin`.
         arguments: what started the build, in what JSON can hold; written beside the shards before the first of them,
             so that an unfinished build says how it goes on.
         dtype: of the stored activations, "float16" or "float32".

@@ -17,7 +17,7 @@ from .cache_building import build_activation_cache
 from .on_the_fly import ContextRows, OnTheFlyActivations
 from .streaming import StreamedActivations, open_stream
 from .text_source import WHOLE, Corpus, Reader, read_corpus, sampled_corpus
-from .tokenization import SPLITS
+from .tokenized_corpus import SPLITS
 
 CACHE, ON_THE_FLY = "cache", "on_the_fly"
 # Held-out rows, and training rows that controls are fitted to, of a stream: those are kept in memory.

@@ -12,7 +12,7 @@ from ..subject import Subject
 from .corpus import read_documents, tokenize_documents
 from .fingerprints import tokenizer_hash, weights_hash
 from .generation import sample_documents
-from .tokenization import SPLITS, corpus_origin, open_corpus
+from .tokenized_corpus import SPLITS, corpus_origin, open_corpus
 
 WHOLE = "all"
 
@@ -65,7 +65,7 @@ class Corpus(NamedTuple):
     parts: dict[str, Dataset]
     """`train` and `validation`, or `all` where it is not split."""
     facts: dict[str, Any] | None = None
-    """How it was made into sequences, where it was tokenised before: see `tokenization.CorpusOrigin`."""
+    """How it was made into sequences, where it was tokenised before: see `tokenized_corpus.CorpusOrigin`."""
 
 
 def read_corpus(dataset: str, reader: Reader, max_length: int) -> Corpus:

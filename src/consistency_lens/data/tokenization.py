@@ -1,8 +1,6 @@
 """A data set to a corpus on disk, tokenised once: the work of `consistency-lens tokenize`.
 
-A corpus folder holds `train` and `validation` (saved with `save_to_disk`, so they are memory-mapped) and
-`tokenization.json`: the settings, the statistics and the versions. It takes its name when it is whole, so a folder
-with that file is never half-written.
+The folder (see `tokenized_corpus`) takes its name when it is whole, so it is never half-written.
 """
 
 import hashlib
@@ -23,37 +21,30 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 import transformers
-from datasets import Dataset, DatasetInfo, load_from_disk
+from datasets import Dataset, DatasetInfo
 from filelock import FileLock, Timeout
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..atomic_write import write_json
+from ..atomic_write import sync_folder, write_json
 from .chat import chat_template, chat_template_hash
 from .corpus import (
     CORPUS_FEATURES,
-    PACKED_FEATURES,
     pack_whole,
     sequence_lengths,
     split_by_document,
-    unpacked,
     warn_of_separators,
 )
 from .dataset_reading import check_column, check_source, hub_commit, local_hash, read_dataset
 from .fingerprints import tokenizer_hash
 from .sequences import COUNTED_FEATURES, SequenceMaker, count
+from .subject_loading import load_tokenizer, not_loaded
+from .tokenized_corpus import SPLITS, TOKENIZATION_FILE, read_tokenization
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-TOKENIZATION_FILE = "tokenization.json"
-SPLITS = ("train", "validation")
 LONG_DOCUMENTS = ("cut", "split")
-# Settings that provenance and cards of what is read on a corpus repeat.
-TOLD_OF_CORPUS = (
-    *("dataset_config", "dataset_split", "text_column", "messages_column", "chat_template_hash"),
-    *("max_length", "long_documents", "packing", "validation_fraction"),
-)
 
 
 @dataclass
@@ -135,17 +126,6 @@ class TokenizedCorpus(NamedTuple):
     """False if it was there already, made with the same settings."""
 
 
-class CorpusOrigin(NamedTuple):
-    """Where the sequences of a corpus come from."""
-
-    name: str
-    """The data set."""
-    revision: str | None
-    """Its revision on the Hub; None for local data."""
-    facts: dict[str, Any]
-    """How it was made into sequences: what of the settings shows in them, and the fingerprint."""
-
-
 def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
     """Tokenises a data set into a corpus folder; where the same corpus lies already, does nothing.
 
@@ -161,7 +141,7 @@ def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
         OSError: if the files cannot be written, as when the disk is full.
     """
     check_source(args.dataset, args.dataset_config, args.dataset_revision)
-    tokenizer = load_tokenizer(args)
+    tokenizer = checked_tokenizer(args)
     context = subject_context(args)
     path = Path(args.output_dir).resolve()
     settings = settings_of(args, tokenizer, context)
@@ -172,7 +152,7 @@ def tokenize_corpus(args: TokenizationArguments) -> TokenizedCorpus:
             if holds_corpus(path, settings):  # made by another call since it was asked for
                 return TokenizedCorpus(path, read_tokenization(path), False)
             record = _write_corpus(args, settings, tokenizer, context, work)
-            _sync(work / "corpus")
+            sync_folder(work / "corpus")
             os.replace(work / "corpus", path)
     except OSError as error:
         raise OSError(
@@ -215,82 +195,7 @@ def _work_folder(path: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def open_corpus(path: str | Path, split: str) -> Dataset:
-    """A side of a corpus on disk, memory-mapped: one row for each sequence, with `input_ids` and `document`.
-
-    Of a packed corpus this is a view of its rows, cut where documents start, so that no context reaches into the
-    document before.
-
-    Raises:
-        ValueError: if there is no finished corpus at `path`, it has no such split, or a file of it is damaged.
-    """
-    path = Path(path)
-    rows = open_rows(path, split)
-    if rows.features == PACKED_FEATURES:
-        return unpacked(rows, f"{read_tokenization(path)['fingerprint']}_{split}_unpacked")
-    return rows
-
-
-def open_rows(path: str | Path, split: str) -> Dataset:
-    """The rows of a side of a corpus as they are stored: those of `open_corpus`, or packed ones (`PACKED_FEATURES`).
-
-    Raises:
-        ValueError: as `open_corpus`.
-    """
-    path = Path(path)
-    record = read_tokenization(path)
-    if split not in SPLITS:
-        raise ValueError(f"corpus: no split {split!r} in {str(path)!r}; pass {' or '.join(SPLITS)}")
-    try:
-        rows = load_from_disk(path / split)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"corpus: {str(path / split)!r} is damaged ({error}); delete the folder, tokenise") from error
-    expected = record["statistics"][split]["rows"]
-    if len(rows) != expected:
-        raise ValueError(
-            f"corpus: {str(path / split)!r} has {len(rows)} rows instead of {expected}; delete the folder, tokenise"
-        )
-    return rows
-
-
-def corpus_origin(path: str | Path, tokenizer: PreTrainedTokenizerBase, model: str) -> CorpusOrigin:
-    """Where a corpus on disk comes from, for those who read it.
-
-    Args:
-        tokenizer: of the subject that will read the corpus.
-        model: the subject's name.
-
-    Raises:
-        ValueError: if it is no corpus, or was made with another tokenizer than the subject's.
-    """
-    record = read_tokenization(path)
-    settings, own_hash = record["settings"], tokenizer_hash(tokenizer)
-    if settings["tokenizer_hash"] != own_hash:
-        raise ValueError(
-            f"dataset: {str(path)!r} was made with the tokenizer of {settings['model']!r} (hash "
-            f"{settings['tokenizer_hash'][:12]}), but that of {model!r} differs (hash {own_hash[:12]}); tokenise "
-            f"again with --model {model}"
-        )
-    is_local = settings["dataset_hash"] is not None
-    revision = None if is_local else record["dataset_commit"] or settings["dataset_revision"]
-    told = {name: settings[name] for name in TOLD_OF_CORPUS} | {"rendered_on": record["rendered_on"]}
-    return CorpusOrigin(settings["dataset"], revision, told | {"fingerprint": record["fingerprint"]})
-
-
-def read_tokenization(path: str | Path) -> dict[str, Any]:
-    """The `tokenization.json` of a finished corpus.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    file = Path(path) / TOKENIZATION_FILE
-    if not file.is_file():
-        state = "is no finished corpus" if file.parent.is_dir() else "does not exist"
-        raise ValueError(f"corpus: {str(path)!r} {state}; make one with: consistency-lens tokenize")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def load_tokenizer(args: TokenizationArguments) -> PreTrainedTokenizerBase:
+def checked_tokenizer(args: TokenizationArguments) -> PreTrainedTokenizerBase:
     """The subject's tokenizer.
 
     Raises:
@@ -301,10 +206,7 @@ def load_tokenizer(args: TokenizationArguments) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"revision: got {args.revision!r}, but the model {args.model!r} is local and has none; leave it out"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(args, "tokenizer", error) from error
+    tokenizer = load_tokenizer(args.model, args.revision)
     if args.messages_column is not None:
         chat_template(tokenizer)
     return tokenizer
@@ -319,19 +221,12 @@ def subject_context(args: TokenizationArguments) -> int | None:
     try:
         config = AutoConfig.from_pretrained(args.model, revision=args.revision)
     except (OSError, ValueError) as error:
-        raise _not_loaded(args, "configuration", error) from error
+        raise not_loaded(args.model, error) from error
     # Absent where positions are unbounded (ALiBi).
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and args.max_length is not None and args.max_length > context:
         raise ValueError(f"max_length {args.max_length} is beyond the subject's context of {context}; lower it")
     return context
-
-
-def _not_loaded(args: TokenizationArguments, what: str, error: Exception) -> ValueError:
-    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(
-        f"model: cannot load the {what} of {args.model!r}; pass a Hub id or a folder with a causal LM ({cause})"
-    )
 
 
 def settings_of(
@@ -501,11 +396,3 @@ def _versions() -> dict[str, str]:
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _sync(folder: Path) -> None:
-    """Makes sure that a folder's files survive a power failure."""
-    for file in [folder, *folder.rglob("*")]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
 from ..data.activation_cache import PROVENANCE_FILE, file_hash
+from ..data.cache_check import CacheVerificationError
 from ..data.cache_columns import cache_features
 from ..data.cache_folder import CacheFolder, writing
 from ..data.cache_parquet import published_provenance, read_parquet, write_shard
-from ..data.cache_verification import CacheVerificationError
 from ..hub_connection import asking_hub
 
 PROVENANCE_PATTERN = r"provenance/(?P<split>\w+(\.\w+)*)\.json"

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic_write import write_json
 from ..data.activation_cache import BUILDING_FILE, ActivationCache
+from ..data.cache_check import CacheVerificationError
 from ..data.cache_columns import cache_features
 from ..data.cache_description import describe_cache, load_cache_tokenizer
 from ..data.cache_folder import how_to_finish, writing
 from ..data.cache_parquet import write_parquet
-from ..data.cache_verification import CacheVerificationError, is_cache, verify_cache
+from ..data.cache_verification import is_cache, verify_cache
 from ..hub_connection import asking_hub
 from .card_metadata import check_card_metadata
 from .cards import write_cache_card

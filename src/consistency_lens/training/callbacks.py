@@ -1,6 +1,8 @@
 """Callbacks of the trainer."""
 
 import logging
+import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -114,3 +116,11 @@ def gradients_are_finite(model: torch.nn.Module) -> bool:
 def is_sharded(trainer: Trainer) -> bool:
     """Whether no process holds the whole lens, so that it cannot be read outside the training step."""
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -28,6 +28,7 @@ from ..losses import (
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
 from ..straight_through import fold_in, row_keys
 from ..subject import Subject
+from .arguments import ConsistencyLensTrainingArguments
 
 Batch = dict[str, Any]
 # (activations (B, d), text ids (B, T)) -> the reference's logits (B, T, V) for each token of the text
@@ -362,3 +363,36 @@ def freeze_copy(decoder: LensDecoder) -> LensDecoder:
     """A frozen copy of a decoder: trained tensors copied, frozen ones shared."""
     memo: dict[int, Any] = {id(t): t for t in decoder.parameters() if not t.requires_grad}
     return copy.deepcopy(decoder, memo).requires_grad_(False).eval()
+
+
+def make_objective(
+    name: str, args: ConsistencyLensTrainingArguments, subject: Subject, reference: Reference | None
+) -> Objective:
+    """An objective by its name ("warm_start", "gumbel" or "policy_gradient"), with the settings of the arguments.
+
+    Args:
+        subject: the frozen model being read.
+        reference: what text is held close to; None without an `lm` term.
+    """
+    if name == "warm_start":
+        return WarmStart(own_share=args.own_share, shorter_share=args.shorter_share)
+    if name == "policy_gradient":
+        return PolicyGradient(
+            reference=reference,
+            group_size=args.group_size,
+            reward=args.reward,
+            subject=subject,
+            scale_advantage=args.scale_advantage,
+            lm_direction=args.lm_direction,
+            lm_estimator=args.lm_estimator,
+            prefix_budgets=args.prefix_budgets,
+            length_penalty=args.length_penalty,
+            straight_through=args.straight_through,
+        )
+    return Gumbel(
+        subject=subject,
+        reference=reference,
+        lm_direction=args.lm_direction,
+        delta_residual=args.delta_residual,
+        needs_kl=args.has_weight("kl"),
+    )

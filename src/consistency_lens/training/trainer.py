@@ -2,8 +2,6 @@
 
 import json
 import logging
-import resource
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,17 +21,9 @@ from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
 from ..schedules import Schedule
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
-from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps
-from .objectives import (
-    Gumbel,
-    Objective,
-    PolicyGradient,
-    Reference,
-    Step,
-    SubjectReference,
-    WarmStart,
-    freeze_copy,
-)
+from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
+from .objectives import Objective, Reference, Step, SubjectReference, freeze_copy, make_objective
+from .parameter_groups import parameter_groups
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
 logger = logging.getLogger(__name__)
@@ -124,8 +114,7 @@ class ConsistencyLensTrainer(Trainer):
             raise ValueError("warm_start_patience: needs held-out rows, got no eval_dataset; pass one or set it to 0")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("warm_start_patience: cannot read with a sharded lens; set it to 0")
-        count = min(len(rows), HELD_OUT_ROWS)
-        read = [row["activation"] for row in rows_at(rows, range(count))]
+        read = [row["activation"] for row in rows_at(rows, range(min(len(rows), HELD_OUT_ROWS)))]
         activations = torch.tensor(np.stack(read), dtype=torch.float32)
 
         def warm_start_at(step: int) -> tuple[int, int] | None:
@@ -157,34 +146,10 @@ class ConsistencyLensTrainer(Trainer):
     def objective_at(self, index: int) -> Objective:
         """The objective of a stage, made when first needed; a Gumbel stage takes its reference then."""
         if index not in self._objectives:
-            self._objectives[index] = self.make_objective(self.args.parsed_stages()[index].objective)
+            name = self.args.parsed_stages()[index].objective
+            reference = None if name == "warm_start" else self.lm_reference()
+            self._objectives[index] = make_objective(name, self.args, self.lens.subject, reference)
         return self._objectives[index]
-
-    def make_objective(self, name: str) -> Objective:
-        """An objective by its name, with the settings of the arguments."""
-        args = self.args
-        if name == "warm_start":
-            return WarmStart(own_share=args.own_share, shorter_share=args.shorter_share)
-        if name == "policy_gradient":
-            return PolicyGradient(
-                reference=self.lm_reference(),
-                group_size=args.group_size,
-                reward=args.reward,
-                subject=self.lens.subject,
-                scale_advantage=args.scale_advantage,
-                lm_direction=args.lm_direction,
-                lm_estimator=args.lm_estimator,
-                prefix_budgets=args.prefix_budgets,
-                length_penalty=args.length_penalty,
-                straight_through=args.straight_through,
-            )
-        return Gumbel(
-            subject=self.lens.subject,
-            reference=self.lm_reference(),
-            lm_direction=args.lm_direction,
-            delta_residual=args.delta_residual,
-            needs_kl=args.has_weight("kl"),
-        )
 
     def lm_reference(self) -> Reference | None:
         """What text is held close to: the subject, or the decoder as warm start left it (copied when first needed)."""
@@ -289,30 +254,8 @@ class ConsistencyLensTrainer(Trainer):
         if self.optimizer is None:
             opt_model: Any = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
-            self.optimizer = optimizer_class(self.parameter_groups(opt_model), **kwargs)
+            self.optimizer = optimizer_class(parameter_groups(opt_model, self.args), **kwargs)
         return self.optimizer
-
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Trained parameters by clone and kind ("decoder_base", "encoder_projections", ...), with rate and decay."""
-        rates = {"decoder": self.args.learning_rate, "encoder": self.args.learning_rate}
-        if self.args.encoder_learning_rate is not None:
-            rates["encoder"] = self.args.encoder_learning_rate
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                clone = "encoder" if "encoder." in name else "decoder"
-                kind = "base" if ".base." in name else "projections"
-                # as is usual, norms and biases do not decay; identity-started projections should not shrink to zero
-                decays = kind == "base" and parameter.ndim >= 2
-                groups[f"{clone}_{kind}", decays].append(parameter)
-        result = []
-        for (name, decays), parameters in groups.items():
-            clone, kind = name.split("_")
-            own_rate = self.args.projection_learning_rate if kind == "projections" else None
-            rate = rates[clone] if own_rate is None else own_rate
-            decay = self.args.weight_decay if decays else 0.0
-            result.append({"name": name, "params": parameters, "lr": rate, "weight_decay": decay})
-        return result
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """One factor for all groups: a schedule for each stage, or `lr_scheduler_type` over the whole run."""
@@ -442,11 +385,3 @@ def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgu
             f"length_penalty: got {args.length_penalty}, but texts of this lens always have "
             f"{lens.config.num_text_tokens} tokens; give it a stop token (stop_at_eos)"
         )
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on a CUDA device, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

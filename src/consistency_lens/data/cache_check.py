@@ -1,0 +1,18 @@
+"""What a check of a cache has found."""
+
+from typing import NamedTuple
+
+
+class CacheVerificationError(Exception):
+    """A cache, or what came of it over a network, is not what its provenance says."""
+
+
+class Check(NamedTuple):
+    """What one check of a cache found."""
+
+    name: str
+    passed: bool
+    detail: str
+    """What was checked, or each thing that is wrong, a line each."""
+    checked: bool = True
+    """False if it could not be made, or not of all rows: then it has not passed, but has found nothing wrong."""
