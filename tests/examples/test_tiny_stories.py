@@ -21,7 +21,7 @@ from consistency_lens.data.generation import sample_documents
 from consistency_lens.evaluation.metrics import text_nll
 from consistency_lens.losses import kl_divergence
 from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
-from consistency_lens.training.recipe import RecipeArguments
+from consistency_lens.training.recipe_arguments import RecipeArguments
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny_stories"

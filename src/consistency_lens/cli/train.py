@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(console: "Console") -> None:
         from ..evaluation.report import metrics_table, samples_table
         from ..training.arguments import ConsistencyLensTrainingArguments
-        from ..training.recipe import RecipeArguments, run
+        from ..training.recipe import run
+        from ..training.recipe_arguments import RecipeArguments
 
         recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), argv)
         result = run(recipe, training)

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from .. import __version__
 from ..atomic_write import write_json
 from ..data.activation_source import rows_at
-from ..data.sources import Reader, SourceArguments, SplitRows, layer_of, open_rows
+from ..data.sources import Reader, SplitRows, layer_of, open_rows
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
 from ..data.summaries import SummaryRows, read_summaries
-from ..evaluation.arguments import CHECKS, EvaluationArguments
-from ..evaluation.controls import check_names
+from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.evaluator import Evaluator, write_metrics
 from ..evaluation.metrics import start_token
 from ..evaluation.samples import Sample, collect_samples, write_samples
@@ -32,67 +31,11 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from .arguments import ConsistencyLensTrainingArguments
 from .evaluation_callback import EvaluateLens
+from .recipe_arguments import RecipeArguments
 from .sample_tables import SampleTables
 from .trainer import ConsistencyLensTrainer, check_settings
 
 logger = logging.getLogger(__name__)
-
-AT_LEAST_ONE = ("eval_rows", "num_samples", "eval_fresh_encoder_steps", "interim_eval_rows", "tracked_samples")
-
-
-@dataclass
-class RecipeArguments(SourceArguments):
-    """What is read, on which text, and how the lens is built."""
-
-    model: str = field(default="", metadata={"help": "The subject: Hub id or folder of a causal LM."})
-    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the subject on the Hub."})
-    dtype: str = field(default="float32", metadata={"help": "Precision of the subject's weights."})
-    layer: int | None = field(default=None, metadata={"help": "Block whose output is read, 0-based; default: middle."})
-    num_text_tokens: int = field(default=8, metadata={"help": "T, tokens of an explanation."})
-    clones: str = field(default="full", metadata={"help": "Training of decoder and encoder: full, lora or frozen."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters with clones=lora."})
-    lora_targets: str = field(
-        default="all-linear", metadata={"help": "Modules that get adapters, as PEFT names them."}
-    )
-    decoder_prompt: str = field(default="<embed>", metadata={"help": "Prompt with the slot <embed>."})
-    encoder_prompt: str = field(default="<text>", metadata={"help": "Prompt with the slot <text>."})
-    injection_layers: int = field(default=0, metadata={"help": "Inject A into the slot's input of blocks 1..n too."})
-    stop_at_eos: bool = field(default=False, metadata={"help": "A text may end before T tokens, at an EOS."})
-    output_layer: int | None = field(default=None, metadata={"help": "Blocks of the encoder; default layer + 1."})
-    blocks: str | None = field(default=None, metadata={"help": "Path of the blocks in an unknown architecture."})
-    final_norm: str | None = field(default=None, metadata={"help": "Path of the final norm, likewise."})
-
-    summaries: str | None = field(
-        default=None,
-        metadata={"help": "Pairs of context and summary (file or Hub id), as further training rows."},
-    )
-
-    eval_rows: int = field(default=1024, metadata={"help": "Held-out activations in the final evaluation."})
-    eval_checks: list[str] = field(
-        default_factory=list, metadata={"help": f"Checks of the final evaluation, any of {', '.join(CHECKS)}."}
-    )
-    eval_fresh_encoder_steps: int = field(
-        default=1000, metadata={"help": "Steps of the encoder that private_code trains on true text."}
-    )
-    num_samples: int = field(default=12, metadata={"help": "Sample rows shown and written at the end."})
-    interim_eval_rows: int = field(
-        default=256, metadata={"help": "Held-out activations that are measured whenever eval_strategy says so."}
-    )
-    sample_steps: int = field(default=500, metadata={"help": "Steps between sample tables; 0: none."})
-    tracked_samples: int = field(default=128, metadata={"help": "Held-out activations in the sample tables."})
-
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("model: got none; pass the subject's Hub id or folder, e.g. --model gpt2")
-        super().__post_init__()
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.sample_steps < 0:
-            raise ValueError(f"sample_steps must be 0 (no tables) or more, got {self.sample_steps}")
-        check_names("eval_checks", self.eval_checks, CHECKS)
-        if self.num_text_tokens < 1:
-            raise ValueError(f"num_text_tokens must be at least 1, got {self.num_text_tokens}; 8 is a good start")
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,34 @@
 """`ConsistencyLensTrainer`: a `transformers.Trainer` whose loss is a lens objective, stage after stage."""
 
-import json
 import logging
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback
 
-from ..atomic_write import write_json, write_tensors
 from ..data.activation_source import rows_at
 from ..data.on_the_fly import read_activations
 from ..data.streaming import StreamedActivations, StreamSampler
-from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
-from ..schedules import Schedule
-from . import checkpoint
+from ..modeling_consistency_lens import ConsistencyLensModel
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
+from .checkpointed_trainer import CheckpointedTrainer
 from .objectives import Objective, Reference, Step, SubjectReference, freeze_copy, make_objective
 from .parameter_groups import parameter_groups
+from .timetable import Timetable
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
 logger = logging.getLogger(__name__)
 
 # term -> its sign in the loss
 SIGNS = {"ce": 1.0, "mse": 1.0, "kl": 1.0, "lm": 1.0, "policy": 1.0, "entropy": -1.0}
-REFERENCE_FILE = "reference.safetensors"
-SCALER_FILE = "scaler.json"
-WARM_START_FILE = "warm_start.json"
 
 
-class ConsistencyLensTrainer(Trainer):
+class ConsistencyLensTrainer(CheckpointedTrainer):
     """Trains a `ConsistencyLensModel` through the stages that its arguments name.
 
     Everything of `Trainer` works as usual. Beside it: each loss term, the temperature, the weights, every learning
@@ -65,7 +58,6 @@ class ConsistencyLensTrainer(Trainer):
                     "and each worker would download it whole; set it to 0"
                 )
             self.add_callback(OrderOfEpoch(lambda: self.stream_sampler))
-        self.warm_start_end: WarmStartEnd | None = None
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()
             self.add_callback(self.warm_start_end)
@@ -77,7 +69,6 @@ class ConsistencyLensTrainer(Trainer):
         self.lens.subject.model.to(args.device)
         self.stream_sampler: StreamSampler | None = None
         self._objectives: dict[int, Objective] = {}
-        self._reference: LensDecoder | None = None
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._counts: dict[str, int] = defaultdict(int)
         self._since = (0, 0, time.perf_counter())  # samples and tokens handled, and when counting began
@@ -94,14 +85,10 @@ class ConsistencyLensTrainer(Trainer):
         batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         return max(1, rows // batch if self.args.dataloader_drop_last else -(-rows // batch))
 
-    def stage_bounds(self, total_steps: int) -> list[tuple[int, int]]:
-        """(first step, step after the last) of each stage; after one that ended early the next begin sooner."""
-        starts = self.args.stage_starts(self.steps_per_epoch() or total_steps, total_steps)
-        for index, end in sorted(self.warm_start_end.ends.items() if self.warm_start_end else ()):
-            if index + 1 < len(starts):
-                sooner = starts[index + 1] - end
-                starts[index + 1 :] = [start - sooner for start in starts[index + 1 :]]
-        return list(zip(starts, [*starts[1:], total_steps], strict=True))
+    def timetable(self, total_steps: int | None = None) -> Timetable:
+        """The stages as they lie now, after those that ended early."""
+        ends = self.warm_start_end.ends if self.warm_start_end else {}
+        return Timetable(self.args, self.steps_per_epoch(), total_steps or self.total_steps(), ends)
 
     def make_warm_start_end(self) -> WarmStartEnd:
         """What ends warm start early.
@@ -118,7 +105,7 @@ class ConsistencyLensTrainer(Trainer):
         activations = torch.tensor(np.stack(read), dtype=torch.float32)
 
         def warm_start_at(step: int) -> tuple[int, int] | None:
-            index, start, _ = self.stage_at(step, self.state.max_steps)
+            index, start, _ = self.timetable().stage_at(step)
             return (index, start) if self.args.parsed_stages()[index].objective == "warm_start" else None
 
         return WarmStartEnd(
@@ -130,18 +117,6 @@ class ConsistencyLensTrainer(Trainer):
             check_steps=self.args.warm_start_check_steps,
             patience=self.args.warm_start_patience,
         )
-
-    def stage_at(self, step: int, total_steps: int) -> tuple[int, int, int]:
-        """(index, first step, length) of the stage that `step` lies in."""
-        bounds = self.stage_bounds(total_steps)
-        index = max(i for i, (start, _) in enumerate(bounds) if start <= step or i == 0)
-        return index, bounds[index][0], bounds[index][1] - bounds[index][0]
-
-    def scheduled(self, name: str, step: int, total_steps: int) -> float:
-        """A weight, or the temperature, at a global step; schedules run from the start of their stage to its end."""
-        index, start, length = self.stage_at(step, total_steps)
-        schedule = Schedule.parse(self.args.schedule_of(name, index))
-        return schedule.resolve(self.steps_per_epoch(), length)(step - start)
 
     def objective_at(self, index: int) -> Objective:
         """The objective of a stage, made when first needed; a Gumbel stage takes its reference then."""
@@ -183,8 +158,8 @@ class ConsistencyLensTrainer(Trainer):
 
     def current_objective(self) -> Objective:
         """The objective of the stage that the next step lies in."""
-        number, total = self.state.global_step, self.total_steps()
-        return self.objective_at(self.stage_at(min(number, total - 1), total)[0])
+        timetable = self.timetable()
+        return self.objective_at(timetable.stage_at(min(self.state.global_step, timetable.total_steps - 1))[0])
 
     def total_steps(self) -> int:
         """Steps of the whole run."""
@@ -198,12 +173,12 @@ class ConsistencyLensTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of the current objective's terms."""
-        number, total = self.state.global_step, self.total_steps()
-        step = Step(self.args.seed, number, self.scheduled("tau", number, total))
+        number, timetable = self.state.global_step, self.timetable()
+        step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
         with self.accelerator.autocast():
             losses = self.current_objective()(model, self.lens, inputs, step)
-        weights = {name: self.scheduled(f"{name}_weight", number, total) for name in losses.terms}
+        weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
         if model.training:
             self._training_since = self._training_since or time.perf_counter()
@@ -241,7 +216,7 @@ class ConsistencyLensTrainer(Trainer):
             logs |= {"peak_memory_gb": peak_memory_bytes(self.args.device) / 1e9}
             logs |= {f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             logs["skipped_steps"] = self.skipper.skipped
-            logs["stage"] = 1 + self.stage_at(self.state.global_step - 1, self.state.max_steps)[0]
+            logs["stage"] = 1 + self.timetable().stage_at(self.state.global_step - 1)[0]
             self._sums.clear()
             self._counts.clear()
             self._since = (0, 0, time.perf_counter())
@@ -264,114 +239,11 @@ class ConsistencyLensTrainer(Trainer):
         if self.lr_scheduler is None:
 
             def factor(step: int) -> float:
-                index, start, length = self.stage_at(step, num_training_steps)
-                schedule = Schedule.parse(self.args.schedule_of("learning_rate_schedule", index))
-                # a schedule's warm-up is 0 at its first step, which would waste that step
-                return schedule.resolve(self.steps_per_epoch(), length)(step - start + 1)
+                return self.timetable(num_training_steps).rate_factor(step)
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    # --- checkpoints without pickle
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        self.lens.save_pretrained(folder, state_dict=state_dict)
-        write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            if self.needs_reference(folder):
-                raise ValueError(
-                    "resume_from_checkpoint: FSDP and DeepSpeed do not keep the reference of the lm term; "
-                    "resume from a checkpoint of the warm start, or set lm_reference to subject"
-                )
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        weights = folder / "model.safetensors"
-        if not weights.is_file():
-            raise ValueError(f"checkpoint: no {weights.name} in {str(folder)!r}; pass a checkpoint-<step> folder")
-        self.load_warm_start_end(folder)
-        self.load_reference(folder)
-        self.lens.load_trained_tensors(load_file(weights))
-
-    def load_warm_start_end(self, folder: Path) -> None:
-        """Which stages had ended early when the checkpoint was written.
-
-        Raises:
-            ValueError: if `warm_start_patience` was on and is off now, or the other way round.
-        """
-        path = folder / WARM_START_FILE
-        if path.is_file() != (self.warm_start_end is not None):
-            before, now = ("off", "on") if self.warm_start_end is not None else ("on", "off")
-            raise ValueError(
-                f"warm_start_patience: it is {now}, but was {before} in {str(folder)!r}; set it as it was"
-            )
-        if self.warm_start_end is not None:
-            self.warm_start_end.load_state(json.loads(path.read_text(encoding="utf-8")))
-
-    def needs_reference(self, folder: Path) -> bool:
-        """Whether a run that goes on from a checkpoint has passed its warm start and is held close to it."""
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        index, start, _ = self.stage_at(state["global_step"], state["max_steps"])
-        if state["global_step"] == start:
-            index -= 1  # the checkpoint was written before the first step of this stage
-        past_warm_start = any(stage.objective != "warm_start" for stage in self.args.parsed_stages()[: index + 1])
-        return past_warm_start and self.args.lm_reference == "warm_start" and self.args.has_weight("lm")
-
-    def load_reference(self, folder: Path) -> None:
-        """Rebuilds the reference that warm start had left when the checkpoint was written.
-
-        Raises:
-            ValueError: if the run has passed its warm start and the file is not there.
-        """
-        if not self.needs_reference(folder):
-            return
-        path = folder / REFERENCE_FILE
-        if not path.is_file():
-            raise ValueError(f"checkpoint: {path.name} is missing in {str(folder)!r}; resume from an earlier one")
-        self.lens.decoder.load_trained_tensors(load_file(path))
-        self._reference = freeze_copy(self.lens.decoder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            checkpoint.save_optimizer(self.optimizer, Path(output_dir))
-            checkpoint.save_scheduler(self.lr_scheduler, Path(output_dir))
-            if self.warm_start_end is not None:
-                write_json(Path(output_dir) / WARM_START_FILE, self.warm_start_end.state())
-            if self._reference is not None:
-                write_tensors(Path(output_dir) / REFERENCE_FILE, self._reference.trained_tensors())
-
-    def _load_optimizer_and_scheduler(self, resume: str | None) -> None:
-        if resume is None:
-            return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(resume)
-        else:
-            checkpoint.load_optimizer(self.optimizer, Path(resume))
-            checkpoint.load_scheduler(self.lr_scheduler, Path(resume))
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if self.accelerator.scaler is not None and self.args.should_save:
-            write_json(Path(output_dir) / SCALER_FILE, self.accelerator.scaler.state_dict())
-
-    def _load_scaler(self, resume: str | None) -> None:
-        path = Path(resume or "") / SCALER_FILE
-        if resume is not None and self.accelerator.scaler is not None and path.is_file():
-            self.accelerator.scaler.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        checkpoint.save_random_states(Path(output_dir), self.args.process_index)
-
-    def _load_rng_state(self, resume: str | None) -> None:
-        if resume is not None and not checkpoint.load_random_states(Path(resume), self.args.process_index):
-            logger.warning("no random states of process %d in %s; sampling restarts", self.args.process_index, resume)
 
 
 def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
