@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a recipe; prints the held-out figures, sample rows and where the lens lies. Returns the exit code."""
     from ..training.callbacks import NonfiniteGradientsError
     from .command import FAILED, run_command
-    from .parser import parse_arguments
+    from .parser import RECIPE_SECTIONS, parse_arguments
 
     def work(console: "Console") -> None:
         from ..evaluation.report import metrics_table, samples_table
@@ -19,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..training.recipe import run
         from ..training.recipe_arguments import RecipeArguments
 
-        recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), argv)
+        recipe, training = parse_arguments(
+            (RecipeArguments, ConsistencyLensTrainingArguments), argv, sections=RECIPE_SECTIONS
+        )
         result = run(recipe, training)
         if training.process_index == 0:
             console.print(samples_table(result.samples))
