@@ -8,11 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from .pipeline import INTERRUPTED_FILE, Step, clear, settings_file
 
@@ -112,7 +110,9 @@ def command_here(step: Step, folder: Path, resources: ResourceArguments) -> list
     return [sys.executable, *launch, "-m", "consistency_lens", *words]
 
 
-def run_steps(steps: Sequence[Step], folder: Path, resources: ResourceArguments, announce: Callable[[Step], None]) -> None:
+def run_steps(
+    steps: Sequence[Step], folder: Path, resources: ResourceArguments, announce: Callable[[Step], None]
+) -> None:
     """Runs steps one after the other in the foreground.
 
     Args:
@@ -134,28 +134,17 @@ def run_steps(steps: Sequence[Step], folder: Path, resources: ResourceArguments,
 
 
 def run_in_foreground(command: Sequence[str]) -> int:
-    """The exit code of a command; a wish to end this process is passed on to it, so that training can save."""
+    """The exit code of a command; SIGTERM is passed on to it, so that training can save."""
     process = subprocess.Popen(command)
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
-
-    with handled(signal.SIGTERM, pass_on), handled(signal.SIGUSR1, pass_on):
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    try:
         while True:
             try:
                 return process.wait()
             except KeyboardInterrupt:  # the terminal has told the command too
                 continue
-
-
-@contextmanager
-def handled(number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """A signal goes to the handler for a while."""
-    before = signal.signal(number, handler)
-    try:
-        yield
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def sbatch_command(

@@ -1,7 +1,6 @@
 """A recipe as steps: tokenize, cache, train, eval. Which of them it has, what each is told, and what is done."""
 
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -311,10 +310,9 @@ def train_step(recipe: Recipe, corpus: Path | None, cache: Step | None, resume: 
     if is_trained(folder):
         check_same(step, folder)
         return replace(step, state=HERE)
-    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    if checkpoints and resume:
-        return replace(step, settings=settings | {"resume_from_checkpoint": "true"})
-    if checkpoints and "resume_from_checkpoint" not in settings:
+    if resume:
+        return replace(step, settings=settings | {"resume_from_checkpoint": "auto"})
+    if "resume_from_checkpoint" not in settings and any(folder.glob("checkpoint-*")):
         raise ValueError(
             f"output_dir: {str(folder)!r} has checkpoints of an unfinished training; pass --resume to go on, or "
             "--force train to start anew"

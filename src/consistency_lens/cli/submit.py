@@ -49,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, config, flags = read_arguments(argv)
         recipe = read_recipe(flags, config)
         folder = recipe.output_dir
-        steps = plan(recipe, arguments.resume, arguments.force)
         on_cluster = not arguments.local and shutil.which("sbatch") is not None
         check_place(arguments, on_cluster)
+        if on_cluster:
+            check_queue(folder)
+        steps = plan(recipe, arguments.resume, arguments.force)
         pending = [step for step in steps if step.state == RUNS]
         print_steps(console, steps)
         if arguments.dry_run:
@@ -60,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not pending:
             console.print("all steps are done; --force <step> does one and those after it again")
             return
-        if on_cluster:
-            check_queue(folder)
         clear_steps(pending, arguments.force)
         if on_cluster:
             print_jobs(console, submit_steps(pending, folder, arguments))
