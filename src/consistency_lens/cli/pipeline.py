@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,11 @@ class Recipe:
         return Path(self.arguments.cache_dir) if self.arguments.cache_dir else self.output_dir / "data"
 
 
-def read_recipe(argv: Sequence[str], config: Mapping[str, Any]) -> Recipe:
+def read_recipe(argv: Sequence[str], config: Mapping[str, Any], beside: Collection[str] = ()) -> Recipe:
     """A recipe, from what its file holds and flags of `train`, which win.
+
+    Args:
+        beside: other flags that there are, which an unknown one may be near to.
 
     Raises:
         ValueError: for an unknown key or flag, a value of another kind, or one that training would not take.
@@ -80,7 +83,7 @@ def read_recipe(argv: Sequence[str], config: Mapping[str, Any]) -> Recipe:
     check_keys("the recipe", top, known_names(dataclasses))
     given, rest = parse_given(dataclasses, argv, top)
     if rest:
-        raise ValueError(unknown_flag(rest, known_names(dataclasses)))
+        raise ValueError(unknown_flag(rest, known_names(dataclasses) | set(beside)))
     if not given.get("output_dir"):
         raise ValueError("output_dir: got none; pass the folder of the run, e.g. --output_dir outputs/mine")
     sections = {}

@@ -43,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from .command import FAILED, run_command
     from .jobs import StepError, check_queue, clear_steps, run_steps, submit_steps
+    from .parser import known_names
     from .pipeline import RUNS, plan, read_recipe
 
     def work(console: "Console") -> None:
         arguments, config, flags = read_arguments(argv)
-        recipe = read_recipe(flags, config)
+        recipe = read_recipe(flags, config, known_names((SubmitArguments,)))
         folder = recipe.output_dir
         on_cluster = not arguments.local and shutil.which("sbatch") is not None
         check_place(arguments, on_cluster)
