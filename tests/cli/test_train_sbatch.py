@@ -46,6 +46,7 @@ if os.environ["BEHAVIOUR"] == "finishes":
 signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
 loader = os.fork()
 if loader == 0:
+    told.clear()
     while not told:
         time.sleep(0.05)
     (calls / "loader_told").touch()
