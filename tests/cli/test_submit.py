@@ -396,10 +396,11 @@ class TestSteps:
         tokens = settings_of(tmp_path / "run", "tokenize")
         assert tokens["max_length"] == 16 and tokens["validation_fraction"] == 0.3
 
-    def test_no_device_is_looked_for_where_a_recipe_is_submitted(self, slurm, recipe, tmp_path):
-        # TrainingArguments refuse bf16 on a login node without a GPU
-        assert main([*recipe(use_cpu=None), "--bf16", "true"]) == 0
-        assert settings_of(tmp_path / "run", "train")["bf16"] is True
+    def test_no_device_is_needed_where_a_recipe_is_submitted(self, slurm, recipe, tmp_path):
+        # TrainingArguments refuse these on a login node without a GPU
+        assert main([*recipe(use_cpu=None), "--bf16", "true", "--tf32", "true"]) == 0
+        settings = settings_of(tmp_path / "run", "train")
+        assert settings["bf16"] is True and settings["tf32"] is True and "use_cpu" not in settings
 
 
 class TestMistakes:
@@ -421,6 +422,8 @@ class TestMistakes:
             ({"model": None}, [], "model: got none"),
             ({"dataset": "no/such.txt"}, [], "dataset: nothing at 'no/such.txt'"),
             ({"dataset": "/no/such/folder"}, [], "dataset: nothing at '/no/such/folder'"),
+            ({"stages": ["warm_start 9s", "gumbel"]}, [], "stages: the last would start at step 9 of 4"),
+            ({"lm_reference": "x"}, [], "lm_reference"),
             ({"layer": 99}, [], "layer must lie in 0.."),
             ({"model": "no/such/model"}, [], "model: cannot load 'no/such/model'"),
             ({"activations": "on_the_fly", "cache": {"batch_size": 4}}, [], "remove the section"),

@@ -23,6 +23,8 @@ NOT_OF_SECTION = {
     | {"positions_per_sequence", "min_position", "cache_dtype", "max_length", "validation_fraction"},
     "eval": {"lens"},
 }
+# Training arguments that want the devices or the packages of the machine that trains.
+OF_DEVICES = ("tf32", "deepspeed", "fsdp", "fsdp_config", "torch_compile", "torch_compile_backend", "torch_compile_mode")
 # Settings that change nothing about the result.
 INDIFFERENT = {"resume_from_checkpoint", "disable_tqdm", "report_to", "logging_steps", "save_total_limit", "num_proc"}
 
@@ -77,7 +79,6 @@ def read_recipe(argv: Sequence[str], config: Mapping[str, Any], beside: Collecti
     from .cache import CacheArguments
     from .parser import RECIPE_SECTIONS, check_keys, known_names, parse_given, unknown_flag
 
-    # the training arguments are not made: they want the devices of the machine that will train
     dataclasses = (RecipeArguments, ConsistencyLensTrainingArguments)
     top = {key: value for key, value in config.items() if key not in RECIPE_SECTIONS}
     check_keys("the recipe", top, known_names(dataclasses))
@@ -98,6 +99,10 @@ def read_recipe(argv: Sequence[str], config: Mapping[str, Any], beside: Collecti
         sections[name] = parse_given(classes, [], section)[0]
     names = known_names((RecipeArguments,))
     arguments = RecipeArguments(**{name: value for name, value in given.items() if name in names})
+    # only looked at, so that a mistake in them does not show after hours of caching
+    left_out = names.union(OF_DEVICES)
+    training = {name: value for name, value in given.items() if name not in left_out} | {"use_cpu": True}
+    ConsistencyLensTrainingArguments(**training).check_stages()
     return Recipe(given, arguments, sections)
 
 
