@@ -54,7 +54,7 @@ if loader == 0:
 (calls / f"listens{{rank}}").touch()
 while not told:
     time.sleep(0.05)
-time.sleep(2.2)
+time.sleep(1.3)
 assert len(told) == 1, told
 os.kill(loader, signal.SIGKILL)
 (out / "interrupted.json").write_text("{{}}")

@@ -24,7 +24,8 @@ NOT_OF_SECTION = {
     "eval": {"lens"},
 }
 # Training arguments that want the devices or the packages of the machine that trains.
-OF_DEVICES = ("tf32", "deepspeed", "fsdp", "fsdp_config", "torch_compile", "torch_compile_backend", "torch_compile_mode")
+OF_DEVICES = {"tf32", "deepspeed", "fsdp", "fsdp_config"}
+OF_DEVICES |= {"torch_compile", "torch_compile_backend", "torch_compile_mode"}
 # Settings that change nothing about the result.
 INDIFFERENT = {"resume_from_checkpoint", "disable_tqdm", "report_to", "logging_steps", "save_total_limit", "num_proc"}
 
