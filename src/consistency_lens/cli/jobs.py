@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .pipeline import INTERRUPTED_FILE, Step, clear, settings_file
+from .pipeline import Step, clear, settings_file
 
 # Beside this file, for who installs the package has no examples; examples/slurm/train.sbatch is a link to it.
 TRAIN_SCRIPT = Path(__file__).with_name("train.sbatch")
@@ -122,6 +122,8 @@ def run_steps(
     Raises:
         StepError: if a step fails, or training was interrupted; those after it do not start.
     """
+    from ..training.interruption import INTERRUPTED_FILE
+
     for step in steps:
         write_settings(folder, step)
         announce(step)

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 STEPS = ("tokenize", "cache", "train", "eval")
 RUNS, HERE, NOT_NEEDED = "to run", "here already", "not needed"
-# What training leaves when it was told to stop before its end.
-INTERRUPTED_FILE = "interrupted.json"
 # Arguments that `cache` and a recipe both have, but of other things.
 NOT_OF_CACHE = {"dataset", "output_dir", "max_length", "validation_fraction", "layer"}
 # What a section cannot say, for the recipe itself does, or the pipeline.
@@ -332,6 +330,7 @@ def train_step(recipe: Recipe, corpus: Path | None, cache: Step | None, resume: 
 def is_trained(folder: Path) -> bool:
     """Whether a finished lens lies in the folder, with the record that training writes last."""
     from ..lens_artifact import WEIGHTS_FILE
+    from ..training.interruption import INTERRUPTED_FILE
 
     finished = (folder / WEIGHTS_FILE).is_file() and (folder / "run.json").is_file()
     return finished and not (folder / INTERRUPTED_FILE).exists()
@@ -388,6 +387,7 @@ def clear(step: Step) -> None:
     """Removes what an earlier run of a step has left, and nothing else, so that it is done again."""
     from ..data.activation_cache import BUILDING_FILE, PROVENANCE_FILE
     from ..data.tokenized_corpus import SPLITS, TOKENIZATION_FILE
+    from ..training.interruption import INTERRUPTED_FILE
 
     if step.name == "tokenize" and (step.result / TOKENIZATION_FILE).is_file():
         shutil.rmtree(step.result)
