@@ -170,8 +170,10 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             if len(texts) not in wanted:
                 raise ValueError(f"{name}: got {len(texts)} schedules for {count} stages; give one each")
             for parsed in map(Schedule.parse, texts):
-                if name == "tau" and (min(parsed.start, parsed.end) <= 0 or parsed.warmup):
-                    raise ValueError(f"tau must stay positive and have no warmup, got {texts}; 0.1 to 2 is usual")
+                if name == "tau" and parsed.lowest() <= 0:
+                    raise ValueError(
+                        f"tau must stay positive, in a warmup too ('warmup 100s from 2'), got {texts}; 0.1 to 2 is usual"
+                    )
 
     def check_choices(self) -> None:
         """ValueError for a setting that is not one of those it may be."""
@@ -218,9 +220,8 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             )
 
     def has_weight(self, term: str) -> bool:
-        """Whether a loss term ever counts: schedules that start and end at 0 switch it off."""
-        schedules = [Schedule.parse(text) for text in getattr(self, f"{term}_weight")]
-        return any(schedule.start != 0 or schedule.end != 0 for schedule in schedules)
+        """Whether a loss term ever counts: schedules that are 0 throughout switch it off."""
+        return not all(Schedule.parse(text).is_zero() for text in getattr(self, f"{term}_weight"))
 
     def schedule_of(self, name: str, stage: int) -> str:
         """The schedule of a weight, the temperature or the learning rate in the stage of that index."""
