@@ -32,6 +32,7 @@ from ..residual_stream import ResidualStream
 from .arguments import ConsistencyLensTrainingArguments
 from .evaluation_callback import EvaluateLens
 from .recipe_arguments import RecipeArguments
+from .run_names import name_run
 from .sample_tables import SampleTables
 from .trainer import ConsistencyLensTrainer, check_settings
 
@@ -105,15 +106,17 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     """
     clock = Clock()
     set_seed(training_args.seed)
-    output_dir = Path(str(training_args.output_dir))
-    resume = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
+    resume = checkpoint_to_resume(training_args.resume_from_checkpoint, Path(str(training_args.output_dir)))
     training_args.check_stages()
     subject = load_subject_and_tokenizer(args.model, args.revision, args.dtype)
     check_length(args, subject)
     subject.model.to(training_args.device)  # type: ignore[arg-type]
     # made before any activations, so that every mistake in its settings is found before the long work
-    lens = make_lens(args, subject, layer_to_read(args, subject))
+    layer = layer_to_read(args, subject)
+    lens = make_lens(args, subject, layer)
     check_settings(lens, training_args)
+    name_run(training_args, args.dataset, args.model, layer, resume)
+    output_dir = Path(str(training_args.output_dir))
     summaries = read_checked_summaries(args, training_args)
     folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
     rows = open_rows(
