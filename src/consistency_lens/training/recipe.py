@@ -108,9 +108,10 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     output_dir = Path(str(training_args.output_dir))
     resume = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
     training_args.check_stages()
-    subject = load_subject_and_tokenizer(args.model, args.revision, args.dtype)
+    subject = load_subject_and_tokenizer(
+        args.model, args.revision, args.dtype, args.quantization, args.attention, training_args.device
+    )
     check_length(args, subject)
-    subject.model.to(training_args.device)  # type: ignore[arg-type]
     # made before any activations, so that every mistake in its settings is found before the long work
     lens = make_lens(args, subject, layer_to_read(args, subject))
     check_settings(lens, training_args)
