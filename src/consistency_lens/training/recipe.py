@@ -118,9 +118,10 @@ def train_and_evaluate(
     set_seed(training_args.seed)
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
-    subject = load_subject_and_tokenizer(args.model, args.revision, args.dtype)
+    subject = load_subject_and_tokenizer(
+        args.model, args.revision, args.dtype, args.quantization, args.attention, training_args.device
+    )
     check_length(args, subject)
-    subject.model.to(training_args.device)  # type: ignore[arg-type]
     # made before any activations, so that every mistake in its settings is found before the long work
     layer = layer_to_read(args, subject)
     lens = make_lens(args, subject, layer)
