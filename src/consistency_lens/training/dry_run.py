@@ -17,7 +17,7 @@ from ..data.text_source import Reader
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import ResolvedSchedule, Schedule
 from .arguments import ConsistencyLensTrainingArguments
-from .memory_estimate import Memory, memory_estimates, num_bytes, optimizer_bytes, unique
+from .memory_estimate import Memory, memory_estimates, num_bytes, unique
 from .parameter_groups import parameter_groups
 from .recipe import check_length, checkpoint_to_resume, layer_to_read, make_lens, read_checked_summaries
 from .recipe_arguments import RecipeArguments
@@ -139,6 +139,7 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     if total <= 0:
         total = max(1, round_up(training_args.num_train_epochs * steps_per_epoch))
     timetable = Timetable(training_args, steps_per_epoch, total)
+    memory = memory_estimates(lens, training_args, processes, args.max_length)
     return DryRun(
         model=args.model,
         layer=lens.config.layer,
@@ -146,7 +147,7 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
         processes=processes,
         strategy=launched_strategy(processes),
         parameters=parameter_counts(lens),
-        memory=memory_estimates(lens, training_args, processes, args.max_length),
+        memory=memory,
         rows=rows,
         batch=training_args.train_batch_size,
         accumulation=training_args.gradient_accumulation_steps,
@@ -156,7 +157,7 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
         stages=planned_stages(timetable, rows_per_step),
         subject_tokens=subject_tokens(args, training_args, rows, rows_per_step),
         rates=rate_groups(lens, training_args),
-        files=list(planned_files(args, training_args, lens, rows, steps_per_epoch, total)),
+        files=list(planned_files(args, training_args, lens, rows, memory[0].optimizer, steps_per_epoch, total)),
         resumes_from=resume,
     )
 
@@ -287,10 +288,11 @@ def planned_files(
     training_args: ConsistencyLensTrainingArguments,
     lens: ConsistencyLensModel,
     rows: ExpectedRows,
+    states: int,
     steps_per_epoch: int,
     total_steps: int,
 ) -> Iterator[PlannedFile]:
-    """What the run writes: cache, checkpoints, lens, figures."""
+    """What the run writes: cache, checkpoints, lens, figures. `states` are the optimizer's, in bytes."""
     output_dir = Path(str(training_args.output_dir))
     if rows.cache is not None:
         number = {"float16": 2, "float32": 4}[args.cache_dtype]
@@ -300,7 +302,7 @@ def planned_files(
     weights = num_bytes(lens.trained_tensors().values())
     for step in checkpoint_steps(training_args, steps_per_epoch, total_steps):
         path = output_dir / f"checkpoint-{step}"
-        yield PlannedFile(path, weights + optimizer_bytes(lens, training_args), path.is_dir())
+        yield PlannedFile(path, weights + states, path.is_dir())
     for name in (*LENS_FILES, *RUN_FILES):
         path = output_dir / name
         yield PlannedFile(path, weights if name == "model.safetensors" else None, path.is_file())
