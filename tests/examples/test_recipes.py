@@ -95,10 +95,7 @@ def rows_file(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name.startswith("tiny") else name for name in ARCHITECTURES],
-)
+@pytest.fixture(scope="module", params=SMALL)
 def recipe(request, tmp_path_factory, rows_file):
     """(name, changes): a recipe, and what points it to a small subject and a corpus made by its own command."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)

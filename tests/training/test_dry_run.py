@@ -88,6 +88,12 @@ def test_weights_gradients_and_states_are_those_of_the_trainer(tmp_path, lens_se
     assert memory.optimizer == num_bytes(value for value in states if isinstance(value, torch.Tensor))
 
 
+def test_the_reference_that_warm_start_leaves_is_counted(subject_folder, tmp_path):
+    with_it, without = (plan(subject_folder, tmp_path, lm_weight=weight) for weight in (0.1, 0))
+    decoder = next(part for part in with_it.parameters if part.part == "decoder")
+    assert with_it.memory[0].weights - without.memory[0].weights == 4 * decoder.trained
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("training", ["full", "lora", "frozen"])
 @pytest.mark.parametrize("objective", ["warm_start", "gumbel"])

@@ -35,7 +35,7 @@ class Memory:
 
     Attributes:
         strategy: "1 process", "ddp", "fsdp2", "zero2" or "zero3".
-        weights: of subject, decoder and encoder; tensors that they share count once.
+        weights: of subject, decoder, encoder and the reference that warm start leaves; what they share counts once.
         gradients: of the trained tensors, and DDP's second copy of them.
         optimizer: its states, and float32 master weights where the strategy keeps some.
         activations: the most that any stage keeps for its backward pass, logits and key-value caches included.
@@ -118,7 +118,7 @@ def memory_estimates(
         stored: bytes of quantised tensors, by the tensor's id.
     """
     subject, trained = all_tensors(lens.subject.model), trained_parameters(lens)
-    weights = num_bytes([*subject, *all_tensors(lens)], stored)
+    weights = num_bytes([*subject, *all_tensors(lens)], stored) + reference_bytes(lens, args)
     gradients, states = num_bytes(trained), optimizer_bytes(lens, args)
     activations = max(activation_bytes(lens, args, index, max_length) for index in range(len(args.parsed_stages())))
     if processes == 1:
@@ -126,7 +126,7 @@ def memory_estimates(
     estimates = [Memory("ddp", weights, 2 * gradients, states, activations)]
     # sharded tensors cannot be shared between trees
     shards = num_bytes(all_tensors(lens.decoder), stored) + num_bytes(all_tensors(lens.encoder), stored)
-    whole_subject = num_bytes(subject, stored)
+    whole_subject = num_bytes(subject, stored) + reference_bytes(lens, args)
     estimates.append(
         Memory(
             "fsdp2",
@@ -144,6 +144,13 @@ def memory_estimates(
     estimates.append(Memory("zero2", weights - saved, *part, activations))
     estimates.append(Memory("zero3", whole_subject + (shards - saved) // processes, *part, activations))
     return estimates
+
+
+def reference_bytes(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> int:
+    """Bytes of the decoder as warm start leaves it, its trained tensors, where text is held close to that."""
+    later = any(stage.objective != "warm_start" for stage in args.parsed_stages())
+    kept = later and args.lm_reference == "warm_start" and args.has_weight("lm")
+    return num_bytes(trained_parameters(lens.decoder)) if kept else 0
 
 
 def activation_bytes(
