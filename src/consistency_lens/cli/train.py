@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from ..training.callbacks import NonfiniteGradientsError
     from .command import DONE, FAILED, run_command
-    from .parser import parse_arguments
+    from .parser import RECIPE_SECTIONS, parse_arguments
 
     def work(console: "Console") -> int | None:
         from ..evaluation.report import metrics_table, samples_table
@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..training.recipe import run
         from ..training.recipe_arguments import RecipeArguments
 
-        recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), argv)
+        recipe, training = parse_arguments(
+            (RecipeArguments, ConsistencyLensTrainingArguments), argv, sections=RECIPE_SECTIONS
+        )
         if recipe.dry_run:
             from ..training.dry_run import dry_run
             from .dry_run_tables import dry_run_tables
