@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a recipe; prints the held-out figures, sample rows and where the lens lies. Returns the exit code.
 
-    A run that SIGTERM or SIGUSR1 interrupts is done too: it prints how to go on. With `--dry_run` it prints what the run
-    would be, and does nothing.
+    A run that SIGTERM or SIGUSR1 interrupts is done too: it prints how to go on. With `--dry_run` it prints what the
+    run would be, and does nothing.
     """
     from ..training.callbacks import NonfiniteGradientsError
     from .command import DONE, FAILED, run_command
