@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .quantised import copy_marks
+
 # Config fields that hold one entry per block, and so must be cut together with the blocks.
 PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 
@@ -93,8 +95,9 @@ class ResidualStream:
         """
         weight = self.input_embedding.get_parameter("weight")
         # Measured on a table of ones, as every family has its own name for the factor. `expand` allocates no table.
-        ones = weight.detach().new_ones(1, 1).expand(weight.shape)
-        first_id = torch.zeros(1, dtype=torch.long, device=weight.device)
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        ones = torch.ones(1, 1, dtype=weight.dtype, device=device).expand(weight.shape)
+        first_id = torch.zeros(1, dtype=torch.long, device=device)
         with torch.no_grad():
             return functional_call(self.input_embedding, {"weight": ones}, (first_id,))[0, 0].item()
 
@@ -217,6 +220,7 @@ def truncated(
         if child is stream.final_norm or _leaves_stream(child, stream.width):
             setattr(stream._parent, name, nn.Identity())
     _replace_config(stream.decoder, _shortened(stream.decoder.config, num_blocks))
+    copy_marks(model, stream.decoder)
     return stream.decoder
 
 
