@@ -15,8 +15,7 @@ RUNS, HERE, NOT_NEEDED = "to run", "here already", "not needed"
 # Arguments that `cache` and a recipe both have, but of other things.
 NOT_OF_CACHE = {"dataset", "output_dir", "max_length", "validation_fraction", "layer"}
 # Training arguments that want the devices or the packages of the machine that trains.
-OF_DEVICES = {"tf32", "deepspeed", "fsdp", "fsdp_config"}
-OF_DEVICES |= {"torch_compile", "torch_compile_backend", "torch_compile_mode"}
+OF_DEVICES = {f"torch_compile{part}" for part in ("", "_backend", "_mode")} | {"tf32", "deepspeed", "fsdp", "fsdp_config"}
 # Settings that change nothing about the result.
 INDIFFERENT = {"resume_from_checkpoint", "disable_tqdm", "report_to", "logging_steps", "save_total_limit", "num_proc"}
 
