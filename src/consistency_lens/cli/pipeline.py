@@ -15,7 +15,8 @@ RUNS, HERE, NOT_NEEDED = "to run", "here already", "not needed"
 # Arguments that `cache` and a recipe both have, but of other things.
 NOT_OF_CACHE = {"dataset", "output_dir", "max_length", "validation_fraction", "layer"}
 # Training arguments that want the devices or the packages of the machine that trains.
-OF_DEVICES = {f"torch_compile{part}" for part in ("", "_backend", "_mode")} | {"tf32", "deepspeed", "fsdp", "fsdp_config"}
+OF_DEVICES = {"tf32", "deepspeed", "fsdp", "fsdp_config"}
+OF_DEVICES |= {"torch_compile", "torch_compile_backend", "torch_compile_mode"}
 # Settings that change nothing about the result.
 INDIFFERENT = {"resume_from_checkpoint", "disable_tqdm", "report_to", "logging_steps", "save_total_limit", "num_proc"}
 
@@ -177,7 +178,7 @@ def corpus_state(settings: Mapping[str, Any], again: bool) -> str:
         subject_context,
     )
 
-    arguments: TokenizationArguments = TokenizationArguments(**settings)
+    arguments = TokenizationArguments(**settings)
     check_is_somewhere(arguments.dataset)
     check_source(arguments.dataset, arguments.dataset_config, arguments.dataset_revision)
     tokenizer, context = checked_tokenizer(arguments), subject_context(arguments)
