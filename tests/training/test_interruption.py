@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from checkpoint_runs import curve, tensors, tiny_run
@@ -100,6 +102,32 @@ def test_a_run_that_is_asked_to_go_saves_at_the_end_of_the_step(tmp_path, handle
     for name, tensor in tensors(whole).items():
         assert torch.equal(tensor, tensors(resumed)[name]), name
     assert not (tmp_path / "asked" / "run" / "interrupted.json").exists()
+
+
+class AllAsked(TrainerCallback):
+    """Sends a signal to the workers of the data loader too, as a launcher does that signals a group of processes."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == 3:
+            workers = psutil.Process().children()
+            assert workers
+            for process in (*workers, psutil.Process()):
+                process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+
+
+def test_workers_of_the_data_loader_outlive_the_signal(tmp_path, handlers):
+    trainer = tiny_run(tmp_path, dataloader_num_workers=1, dataloader_prefetch_factor=1)
+    with pytest.raises(RunInterrupted, match="at step 3"):
+        train(trainer, AllAsked())
+    assert psutil.Process().children() == []
+
+
+def test_two_ways_to_save_at_sigterm_are_one_too_many(tmp_path):
+    trainer = tiny_run(tmp_path)
+    trainer.args.enable_jit_checkpoint = True
+    with pytest.raises(ValueError, match="enable_jit_checkpoint: .*; set it to false"), interruptible(trainer.args):
+        pass
 
 
 def test_sigusr1_and_a_signal_in_the_last_step(tmp_path, handlers):
