@@ -22,6 +22,7 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
 from .checkpoint_manifest import MANIFEST_FILE, wait_for_everyone, write_manifest
+from .interruption import UndisturbedWorker
 from .objectives import freeze_copy
 from .resuming import PROGRESS_FILE, check_same_run, checkpoint_to_resume
 from .timetable import Timetable
@@ -64,6 +65,11 @@ class CheckpointedTrainer(Trainer):
     def timetable(self, total_steps: int | None = None) -> Timetable:
         """The stages as they lie now."""
         raise NotImplementedError
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.worker_init_fn = UndisturbedWorker(loader.worker_init_fn)
+        return loader
 
     # --- saving
 
