@@ -232,3 +232,169 @@ def test_a_group_is_clipped_to_its_own_norm(tmp_path):
     assert clipped["decoder_base"] == free["decoder_base"]  # max_grad_norm is off
     total = trainer.state.log_history[0]["grad_norm"]
     assert total == pytest.approx(plain.state.log_history[0]["grad_norm"], rel=1e-5)
+
+
+# --- averages
+
+
+def averaged_by_hand(kept, decay):
+    """The average after each step, from the tensors after each step."""
+    averages = [kept.steps[0]]
+    for number, tensors in enumerate(kept.steps[1:]):
+        d = min(decay, (1 + number) / (10 + number))
+        averages.append({name: d * average + (1 - d) * tensors[name] for name, average in averages[-1].items()})
+    return averages
+
+
+class Judge(TrainerCallback):
+    """What the lens held when the trainer evaluated."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.seen.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+
+
+@CLONES
+def test_averages_are_judged_and_saved_and_the_run_goes_on_with_its_own(tmp_path, clones):
+    settings = {"stages": ["warm_start"], "learning_rate": 1e-2, "max_steps": 4}
+    plain = tiny_trainer(tmp_path / "plain", clones, **settings)
+    plain.train()
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = tiny_trainer(tmp_path / "averaged", clones, ema_decay=0.2, **evaluated, **settings)
+    kept, judge = KeepTensors(trainer), Judge()
+    trainer.add_callback(judge)
+    trainer.train()
+    assert losses(trainer) == losses(plain)  # training does not notice
+    by_hand = averaged_by_hand(kept, 0.2)
+    final = parameters(trainer)
+    checkpoint = tmp_path / "averaged" / "run" / "checkpoint-2"
+    own, averages = load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "ema.safetensors")
+    assert own.keys() == averages.keys() == final.keys()
+    for name, average in by_hand[-1].items():
+        torch.testing.assert_close(final[name], average, msg=name)
+        torch.testing.assert_close(judge.seen[1][name], average, msg=name)
+        torch.testing.assert_close(judge.seen[0][name], by_hand[2][name], msg=name)
+        torch.testing.assert_close(averages[name], by_hand[2][name], msg=name)
+        assert torch.equal(own[name], kept.steps[2][name]), name
+    assert any(not torch.equal(by_hand[-1][name], kept.steps[-1][name]) for name in by_hand[-1])
+    settings = settings | evaluated | {"ema_decay": 0.0}
+    with pytest.raises(ValueError, match="ema_decay: it is off, but was on in"):
+        tiny_trainer(tmp_path / "averaged", clones, **settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_averages_come_and_go_to_the_bit(tmp_path):
+    trainer = tiny_trainer(tmp_path, ema_decay=0.5)
+    trainer.averages.start()
+    kept = KeepTensors(trainer)
+    with torch.no_grad():
+        for average in trainer.averages.averages.values():
+            average.add_(0.1)
+    with pytest.raises(KeyError), trainer.averaged():
+        assert all(not torch.equal(tensor, kept.steps[0][name]) for name, tensor in kept.tensors().items())
+        raise KeyError
+    assert all(torch.equal(tensor, kept.steps[0][name]) for name, tensor in kept.tensors().items())
+
+
+def test_averages_of_half_precision_are_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path, ema_decay=0.5)
+    trainer.lens.encoder.output_map.bfloat16()
+    with pytest.raises(ValueError, match="ema_decay: trained tensors must be float32, encoder.output_map"):
+        trainer.train()
+
+
+# --- best checkpoints and early stopping
+
+
+class Figures(TrainerCallback):
+    """Stands for an evaluator: one figure after the other, logged and handed to the trainer as `EvaluateLens` does."""
+
+    def __init__(self, trainer, name, figures):
+        self.trainer, self.name, self.figures = trainer, f"eval_{name}", figures
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics[self.name] = self.figures[state.global_step - 1]
+        self.trainer.log({self.name: metrics[self.name]})
+
+
+MEASURED = {
+    "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "stages": ["warm_start"],
+    "per_device_eval_batch_size": 64,
+}  # fmt: skip
+
+
+def measured_trainer(folder, metric, figures, clones=None, **settings):
+    trainer = tiny_trainer(folder, clones, **(MEASURED | {"metric_for_best_model": metric} | settings))
+    Figures(trainer, metric, figures)
+    return trainer
+
+
+def checkpoints(folder):
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in (folder / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "limit", "kept"), [("fve", None, [1, 3, 6]), ("kl", None, [2, 4, 6]), ("fve", 2, [1, 3, 5, 6])]
+)
+def test_the_best_checkpoints_and_the_last_stay(tmp_path, metric, limit, kept):
+    figures = [0.9, 0.1, 0.8, 0.2, 0.5, 0.4]
+    trainer = measured_trainer(tmp_path, metric, figures, keep_best=2, save_total_limit=limit)
+    trainer.train()
+    assert checkpoints(tmp_path) == kept
+    assert trainer.args.save_total_limit == limit
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_stays(tmp_path):
+    figures = [0.9, 0.1, 0.8, 0.2, 0.5, 0.6]
+    measured_trainer(tmp_path, "fve", figures, max_steps=4).train()
+    resumed = measured_trainer(tmp_path, "fve", figures, keep_best=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert checkpoints(tmp_path) == [1, 2, 6]
+
+
+def test_the_limit_of_checkpoints_keeps_the_last_and_the_best_that_is_to_be_loaded(tmp_path):
+    settings = {"save_total_limit": 1, "load_best_model_at_end": True, "ema_decay": 0.5}
+    trainer = measured_trainer(tmp_path, "kl", [3, 2, 1, 4, 5, 6], LORA, **settings)
+    trainer.train()
+    assert checkpoints(tmp_path) == [3, 6]
+    best = load_file(tmp_path / "run" / "checkpoint-3" / "ema.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in parameters(trainer).items())
+
+
+def test_frozen_tensors_are_not_missed_when_the_best_lens_is_loaded(tmp_path, caplog):
+    trainer = measured_trainer(tmp_path, "fve", [3, 2], LORA, max_steps=2, load_best_model_at_end=True)
+    trainer.train()
+    assert not [record for record in caplog.records if "missing keys" in record.getMessage()]
+    best = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in parameters(trainer).items())
+
+
+STOPPING = {"early_stopping_patience": 2, "max_steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("metric", "figures", "last"),
+    [("fve", [1, 2, 3, 3, 3, 9, 9, 9, 9], 5), ("perplexity_ratio", [3, 2, 9, 1, 1.5, 2, 0, 0, 0], 6)],
+)
+def test_a_run_that_gets_no_better_ends(tmp_path, metric, figures, last):
+    trainer = measured_trainer(tmp_path, metric, figures, **STOPPING)
+    trainer.train()
+    assert trainer.state.global_step == last
+    resumed = measured_trainer(tmp_path, metric, figures, **STOPPING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{last - 1}"))
+    assert resumed.state.global_step == last  # the evaluations in vain before the checkpoint count
+
+
+def test_only_the_last_stage_ends_early(tmp_path):
+    stages = {"stages": ["warm_start 4s", "policy_gradient"], "save_strategy": "no"}
+    trainer = measured_trainer(tmp_path, "fve", [9, 8, 7, 6, 1, 2, 2, 1, 9], **STOPPING, **stages)
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
+def test_an_unknown_metric_is_named(tmp_path):
+    trainer = measured_trainer(tmp_path, "fve", [1], metric_for_best_model="fev", max_steps=1)
+    with pytest.raises(ValueError, match="metric_for_best_model: no evaluation gives 'fev'; it is one of .*loss"):
+        trainer.train()
