@@ -17,6 +17,7 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
 from .checkpointed_trainer import CheckpointedTrainer
+from .compilation import compile_clones
 from .objectives import Objective, Reference, Step, SubjectReference, freeze_copy, make_objective
 from .parameter_groups import parameter_groups
 from .timetable import Timetable
@@ -51,6 +52,7 @@ class ConsistencyLensTrainer(CheckpointedTrainer):
         self.label_names = []
         self.lens = model
         check_settings(model, args)
+        compile_clones(model, self.accelerator.state.dynamo_plugin)
         if isinstance(self.train_dataset, StreamedActivations):
             if args.dataloader_num_workers > 0:
                 raise ValueError(
