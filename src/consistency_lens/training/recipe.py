@@ -29,6 +29,7 @@ from ..hub.cards import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from .arguments import ConsistencyLensTrainingArguments
+from .combinations import check_recipe
 from .evaluation_callback import EvaluateLens
 from .interruption import Interruption, interruptible
 from .recipe_arguments import RecipeArguments
@@ -118,6 +119,7 @@ def train_and_evaluate(
     set_seed(training_args.seed)
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
+    check_recipe(args, training_args)
     subject = load_subject_and_tokenizer(
         args.model, args.revision, args.dtype, args.quantization, args.attention, training_args.device
     )
