@@ -136,7 +136,7 @@ class Endless(IterableDataset):
             {"gradient_accumulation_steps": 4},
             "gradient_accumulation_steps: got 4, but the training rows have no known number, so that .*; set it to 1",
         ),
-        ({"save_strategy": "epoch"}, "save_strategy: got epoch, but the training rows have no known number; set it to"),
+        ({"save_strategy": "epoch"}, "save_strategy: got epoch, but the training rows have no known number; set it"),
         ({"logging_strategy": "epoch"}, "logging_strategy: got epoch, but the training rows"),
         ({"stages": ["warm_start 1e", "gumbel"]}, "stages: duration '1e' counts epochs, but the data has no known"),
         ({"kl_weight": "linear 0 -> 1 over 2e"}, "kl_weight: duration '2e' counts epochs, but the data has no known"),
