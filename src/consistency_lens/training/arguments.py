@@ -222,6 +222,11 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
         schedules = [Schedule.parse(text) for text in getattr(self, f"{term}_weight")]
         return any(schedule.start != 0 or schedule.end != 0 for schedule in schedules)
 
+    def keeps_warm_start(self) -> bool:
+        """Whether a copy of the decoder as warm start left it is needed."""
+        stages = self.parsed_stages()
+        return self.lm_reference == "warm_start" and self.has_weight("lm") and stages[-1].objective != "warm_start"
+
     def schedule_of(self, name: str, stage: int) -> str:
         """The schedule of a weight, the temperature or the learning rate in the stage of that index."""
         texts = getattr(self, name)

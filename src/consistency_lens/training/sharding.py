@@ -1,0 +1,273 @@
+"""Who holds which weights: every process all of them, or, under FSDP2 and ZeRO-3, each process a part of each tensor.
+
+Spread weights are whole only inside the forward pass of the module that was spread, and all processes have to enter
+it together. So a lens is only ever used through its own call (`ConsistencyLensModel.forward`), and nothing that one
+process alone decides may add or leave out such a call. Subject and LM reference, which are never trained, are spread
+likewise, each on its own, as tensors that two such modules share could not be.
+"""
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..lens_artifact import TrainedTensorsModel
+from ..lens_decoder import LensDecoder
+from ..modeling_consistency_lens import ConsistencyLensModel
+from ..residual_stream import ResidualStream
+from .objectives import freeze_copy
+
+SHARE_WEIGHTS = ("auto", "true", "false")
+
+
+@dataclass
+class ShardingArguments:
+    """How the frozen weights of subject and clones are held."""
+
+    share_weights: str = field(
+        default="auto",
+        metadata={
+            "help": "Frozen weights that subject and clones have in common: true holds them once, false once each; "
+            "auto: once, but under FSDP2 and ZeRO-3, which cannot.",
+            "choices": SHARE_WEIGHTS,
+        },
+    )
+
+
+class WholeWeights:
+    """Every process holds all weights: one process, DDP, ZeRO-1 and ZeRO-2."""
+
+    spread = False
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._reference: LensDecoder | None = None
+
+    def prepare(self, lens: ConsistencyLensModel, keep_reference: bool) -> None:
+        """Settles, before the trainer wraps a lens, how it and the models beside it hold their weights.
+
+        Args:
+            lens: with its subject.
+            keep_reference: whether `frozen_copy` will be asked for.
+        """
+        lens.subject.model.to(self.accelerator.device)  # type: ignore[arg-type]
+
+    def frozen_copy(self, decoder: LensDecoder) -> LensDecoder:
+        """The decoder as it is now, not to be trained; every process has to ask for it."""
+        return freeze_copy(decoder)
+
+    def gather(self, model: TrainedTensorsModel) -> dict[str, Tensor]:
+        """The trained tensors whole, on the CPU; empty but on the main process. Every process has to call it."""
+        tensors = model.trained_tensors()
+        return {n: t.detach().cpu() for n, t in tensors.items()} if self.accelerator.is_main_process else {}
+
+    def fill(self, model: TrainedTensorsModel, whole: Mapping[str, Tensor]) -> None:
+        """Lays whole tensors over the trained ones. Every process has to call it, with the same.
+
+        Raises:
+            ValueError: if the names or shapes differ from those that the model trains.
+        """
+        model.load_trained_tensors(dict(whole))
+
+
+class SpreadWeights(WholeWeights):
+    """What FSDP2 and ZeRO-3 have in common: no tensor belongs to two modules, and copies are made beforehand."""
+
+    spread = True
+
+    def prepare(self, lens: ConsistencyLensModel, keep_reference: bool) -> None:
+        give_own_tensors(lens)
+        if keep_reference:
+            self._reference = copy.deepcopy(lens.decoder).requires_grad_(False).eval()
+            self.spread_frozen(self._reference, self._reference.residual_stream())
+        self.spread_frozen(lens.subject.model, lens.subject.stream)
+        self.prepare_trained(lens)
+
+    def prepare_trained(self, lens: ConsistencyLensModel) -> None:
+        """Settles what the trainer's own wrapping of a lens has to know."""
+        raise NotImplementedError
+
+    def spread_frozen(self, model: nn.Module, stream: ResidualStream) -> None:
+        """Spreads a model that is not trained, the subject or a reference; `stream` names its blocks."""
+        raise NotImplementedError
+
+    def frozen_copy(self, decoder: LensDecoder) -> LensDecoder:
+        assert self._reference is not None
+        self.copy(decoder, self._reference)
+        return self._reference
+
+    def copy(self, source: TrainedTensorsModel, target: TrainedTensorsModel) -> None:
+        """Copies trained tensors between models that are spread alike."""
+        raise NotImplementedError
+
+
+class FullyShardedWeights(SpreadWeights):
+    """FSDP2: each tensor a `DTensor`, cut along its first dimension; the blocks are gathered one at a time."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self.plugin: Any = accelerator.state.fsdp_plugin
+
+    def prepare_trained(self, lens: ConsistencyLensModel) -> None:
+        """Names the blocks to cut at, and a precision under which activations keep their own."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        lens._no_split_modules = {type(block).__name__ for block in lens.decoder.residual_stream().blocks}
+        if self.accelerator.mixed_precision == "bf16":
+            # autocast, which is on as well, casts what a layer computes in; inputs and outputs stay as they are
+            self.plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+
+    def spread_frozen(self, model: nn.Module, stream: ResidualStream) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        settings = {
+            "reshard_after_forward": self.plugin.reshard_after_forward,
+            "offload_policy": self.plugin.cpu_offload,
+        }
+        for block in stream.blocks:
+            fully_shard(block, **settings)
+        fully_shard(model, **settings)
+
+    def gather(self, model: TrainedTensorsModel) -> dict[str, Tensor]:
+        gathered = {}
+        for name, tensor in own_parts(model).items():  # one at a time: the device never holds two whole ones
+            whole = whole_tensor(tensor, self.accelerator.device)
+            if self.accelerator.is_main_process:
+                gathered[name] = whole.cpu()
+        return gathered
+
+    def fill(self, model: TrainedTensorsModel, whole: Mapping[str, Tensor]) -> None:
+        parts = own_parts(model)
+        model.load_trained_tensors({name: cut_like(tensor, parts[name]) for name, tensor in whole.items()})
+
+    @torch.no_grad()
+    def copy(self, source: TrainedTensorsModel, target: TrainedTensorsModel) -> None:
+        parts = own_parts(source)
+        for name, tensor in own_parts(target).items():
+            tensor.copy_(parts[name])
+
+
+class Zero3Weights(SpreadWeights):
+    """DeepSpeed ZeRO-3: hooks of every module gather its own tensors before it runs, and release them afterwards."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self.engines: list[Any] = []  # keeps the hooks of the frozen models alive
+
+    def prepare_trained(self, lens: ConsistencyLensModel) -> None:
+        """Names the tensors that `forward` uses outside the module that holds them."""
+        import deepspeed
+
+        for clone in (lens.decoder, lens.encoder):
+            for tensor in (clone.token_embedding.weight, clone.prefix_embeddings, clone.suffix_embeddings):
+                if tensor is not None:
+                    deepspeed.zero.register_external_parameter(lens, tensor)
+
+    def spread_frozen(self, model: nn.Module, stream: ResidualStream) -> None:
+        import deepspeed
+
+        config = copy.deepcopy(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        for name in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "train_batch_size"):
+            config.pop(name, None)  # nothing is trained, and the precision is the one that it was loaded in
+        config["zero_optimization"].pop("offload_optimizer", None)
+        config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        self.engines.append(engine)
+        model.eval()
+
+    def gather(self, model: TrainedTensorsModel) -> dict[str, Tensor]:
+        gathered = {}
+        for name, tensor in model.trained_tensors().items():
+            with gathered_parameter(tensor):
+                if self.accelerator.is_main_process:
+                    gathered[name] = tensor.detach().cpu().clone()
+        return gathered
+
+    @torch.no_grad()
+    def fill(self, model: TrainedTensorsModel, whole: Mapping[str, Tensor]) -> None:
+        for name, tensor in model.trained_tensors().items():
+            with gathered_parameter(tensor, written=True):
+                tensor.copy_(whole[name])
+
+    @torch.no_grad()
+    def copy(self, source: TrainedTensorsModel, target: TrainedTensorsModel) -> None:
+        tensors = source.trained_tensors()
+        for name, tensor in target.trained_tensors().items():
+            with gathered_parameter(tensors[name]), gathered_parameter(tensor, written=True):
+                tensor.copy_(tensors[name])
+
+
+def weights_of(accelerator: Accelerator) -> WholeWeights:
+    """How the processes of a run hold the weights.
+
+    Raises:
+        ValueError: for a setting of FSDP that a lens cannot be trained with.
+    """
+    plugin: Any = accelerator.state.fsdp_plugin if accelerator.distributed_type.value == "FSDP" else None
+    if plugin is not None:
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version: got {plugin.fsdp_version}, a lens is trained with 2; set fsdp_version: 2")
+        if plugin.activation_checkpointing:
+            raise ValueError(
+                "fsdp_activation_checkpointing drops the cache of a text that is generated; set it to false and "
+                "gradient_checkpointing to true"
+            )
+        return FullyShardedWeights(accelerator)
+    if accelerator.distributed_type.value == "DEEPSPEED" and accelerator.deepspeed_plugin.zero_stage == 3:
+        return Zero3Weights(accelerator)
+    return WholeWeights(accelerator)
+
+
+def give_own_tensors(lens: ConsistencyLensModel) -> None:
+    """Copies the frozen tensors that a clone has in common with the subject, or with the other clone.
+
+    It is done on the CPU: no device may have room for the copies before they are spread.
+    """
+    lens.to("cpu")  # takes the subject along
+    taken = {id(tensor) for tensor in lens.subject.model.parameters()}
+    for clone in (lens.decoder, lens.encoder):
+        if any(id(tensor) in taken for tensor in clone.base.parameters()):
+            clone.base = copy.deepcopy(clone.base)
+        taken |= {id(tensor) for tensor in clone.base.parameters()}
+
+
+def own_parts(model: TrainedTensorsModel) -> dict[str, Tensor]:
+    """The trained tensors as FSDP2 keeps them; after a pass without gradients some are still gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model.trained_tensors()
+
+
+def whole_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor, or all parts of a `DTensor` put together; all processes have to ask for it."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.detach().to(device).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def cut_like(whole: Tensor, part: Tensor) -> Tensor:
+    """A whole tensor, cut as `part` is; all processes have to ask for it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(part, DTensor):
+        return whole
+    mesh = part.device_mesh
+    return distribute_tensor(whole.to(mesh.device_type), mesh, part.placements).to(part.device)
+
+
+def gathered_parameter(tensor: Tensor, written: bool = False) -> AbstractContextManager:
+    """Inside, a parameter of ZeRO-3 is whole; what the main process has `written` to it is then everyone's."""
+    import deepspeed
+
+    parameters = [tensor] if isinstance(tensor, nn.Parameter) else []
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
