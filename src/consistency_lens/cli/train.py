@@ -8,22 +8,32 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a recipe; prints the held-out figures, sample rows and where the lens lies. Returns the exit code."""
+    """Runs a recipe; prints the held-out figures, sample rows and where the lens lies. Returns the exit code.
+
+    A run that SIGTERM or SIGUSR1 interrupts is done too: it prints how to go on.
+    """
     from ..training.callbacks import NonfiniteGradientsError
-    from .command import FAILED, run_command
+    from .command import DONE, FAILED, run_command
     from .parser import parse_arguments
 
-    def work(console: "Console") -> None:
+    def work(console: "Console") -> int | None:
         from ..evaluation.report import metrics_table, samples_table
         from ..training.arguments import ConsistencyLensTrainingArguments
+        from ..training.interruption import RunInterrupted
         from ..training.recipe import run
         from ..training.recipe_arguments import RecipeArguments
 
         recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), argv)
-        result = run(recipe, training)
+        try:
+            result = run(recipe, training)
+        except RunInterrupted as interrupted:
+            if training.process_index == 0:
+                console.print(str(interrupted), markup=False, highlight=False, soft_wrap=True)
+            return DONE
         if training.process_index == 0:
             console.print(samples_table(result.samples))
             console.print(metrics_table(result.metrics))
             console.print(f"The lens lies in {result.output_dir} (figures: metrics.json, all samples: samples.jsonl)")
+        return DONE
 
     return run_command(work, {NonfiniteGradientsError: FAILED})

@@ -65,6 +65,7 @@ class ConsistencyLensTrainer(CheckpointedTrainer):
             self.add_callback(self.warm_start_end)
         self.skipper = SkipNonfiniteSteps(args.max_nonfinite_steps, self.step_was_dropped if self.is_deepspeed_enabled else None)
         self.add_callback(self.skipper)
+        self.kept["skipped_steps"] = self.skipper
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LensProgress)
