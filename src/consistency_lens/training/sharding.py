@@ -10,16 +10,19 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..lens_artifact import TrainedTensorsModel
 from ..lens_decoder import LensDecoder
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
+from . import checkpoint
 from .objectives import freeze_copy
 
 SHARE_WEIGHTS = ("auto", "true", "false")
@@ -55,16 +58,15 @@ class WholeWeights:
             lens: with its subject.
             keep_reference: whether `frozen_copy` will be asked for.
         """
-        lens.subject.model.to(self.accelerator.device)  # type: ignore[arg-type]
+        lens.subject.model.to(self.accelerator.device)
 
     def frozen_copy(self, decoder: LensDecoder) -> LensDecoder:
         """The decoder as it is now, not to be trained; every process has to ask for it."""
         return freeze_copy(decoder)
 
-    def gather(self, model: TrainedTensorsModel) -> dict[str, Tensor]:
-        """The trained tensors whole, on the CPU; empty but on the main process. Every process has to call it."""
-        tensors = model.trained_tensors()
-        return {n: t.detach().cpu() for n, t in tensors.items()} if self.accelerator.is_main_process else {}
+    def gather(self, model: TrainedTensorsModel, keep: bool) -> dict[str, Tensor]:
+        """The trained tensors whole, on the CPU, where they are to be kept. Every process has to call it."""
+        return {name: tensor.detach().cpu() for name, tensor in model.trained_tensors().items()} if keep else {}
 
     def fill(self, model: TrainedTensorsModel, whole: Mapping[str, Tensor]) -> None:
         """Lays whole tensors over the trained ones. Every process has to call it, with the same.
@@ -73,6 +75,25 @@ class WholeWeights:
             ValueError: if the names or shapes differ from those that the model trains.
         """
         model.load_trained_tensors(dict(whole))
+
+    def save_optimizer(self, optimizer: Any, engine: Any, folder: Path, keep: bool) -> None:
+        """Writes the optimizer's state whole, from the process that is to `keep` it; every process has to call it.
+
+        Args:
+            optimizer: as the trainer has wrapped it.
+            engine: DeepSpeed's; it writes its own files instead, those of each process apart.
+            folder: the checkpoint.
+            keep: whether this process writes what all have in common.
+        """
+        if engine is not None:
+            engine.save_checkpoint(str(folder))
+        elif keep:
+            checkpoint.save_optimizer(optimizer.state_dict(), folder)
+
+    def load_optimizer(self, optimizer: Any, folder: Path) -> None:
+        """Reads what `save_optimizer` wrote; every process has to call it."""
+        if self.accelerator.distributed_type is not DistributedType.DEEPSPEED:  # the trainer has had its engine load
+            optimizer.load_state_dict(checkpoint.read_optimizer(optimizer, folder))
 
 
 class SpreadWeights(WholeWeights):
@@ -135,17 +156,36 @@ class FullyShardedWeights(SpreadWeights):
             fully_shard(block, **settings)
         fully_shard(model, **settings)
 
-    def gather(self, model: TrainedTensorsModel) -> dict[str, Tensor]:
-        gathered = {}
-        for name, tensor in own_parts(model).items():  # one at a time: the device never holds two whole ones
-            whole = whole_tensor(tensor, self.accelerator.device)
-            if self.accelerator.is_main_process:
-                gathered[name] = whole.cpu()
-        return gathered
+    def gather(self, model: TrainedTensorsModel, keep: bool) -> dict[str, Tensor]:
+        return self.put_together(own_parts(model), keep)
+
+    def put_together(self, parts: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+        """Tensors and other values, the tensors whole and on the CPU; see `gather`."""
+        kept = {}
+        for name, part in parts.items():  # one at a time: the device never holds two whole ones
+            whole = whole_tensor(part, self.accelerator.device) if isinstance(part, Tensor) else part
+            if keep:
+                kept[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+        return kept
 
     def fill(self, model: TrainedTensorsModel, whole: Mapping[str, Tensor]) -> None:
         parts = own_parts(model)
         model.load_trained_tensors({name: cut_like(tensor, parts[name]) for name, tensor in whole.items()})
+
+    def save_optimizer(self, optimizer: Any, engine: Any, folder: Path, keep: bool) -> None:
+        state = optimizer.state_dict()
+        state["state"] = {index: self.put_together(entries, keep) for index, entries in state["state"].items()}
+        if keep:
+            checkpoint.save_optimizer(state, folder)
+
+    def load_optimizer(self, optimizer: Any, folder: Path) -> None:
+        saved = checkpoint.read_optimizer(optimizer, folder)
+        trained = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        for index, entries in saved["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and value.shape == trained[index].shape:  # not the count of steps
+                    entries[name] = cut_like(value, trained[index])
+        optimizer.load_state_dict(saved)
 
     @torch.no_grad()
     def copy(self, source: TrainedTensorsModel, target: TrainedTensorsModel) -> None:
@@ -182,13 +222,13 @@ class Zero3Weights(SpreadWeights):
         self.engines.append(engine)
         model.eval()
 
-    def gather(self, model: TrainedTensorsModel) -> dict[str, Tensor]:
-        gathered = {}
+    def gather(self, model: TrainedTensorsModel, keep: bool) -> dict[str, Tensor]:
+        kept = {}
         for name, tensor in model.trained_tensors().items():
             with gathered_parameter(tensor):
-                if self.accelerator.is_main_process:
-                    gathered[name] = tensor.detach().cpu().clone()
-        return gathered
+                if keep:
+                    kept[name] = tensor.detach().cpu().clone()
+        return kept
 
     @torch.no_grad()
     def fill(self, model: TrainedTensorsModel, whole: Mapping[str, Tensor]) -> None:
@@ -210,7 +250,7 @@ def weights_of(accelerator: Accelerator) -> WholeWeights:
     Raises:
         ValueError: for a setting of FSDP that a lens cannot be trained with.
     """
-    plugin: Any = accelerator.state.fsdp_plugin if accelerator.distributed_type.value == "FSDP" else None
+    plugin: Any = accelerator.state.fsdp_plugin if accelerator.distributed_type is DistributedType.FSDP else None
     if plugin is not None:
         if plugin.fsdp_version != 2:
             raise ValueError(f"fsdp_version: got {plugin.fsdp_version}, a lens is trained with 2; set fsdp_version: 2")
@@ -220,7 +260,7 @@ def weights_of(accelerator: Accelerator) -> WholeWeights:
                 "gradient_checkpointing to true"
             )
         return FullyShardedWeights(accelerator)
-    if accelerator.distributed_type.value == "DEEPSPEED" and accelerator.deepspeed_plugin.zero_stage == 3:
+    if accelerator.distributed_type is DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
         return Zero3Weights(accelerator)
     return WholeWeights(accelerator)
 
@@ -230,7 +270,7 @@ def give_own_tensors(lens: ConsistencyLensModel) -> None:
 
     It is done on the CPU: no device may have room for the copies before they are spread.
     """
-    lens.to("cpu")  # takes the subject along
+    lens.to(torch.device("cpu"))  # type: ignore[arg-type]  # takes the subject along
     taken = {id(tensor) for tensor in lens.subject.model.parameters()}
     for clone in (lens.decoder, lens.encoder):
         if any(id(tensor) in taken for tensor in clone.base.parameters()):
@@ -252,7 +292,10 @@ def whole_tensor(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor, or all parts of a `DTensor` put together; all processes have to ask for it."""
     from torch.distributed.tensor import DTensor
 
-    return tensor.detach().to(device).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    part: Any = tensor.detach().to(device)
+    return part.full_tensor()
 
 
 def cut_like(whole: Tensor, part: Tensor) -> Tensor:

@@ -63,7 +63,9 @@ class ConsistencyLensTrainer(CheckpointedTrainer):
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()
             self.add_callback(self.warm_start_end)
-        self.skipper = SkipNonfiniteSteps(args.max_nonfinite_steps, self.step_was_dropped if self.is_deepspeed_enabled else None)
+        self.skipper = SkipNonfiniteSteps(
+            args.max_nonfinite_steps, self.step_was_dropped if self.is_deepspeed_enabled else None
+        )
         self.add_callback(self.skipper)
         self.kept["skipped_steps"] = self.skipper
         if not args.disable_tqdm:
