@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..lens_artifact import TrainedTensorsModel
 from ..lens_decoder import LensDecoder
@@ -200,6 +201,7 @@ class Zero3Weights(SpreadWeights):
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         self.engines: list[Any] = []  # keeps the hooks of the frozen models alive
+        make_models_whole()
 
     def prepare_trained(self, lens: ConsistencyLensModel) -> None:
         """Names the tensors that `forward` uses outside the module that holds them."""
@@ -263,6 +265,14 @@ def weights_of(accelerator: Accelerator) -> WholeWeights:
     if accelerator.distributed_type is DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
         return Zero3Weights(accelerator)
     return WholeWeights(accelerator)
+
+
+def make_models_whole() -> None:
+    """Has `transformers` make and load models whole, though it may have been told of ZeRO-3.
+
+    It would spread them at once then; but a subject is read, and a lens made of it, before there is any training.
+    """
+    unset_hf_deepspeed_config()
 
 
 def give_own_tensors(lens: ConsistencyLensModel) -> None:
