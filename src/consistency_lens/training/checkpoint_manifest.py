@@ -45,13 +45,13 @@ def write_manifest(folder: Path, args: TrainingArguments) -> None:
     if args.world_size > 1 and not args.save_on_each_node:
         broadcast_object_list(listing)
     sizes: dict[str, int] = listing[0]
-    found = digests(folder, shared_out(pieces_of(sizes), args))
+    found = digests(folder, shared_out(pieces_of(sizes, PIECE_BYTES), args), PIECE_BYTES)
     if not args.save_on_each_node:
         found = dict(gathered(list(found.items()), args))
     if args.should_save:
         sync_folder(folder)
         files = {
-            name: {"bytes": size, "sha256": [found[piece] for piece in pieces_of({name: size})]}
+            name: {"bytes": size, "sha256": [found[piece] for piece in pieces_of({name: size}, PIECE_BYTES)]}
             for name, size in sizes.items()
         }
         write_text(folder / MANIFEST_FILE, manifest_text({"piece_bytes": PIECE_BYTES, "files": files}))
@@ -113,7 +113,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-def pieces_of(sizes: Mapping[str, int], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+def pieces_of(sizes: Mapping[str, int], piece_bytes: int) -> list[Piece]:
     """The pieces of files of these sizes; an empty file has one."""
     return [Piece(name, n) for name, size in sizes.items() for n in range(max(1, -(-size // piece_bytes)))]
 
@@ -125,7 +125,7 @@ def shared_out(pieces: Sequence[Piece], args: TrainingArguments) -> Sequence[Pie
     return pieces[args.process_index :: args.world_size]
 
 
-def digests(folder: Path, pieces: Iterable[Piece], piece_bytes: int = PIECE_BYTES) -> dict[Piece, str]:
+def digests(folder: Path, pieces: Iterable[Piece], piece_bytes: int) -> dict[Piece, str]:
     """sha256 of each piece, in hexadecimal."""
 
     def digest(piece: Piece) -> str:

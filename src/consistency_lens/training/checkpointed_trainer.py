@@ -23,7 +23,7 @@ from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
 from .checkpoint_manifest import MANIFEST_FILE, wait_for_everyone, write_manifest
 from .resuming import PROGRESS_FILE, check_same_run, checkpoint_to_resume
-from .sharding import WholeWeights
+from .sharding import weights_of
 from .timetable import Timetable
 from .warm_start_end import WarmStartEnd
 
@@ -50,7 +50,6 @@ class CheckpointedTrainer(Trainer):
 
     args: ConsistencyLensTrainingArguments
     lens: ConsistencyLensModel
-    weights: WholeWeights
     warm_start_end: WarmStartEnd | None = None
     _reference: LensDecoder | None = None
     _sums: dict[str, Tensor]
@@ -62,6 +61,7 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self.kept: dict[str, checkpoint.Kept] = {}
         super().__init__(*args, **kwargs)
+        self.weights = weights_of(self.accelerator)
 
     def timetable(self, total_steps: int | None = None) -> Timetable:
         """The stages as they lie now."""

@@ -151,6 +151,11 @@ def ends_epoch(state: TrainerState) -> bool:
     return state.epoch is not None and state.epoch == int(state.epoch)
 
 
+def interrupted_file(args: TrainingArguments) -> Path:
+    """Where a run says that it was asked to go; asked for late, as a run without a folder is given one."""
+    return Path(str(args.output_dir)) / INTERRUPTED_FILE
+
+
 @contextmanager
 def interruptible(args: TrainingArguments) -> Iterator[Interruption]:
     """A run that ends well when it is asked to go; its trainer needs the callback.
@@ -160,7 +165,6 @@ def interruptible(args: TrainingArguments) -> Iterator[Interruption]:
             its end removes the file.
     """
     interruption = Interruption()
-    path = Path(str(args.output_dir)) / INTERRUPTED_FILE
     before: dict[int, Any] = {}
     try:
         if threading.current_thread() is threading.main_thread():
@@ -168,10 +172,11 @@ def interruptible(args: TrainingArguments) -> Iterator[Interruption]:
                 before[asked] = signal.signal(asked, interruption.handle)
         yield interruption
         if args.process_index == 0:
-            path.unlink(missing_ok=True)
+            interrupted_file(args).unlink(missing_ok=True)
     except RunInterrupted as error:
         if args.process_index == 0:
-            write_json(path, {"step": error.step, "signal": error.signal_name, "checkpoint": error.checkpoint})
+            content = {"step": error.step, "signal": error.signal_name, "checkpoint": error.checkpoint}
+            write_json(interrupted_file(args), content)
         raise
     finally:
         for number, handler in before.items():

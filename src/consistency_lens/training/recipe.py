@@ -33,6 +33,7 @@ from .evaluation_callback import EvaluateLens
 from .interruption import Interruption, interruptible
 from .recipe_arguments import RecipeArguments
 from .resuming import checkpoint_to_resume
+from .run_names import name_run
 from .sample_tables import SampleTables
 from .trainer import ConsistencyLensTrainer, check_settings
 
@@ -115,15 +116,18 @@ def train_and_evaluate(
     """As `run`; `interruption` is told when the training begins and ends."""
     clock = Clock()
     set_seed(training_args.seed)
-    output_dir = Path(str(training_args.output_dir))
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
-    subject = load_subject_and_tokenizer(args.model, args.revision, args.dtype)
+    subject = load_subject_and_tokenizer(
+        args.model, args.revision, args.dtype, args.quantization, args.attention, training_args.device
+    )
     check_length(args, subject)
-    subject.model.to(training_args.device)  # type: ignore[arg-type]
     # made before any activations, so that every mistake in its settings is found before the long work
-    lens = make_lens(args, subject, layer_to_read(args, subject))
+    layer = layer_to_read(args, subject)
+    lens = make_lens(args, subject, layer)
     check_settings(lens, training_args)
+    name_run(training_args, args.dataset, args.model, layer, resume)
+    output_dir = Path(str(training_args.output_dir))
     summaries = read_checked_summaries(args, training_args)
     folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
     rows = open_rows(
