@@ -5,6 +5,7 @@ from typing import Any
 
 from ..schedules import Schedule, parse_duration
 from .control_arguments import ControlArguments
+from .sharding_arguments import ShardingArguments
 from .unfreezing import Unfreezing
 
 OBJECTIVES = ("warm_start", "gumbel", "policy_gradient")
@@ -58,7 +59,7 @@ def schedule(default: str, text: str) -> Any:
 
 
 @dataclass
-class ConsistencyLensTrainingArguments(ControlArguments):
+class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     """Arguments of `ConsistencyLensTrainer`. `learning_rate` is the decoder's.
 
     Weights and the temperature are schedules in the grammar of `schedules.py` ("linear 0 -> 1 over 50%"), which count

@@ -9,7 +9,6 @@ likewise, each on its own, as tensors that two such modules share could not be.
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,6 @@ from ..residual_stream import ResidualStream
 from . import checkpoint
 from .objectives import freeze_copy
 
-SHARE_WEIGHTS = ("auto", "true", "false")
-
-
-@dataclass
-class ShardingArguments:
-    """How the frozen weights of subject and clones are held."""
-
-    share_weights: str = field(
-        default="auto",
-        metadata={
-            "help": "Frozen weights that subject and clones have in common: true holds them once, false once each; "
-            "auto: once, but under FSDP2 and ZeRO-3, which cannot.",
-            "choices": SHARE_WEIGHTS,
-        },
-    )
-
 
 class WholeWeights:
     """Every process holds all weights: one process, DDP, ZeRO-1 and ZeRO-2."""
@@ -51,15 +34,29 @@ class WholeWeights:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._reference: LensDecoder | None = None
+        self.uses_deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
+        if self.uses_deepspeed and accelerator.mixed_precision == "bf16":
+            # its own bfloat16 would round the weights, the statistics and every activation, and the subject's too
+            config = accelerator.state.deepspeed_plugin.deepspeed_config
+            config |= {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
-    def prepare(self, lens: ConsistencyLensModel, keep_reference: bool) -> None:
+    def prepare(self, lens: ConsistencyLensModel, keep_reference: bool, share_weights: str = "auto") -> None:
         """Settles, before the trainer wraps a lens, how it and the models beside it hold their weights.
 
         Args:
             lens: with its subject.
             keep_reference: whether `frozen_copy` will be asked for.
+            share_weights: see `ShardingArguments`.
         """
+        if share_weights == "false":
+            give_own_tensors(lens)
         lens.subject.model.to(self.accelerator.device)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision that the lens computes in, while its weights stay as they are."""
+        if self.uses_deepspeed and self.accelerator.mixed_precision == "bf16":
+            return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+        return self.accelerator.autocast()
 
     def frozen_copy(self, decoder: LensDecoder) -> LensDecoder:
         """The decoder as it is now, not to be trained; every process has to ask for it."""
@@ -93,8 +90,11 @@ class WholeWeights:
 
     def load_optimizer(self, optimizer: Any, folder: Path) -> None:
         """Reads what `save_optimizer` wrote; every process has to call it."""
-        if self.accelerator.distributed_type is not DistributedType.DEEPSPEED:  # the trainer has had its engine load
+        if not self.uses_deepspeed:  # whose engine has been told already
             optimizer.load_state_dict(checkpoint.read_optimizer(optimizer, folder))
+
+    def release(self, lens: ConsistencyLensModel, optimizer: Any) -> None:
+        """Gives the memory of the device back after the training; the lens cannot be used any more."""
 
 
 class SpreadWeights(WholeWeights):
@@ -102,7 +102,7 @@ class SpreadWeights(WholeWeights):
 
     spread = True
 
-    def prepare(self, lens: ConsistencyLensModel, keep_reference: bool) -> None:
+    def prepare(self, lens: ConsistencyLensModel, keep_reference: bool, share_weights: str = "auto") -> None:
         give_own_tensors(lens)
         if keep_reference:
             self._reference = copy.deepcopy(lens.decoder).requires_grad_(False).eval()
@@ -188,6 +188,10 @@ class FullyShardedWeights(SpreadWeights):
                     entries[name] = cut_like(value, trained[index])
         optimizer.load_state_dict(saved)
 
+    def release(self, lens: ConsistencyLensModel, optimizer: Any) -> None:
+        optimizer.state.clear()
+        lens.to(torch.device("cpu"))  # type: ignore[arg-type]
+
     @torch.no_grad()
     def copy(self, source: TrainedTensorsModel, target: TrainedTensorsModel) -> None:
         parts = own_parts(source)
@@ -220,6 +224,7 @@ class Zero3Weights(SpreadWeights):
             config.pop(name, None)  # nothing is trained, and the precision is the one that it was loaded in
         config["zero_optimization"].pop("offload_optimizer", None)
         config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        stream.may_stop = False  # the hooks have to see the end of every module whose start they saw
         engine, *_ = deepspeed.initialize(model=model, config=config)
         self.engines.append(engine)
         model.eval()
@@ -247,23 +252,11 @@ class Zero3Weights(SpreadWeights):
 
 
 def weights_of(accelerator: Accelerator) -> WholeWeights:
-    """How the processes of a run hold the weights.
-
-    Raises:
-        ValueError: for a setting of FSDP that a lens cannot be trained with.
-    """
-    plugin: Any = accelerator.state.fsdp_plugin if accelerator.distributed_type is DistributedType.FSDP else None
-    if plugin is not None:
-        if plugin.fsdp_version != 2:
-            raise ValueError(f"fsdp_version: got {plugin.fsdp_version}, a lens is trained with 2; set fsdp_version: 2")
-        if plugin.activation_checkpointing:
-            raise ValueError(
-                "fsdp_activation_checkpointing drops the cache of a text that is generated; set it to false and "
-                "gradient_checkpointing to true"
-            )
+    """How the processes of a run hold the weights."""
+    if accelerator.distributed_type is DistributedType.FSDP:
         return FullyShardedWeights(accelerator)
-    if accelerator.distributed_type is DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
-        return Zero3Weights(accelerator)
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return Zero3Weights(accelerator) if accelerator.deepspeed_plugin.zero_stage == 3 else WholeWeights(accelerator)
     return WholeWeights(accelerator)
 
 

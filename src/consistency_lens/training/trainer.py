@@ -18,6 +18,7 @@ from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
 from .controlled_trainer import ControlledTrainer, check_control
 from .objectives import Objective, Reference, Step, SubjectReference, make_objective
+from .sharding_arguments import check_sharding
 from .timetable import Timetable
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
@@ -67,7 +68,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LensProgress)
-        self.weights.prepare(model, keep_reference=args.keeps_warm_start())
+        self.weights.prepare(model, keep_reference=args.keeps_warm_start(), share_weights=args.share_weights)
         self.stream_sampler: StreamSampler | None = None
         self._objectives: dict[int, Objective] = {}
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
@@ -185,7 +186,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         number, timetable = self.state.global_step, self.timetable()
         step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
-        with self.accelerator.autocast():
+        with self.weights.autocast():
             losses = self.current_objective()(model, self.lens, inputs, step)
         weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
@@ -242,6 +243,7 @@ def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgu
     Raises:
         ValueError: for a length penalty on texts that cannot stop, or settings of groups that the lens does not train.
     """
+    check_sharding(args, args.share_weights)
     check_control(lens, args)
     if args.length_penalty > 0 and lens.config.decoder.stop_token_id is None:
         raise ValueError(
