@@ -83,9 +83,8 @@ def load_state(folder: Path, name: str) -> dict[str, Any]:
     return {**content["values"], **tensors}
 
 
-def save_optimizer(optimizer: Any, folder: Path) -> None:
-    """Writes an optimizer's state: `<index>.<name>` tensors, and everything that is no tensor as JSON."""
-    state = optimizer.state_dict()
+def save_optimizer(state: Mapping[str, Any], folder: Path) -> None:
+    """Writes an optimizer's `state_dict`: `<index>.<name>` tensors, and everything that is no tensor as JSON."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
@@ -98,8 +97,8 @@ def save_optimizer(optimizer: Any, folder: Path) -> None:
     write_json(folder / OPTIMIZER_JSON, {"param_groups": state["param_groups"], "scalars": scalars})
 
 
-def load_optimizer(optimizer: Any, folder: Path) -> None:
-    """Reads what `save_optimizer` wrote.
+def read_optimizer(optimizer: Any, folder: Path) -> dict[str, Any]:
+    """Reads what `save_optimizer` wrote, for that optimizer's `load_state_dict`.
 
     Raises:
         ValueError: if the checkpoint trained another set of parameter groups.
@@ -115,7 +114,7 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
     for key, tensor in load_file(folder / OPTIMIZER_TENSORS).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    return {"state": state, "param_groups": saved["param_groups"]}
 
 
 def save_scheduler(scheduler: Any, folder: Path) -> None:
