@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from live_bytes import LiveBytes, peak_bytes
 from tiny_lenses import (
     INJECTED,
     LAYER,
@@ -312,6 +313,38 @@ class TestGradientCheckpointing:
         plain = gradients(PATHS[path](lens), lens)
         lens.gradient_checkpointing_enable()
         torch.testing.assert_close(gradients(PATHS[path](lens), lens), plain, **CLOSE)
+
+    # some switch a cache off in the block, some in the model, some not at all
+    @pytest.mark.parametrize("family", ["gpt2", "gemma3", "falcon", "bloom", "gptj", "gpt_neo", "opt"])
+    @pytest.mark.parametrize("prompts", [PROMPTS, {}], ids=["prompts", "slots"])
+    def test_every_family_keeps_its_context(self, family, prompts, caplog):
+        lens = disturb(tiny_lens(family, "full", **prompts)).train()
+        plain = gradients(PATHS["soft"](lens), lens)
+        lens.gradient_checkpointing_enable()
+        caplog.clear()
+        torch.testing.assert_close(gradients(PATHS["soft"](lens), lens), plain, **CLOSE)
+        assert "Setting" not in caplog.text  # `past_key_values=None`, as transformers says when it drops a cache
+
+    @pytest.mark.parametrize("training", ["lora", "full"])
+    def test_the_peak_of_memory_at_16_tokens_is_less_than_half(self, training):
+        pytest.importorskip("peft")
+        lens = tiny_lens("llama", training, **PROMPTS, num_text_tokens=16).train()
+        PATHS["soft"](lens).backward()  # makes the gradients, which stay
+        plain = peak_bytes(lambda: PATHS["soft"](lens).backward(), lens)
+        lens.gradient_checkpointing_enable()
+        checkpointed = peak_bytes(lambda: PATHS["soft"](lens).backward(), lens)
+        assert checkpointed < 0.5 * plain
+
+    def test_what_is_kept_grows_with_the_tokens_and_not_with_their_square(self):
+        lens = tiny_lens("llama", "full", **PROMPTS).train()
+        lens.gradient_checkpointing_enable()
+        kept = {}
+        for length in (4, 16, 64):
+            with LiveBytes(lens) as live:
+                text = lens.decoder.generate_soft(activations(), keys(), length)
+            kept[length] = live.now
+            del text
+        assert kept[64] - kept[16] < 4.5 * (kept[16] - kept[4])
 
     def test_text_depends_on_the_activation_in_train_mode(self):
         lens = disturb(tiny_lens("llama", "full", **PROMPTS))

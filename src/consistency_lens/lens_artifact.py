@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from .atomic_write import write_json, write_tensors
+from .quantised import keep_gradients
 
 WEIGHTS_FILE = "model.safetensors"
 PROVENANCE_FILE = "provenance.json"
@@ -233,15 +234,17 @@ def load_subject(
     else:
         name = base_model or subject_location(config)
         # the precision that the lens was trained with; a checkpoint's own may be another
-        base_kwargs = {"dtype": config.base_config.get("dtype") or "auto", **base_kwargs}
+        recorded = {name: config.base_config.get(name) for name in ("dtype", "quantization_config")}
+        base_kwargs = {"dtype": "auto", **{k: v for k, v in recorded.items() if v is not None}, **base_kwargs}
         revision = None if base_model else config.base_model_revision
         try:
             subject = AutoModelForCausalLM.from_pretrained(name, revision=revision, **base_kwargs).eval()
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             raise ValueError(
                 f"subject: no model at {name!r} (revision {revision}); pass base_model=<path, Hub id or model> "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from error
+    keep_gradients(subject)
     check_architecture(config.base_config, subject)
     return subject
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .attention import leave_flash
 from .lens_artifact import TrainedTensorsModel
 from .optional_packages import require
+from .quantised import is_quantised, state_beside_weights
 from .straight_through import straight_through_embedding
 
 
@@ -19,10 +21,18 @@ def clone_subject(model: PreTrainedModel, share_weights: bool) -> PreTrainedMode
     Sharing puts every parameter and buffer into the memo of `copy.deepcopy`, so only the Python objects are new
     (one copy of frozen weights, however many clones). Copies are float32, for they will be trained: an optimizer's
     small updates are rounded away in bfloat16.
+
+    Raises:
+        ValueError: for a copy of quantised weights, which cannot be trained.
     """
     if not share_weights:
-        return copy.deepcopy(model).float()
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+        if is_quantised(model):
+            raise ValueError("training: got 'full', but quantised weights cannot be trained; set it to lora or frozen")
+        copied = copy.deepcopy(model).float()
+        leave_flash(copied)
+        return copied
+    shared = chain(model.parameters(), model.buffers(), state_beside_weights(model))
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .cached_passes import CachedPasses, checkpointed_modules, without_checkpoints
 from .configuration_consistency_lens import LensDecoderConfig
 from .lens_artifact import base_from_config, load_subject
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
@@ -63,6 +65,8 @@ class LensDecoder(LensClone):
         """Overwrites the input of blocks 1..n at index `slot` of the running chunk by their own projections."""
         with ExitStack() as hooks:
             if self.injections:
+                # a compiled base would leave out hooks that were not there when it was compiled
+                hooks.enter_context(torch.compiler.set_stance("force_eager"))
                 normalised = self.normaliser.normalise(activations).to(self.projection.weight.dtype)
                 for block, projection in zip(self.residual_stream().blocks[1:], self.injections, strict=False):
                     hooks.enter_context(overwritten_input(block, slot, projection(normalised)))
@@ -100,8 +104,7 @@ class LensDecoder(LensClone):
             num_text_tokens: T.
             tau: temperature of the relaxed gradient; it never changes the sample.
             temperature: temperature of the sample.
-            use_cache: False recomputes the whole sequence at every step, the reference for tests. Gradient
-                checkpointing forces it, because a checkpointed block drops the cache that it is handed.
+            use_cache: False runs the whole sequence anew at every step, the reference for tests.
 
         Raises:
             ValueError: if T is less than one.
@@ -130,21 +133,27 @@ class LensDecoder(LensClone):
         """The text token by token: ids (B,) and the logits (B, V) that they were drawn from; see `generate_soft`."""
         if num_text_tokens < 1:
             raise ValueError(f"num_text_tokens must be at least 1, got {num_text_tokens}; 8 is a good start")
-        if self.checkpoints_gradients():  # without gradients too: the block drops it in train mode
-            use_cache = False
         dtype = self.token_embedding.weight.dtype
         batch = len(activations)
         prefix, suffix = (piece.to(dtype) for piece in self.prompt())
         chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix.expand(batch, -1, -1)], dim=1)
         if use_cache:
-            cache, slot = self.prefix_cache(prefix, batch), 0
+            recompute = self.checkpoints_gradients() and torch.is_grad_enabled()
+            passes, slot = CachedPasses(self.base, self.prefix_cache(prefix, batch), recompute), 0
         else:
-            cache, slot = None, len(prefix)
-            chunk = torch.cat([prefix.expand(batch, -1, -1), chunk], dim=1)
+            chunk, slot = torch.cat([prefix.expand(batch, -1, -1), chunk], dim=1), len(prefix)
+
+        @contextmanager
+        def injected() -> Iterator[None]:
+            with without_checkpoints(self.base), self.injected(activations, slot):
+                yield
+
         for step in range(num_text_tokens):
-            with self.injected(activations, slot) if step == 0 or not use_cache else ExitStack():
-                output = self.base(inputs_embeds=chunk, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
-            logits = output.logits[:, -1]
+            if use_cache:
+                logits = passes(chunk, injected if step == 0 else partial(without_checkpoints, self.base))
+            else:
+                with self.injected(activations, slot):
+                    logits = self.base(inputs_embeds=chunk, use_cache=False, logits_to_keep=1).logits[:, -1]
             step_keys = None if keys is None else fold_in(keys, step)
             ids = sample_tokens(logits, step_keys, temperature)
             yield ids, logits
@@ -154,14 +163,15 @@ class LensDecoder(LensClone):
 
     def checkpoints_gradients(self) -> bool:
         """Whether a training pass would recompute blocks in its backward pass."""
-        return self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.base.modules())
+        return self.training and len(checkpointed_modules(self.base)) > 0
 
     def prefix_cache(self, prefix: Tensor, batch: int) -> DynamicCache:
         """Keys and values of the prompt before the slot: run once, not once per row, then expanded to the batch."""
         if len(prefix) == 0:
             return DynamicCache()
         once = DynamicCache()
-        self.base.get_decoder()(inputs_embeds=prefix[None], past_key_values=once, use_cache=True)
+        with without_checkpoints(self.base):
+            self.base.get_decoder()(inputs_embeds=prefix[None], past_key_values=once, use_cache=True)
         expanded = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v, *_ in once]
         return DynamicCache(expanded)
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .quantised import copy_marks
+
 # Config fields that hold one entry per block, and so must be cut together with the blocks.
 PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 
@@ -218,6 +220,7 @@ def truncated(
         if child is stream.final_norm or _leaves_stream(child, stream.width):
             setattr(stream._parent, name, nn.Identity())
     _replace_config(stream.decoder, _shortened(stream.decoder.config, num_blocks))
+    copy_marks(model, stream.decoder)
     return stream.decoder
 
 

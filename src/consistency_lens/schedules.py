@@ -3,30 +3,48 @@
     schedule = Schedule.parse("linear 0 -> 1 over 50% hold 10%").resolve(steps_per_epoch=100, total_steps=1000)
     schedule(0), schedule(350), schedule(1000)   # 0.0, 0.5, 1.0
 
-Time runs in optimizer steps, counted from 0: first the warm-up (from 0 to the start value, in a straight line), then
-the hold (at the start value), then the change, then the end value for good.
+Time runs in optimizer steps, counted from 0: first the warm-up (from 0, or from another value, to the start value, in
+a straight line), then the hold (at the start value), then the change, then the end value for good.
+
+    "polynomial 1 -> 0 power 2"                      what is left of the change, squared
+    "restarts 1 -> 0.1 every 500s times 2"           cosines from 1 to 0.1: the first of 500 steps, each twice as long
+    "cosine 1 -> 0.1 warmup 1000s from 0.1"          the warm-up starts at 0.1
 """
 
 import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 DURATION_GRAMMAR = "'500s' or 500 (steps), '0.5e' (epochs) or '10%' (of all steps)"
 SCHEDULE_GRAMMAR = (
-    "a number, 'constant A [warmup DURATION]' or 'linear|cosine|exponential A -> B [over DURATION] [warmup DURATION] "
-    f"[hold DURATION]', with DURATION as {DURATION_GRAMMAR}"
+    "a number, 'constant A [warmup DURATION [from C]]', 'linear|cosine|exponential A -> B [over DURATION] "
+    "[warmup DURATION [from C]] [hold DURATION]', or likewise 'polynomial A -> B power P' and "
+    f"'restarts A -> B every DURATION [times N]', with DURATION as {DURATION_GRAMMAR}"
 )
 
-Kind = Literal["constant", "linear", "cosine", "exponential"]
+Kind = Literal["constant", "linear", "cosine", "restarts", "polynomial", "exponential"]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _DURATION = re.compile(r"(?P<steps>\d+)s?|(?P<epochs>\d+\.?\d*|\.\d+)e|(?P<percent>\d+\.?\d*|\.\d+)%")
-_CONSTANT = re.compile(rf"(?:constant\s+)?(?P<start>{_NUMBER})(?P<phases>(?:\s+\S+\s+\S+)*)")
+_PHASES = r"(?P<phases>(?:\s+\S+\s+\S+)*)"
+_CONSTANT = re.compile(rf"(?:constant\s+)?(?P<start>{_NUMBER}){_PHASES}")
 _CHANGE = re.compile(
-    rf"(?P<kind>linear|cosine|exponential)\s+(?P<start>{_NUMBER})\s*->\s*(?P<end>{_NUMBER})(?P<phases>(?:\s+\S+\s+\S+)*)"
+    r"(?P<kind>linear|cosine|restarts|polynomial|exponential)\s+"
+    rf"(?P<start>{_NUMBER})\s*->\s*(?P<end>{_NUMBER}){_PHASES}"
 )
+_PHASES_OF_ALL = {"over", "warmup", "from", "hold"}
+# kind -> the words that may follow it, and below the one that must
+_WORDS = {
+    "constant": {"warmup", "from"},
+    "linear": _PHASES_OF_ALL,
+    "cosine": _PHASES_OF_ALL,
+    "exponential": _PHASES_OF_ALL,
+    "polynomial": _PHASES_OF_ALL | {"power"},
+    "restarts": _PHASES_OF_ALL | {"every", "times"},
+}
+_NEEDED = {"polynomial": "power", "restarts": "every"}
 
 
 def parse_duration(duration: str | int, steps_per_epoch: int | None, total_steps: int) -> int:
@@ -69,22 +87,37 @@ class ResolvedSchedule:
     warmup: int
     hold: int
     change: int
+    warmup_from: float = 0.0
+    power: float = 1.0
+    cycle: int = 1
+    times: float = 1.0
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:
-            return self.start * step / self.warmup
+            return self.warmup_from + (self.start - self.warmup_from) * step / self.warmup
         elapsed = step - self.warmup - self.hold
         if elapsed >= self.change:
             return self.end
         if elapsed <= 0:
             return self.start
-        return self._between(elapsed / self.change)
+        return self._between(self._fraction_of_cycle(elapsed) if self.kind == "restarts" else elapsed / self.change)
+
+    def _fraction_of_cycle(self, elapsed: int) -> float:
+        """How much of the cycle that a step lies in has passed, 0 at its start."""
+        if self.times == 1:
+            return elapsed % self.cycle / self.cycle
+        passed, length = float(elapsed), float(self.cycle)
+        while passed >= length:
+            passed, length = passed - length, length * self.times
+        return passed / length
 
     def _between(self, fraction: float) -> float:
-        if self.kind == "cosine":
+        if self.kind in ("cosine", "restarts"):
             return self.end + (self.start - self.end) * (1 + math.cos(math.pi * fraction)) / 2
         if self.kind == "exponential":
             return self.start * (self.end / self.start) ** fraction
+        if self.kind == "polynomial":
+            return self.end + (self.start - self.end) * (1 - fraction) ** self.power
         return self.start + (self.end - self.start) * fraction
 
 
@@ -93,12 +126,19 @@ class Schedule:
     """How a weight, a temperature or a rate changes during training.
 
     Attributes:
-        kind: constant, linear, cosine (half a period) or exponential (a constant factor each step).
+        kind: constant, linear, cosine (half a period), restarts (such cosines one after the other, SGDR of Loshchilov
+            and Hutter 2016, arXiv:1608.03983), polynomial (a power of what is left) or exponential (a constant factor
+            each step).
         start: the value at the start of the change, and during the hold.
-        end: the value at its end and ever after.
+        end: the value at its end and ever after. Restarts come near it at the end of each cycle; the last one is cut
+            where the change ends.
         over: duration of the change; None for all that is left of the run.
-        warmup: duration of the rise from 0 to `start`, before all else.
+        warmup: duration of the rise to `start`, before all else.
+        warmup_from: the value that the rise begins at.
         hold: duration of staying at `start` before the change.
+        power: of a polynomial, positive.
+        every: duration of the first cycle of restarts.
+        times: how many times as long as the one before each further cycle is, 1 or more.
     """
 
     kind: Kind
@@ -107,6 +147,10 @@ class Schedule:
     over: str | int | None = None
     warmup: str | int = 0
     hold: str | int = 0
+    warmup_from: float = 0.0
+    power: float = 1.0
+    every: str | int = 1
+    times: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind == "exponential" and min(self.start, self.end) <= 0:
@@ -114,7 +158,11 @@ class Schedule:
                 f"an exponential schedule needs positive ends, got {self.start:g} -> {self.end:g}; "
                 "use a small number such as 1e-4 in place of 0"
             )
-        for duration in (self.over, self.warmup, self.hold):
+        if not self.power > 0:
+            raise ValueError(f"a polynomial schedule needs a positive power, got {self.power:g}; 2 is usual")
+        if not self.times >= 1:
+            raise ValueError(f"restarts: each cycle is 'times' as long as the last, 1 or more, got {self.times:g}")
+        for duration in (self.over, self.warmup, self.hold, self.every):
             if duration is not None:
                 _match_duration(duration)
 
@@ -130,16 +178,33 @@ class Schedule:
         if match is None:
             raise ValueError(f"not a schedule: {text!r}; write {SCHEDULE_GRAMMAR}")
         parts = match.groupdict()
-        words = parts["phases"].split()
-        phases = dict(zip(words[::2], words[1::2], strict=True))
-        allowed = {"over", "warmup", "hold"} if "kind" in parts else {"warmup"}
-        if not phases.keys() <= allowed or 2 * len(phases) != len(words):
+        kind, words = parts.get("kind", "constant"), parts["phases"].split()
+        phases: dict[str, Any] = dict(zip(words[::2], words[1::2], strict=True))
+        if not phases.keys() <= _WORDS[kind] or 2 * len(phases) != len(words):
             raise ValueError(
                 f"not a schedule: {text!r}, whose {' and '.join(words[::2])} should be each of "
-                f"{', '.join(sorted(allowed))} at most once; write {SCHEDULE_GRAMMAR}"
+                f"{', '.join(sorted(_WORDS[kind]))} at most once; write {SCHEDULE_GRAMMAR}"
             )
+        if kind in _NEEDED and _NEEDED[kind] not in phases:
+            raise ValueError(f"not a schedule: {text!r}, which lacks '{_NEEDED[kind]}'; write {SCHEDULE_GRAMMAR}")
+        if "from" in phases:
+            if "warmup" not in phases:
+                raise ValueError(f"not a schedule: {text!r}, whose 'from' has no warmup; write {SCHEDULE_GRAMMAR}")
+            phases["warmup_from"] = phases.pop("from")
+        for name in ("warmup_from", "power", "times"):
+            if name in phases:
+                phases[name] = _number(phases[name], text)
         start = float(parts["start"])
-        return cls(cast(Kind, parts.get("kind", "constant")), start, float(parts.get("end", start)), **phases)
+        return cls(cast(Kind, kind), start, float(parts.get("end", start)), **phases)
+
+    def lowest(self) -> float:
+        """The smallest value that it takes."""
+        warmup = () if str(self.warmup) in ("0", "0s") else (self.warmup_from,)
+        return min(self.start, self.end, *warmup)
+
+    def is_zero(self) -> bool:
+        """Whether it never leaves 0."""
+        return self.start == self.end == self.warmup_from == 0
 
     def resolve(self, steps_per_epoch: int | None, total_steps: int) -> ResolvedSchedule:
         """The schedule of a run of a known length, as a function of the optimizer step.
@@ -152,4 +217,13 @@ class Schedule:
         change = max(0, total_steps - warmup - hold)
         if self.over is not None:
             change = parse_duration(self.over, steps_per_epoch, total_steps)
-        return ResolvedSchedule(self.kind, self.start, self.end, warmup, hold, change)
+        cycle = max(1, parse_duration(self.every, steps_per_epoch, total_steps))
+        return ResolvedSchedule(
+            self.kind, self.start, self.end, warmup, hold, change, self.warmup_from, self.power, cycle, self.times
+        )
+
+
+def _number(word: str, text: str | float) -> float:
+    if re.fullmatch(_NUMBER, word) is None:
+        raise ValueError(f"not a schedule: {text!r}, where {word!r} is no number; write {SCHEDULE_GRAMMAR}")
+    return float(word)

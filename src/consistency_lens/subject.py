@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from .attention import attention_with_masks
 from .residual_stream import ResidualStream, gather_positions
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Subject:
             return self.replaced_logits_full(context, activations)
         batch_size, num_positions = context.positions.shape
         queries = torch.arange(num_positions, device=context.positions.device).expand(batch_size, -1)
-        with self.stream.replace(self.layer, queries, activations):
+        with self.stream.replace(self.layer, queries, activations), attention_with_masks(self.model):
             output = self.model(
                 input_ids=context.input_ids.gather(1, context.positions),
                 attention_mask=self._attention_mask(context, dtype=context.cache[0][0].dtype),

@@ -4,6 +4,7 @@ from tiny_lenses import tiny_tokenizer
 from tiny_models import NUM_LAYERS, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
+from consistency_lens import attention
 from consistency_lens.data import subject_loading
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.corpus import corpus_from_rows
@@ -50,6 +51,14 @@ def test_a_subject_goes_where_it_is_told(folder, place):
         assert torch.equal(subject.model(ids, mask).logits, expected(ids, mask).logits)
 
 
+def test_the_attention_that_is_taken_is_said_once(folder, caplog):
+    caplog.set_level("INFO")
+    load_subject_and_tokenizer(folder)
+    load_subject_and_tokenizer(folder, attention="eager")
+    said = [record.message for record in caplog.records if record.message.startswith("attention of")]
+    assert [message.split(": ")[1] for message in said] == ["sdpa", "eager"]
+
+
 def test_flash_attention_is_tried_and_left_where_the_architecture_has_none(folder, monkeypatch):
     asked, load = [], AutoModelForCausalLM.from_pretrained
 
@@ -59,7 +68,7 @@ def test_flash_attention_is_tried_and_left_where_the_architecture_has_none(folde
             raise ValueError("LlamaForCausalLM does not support Flash Attention 2 yet")
         return load(*arguments, attn_implementation=attn_implementation, **keywords)
 
-    monkeypatch.setattr(subject_loading, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(subject_loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     load_subject_and_tokenizer(folder, dtype="bfloat16", device_map="auto")
     assert asked == ["flash_attention_2", None]
@@ -156,7 +165,12 @@ def test_gradients_pass_4bit_weights_after_a_pass_without(folder):
         ({"device": "cuda:99"}, "device: got 'cuda:99', which is not to be had here; try cpu"),
         ({"device": "nowhere"}, "device: got 'nowhere', which is not to be had here"),
         ({"device": "cpu", "device_map": "auto"}, "device: got 'cpu' and device_map 'auto'; pass one of them"),
-        ({"attention": "wishful"}, "with attention 'wishful'; leave attention out"),
+        ({"attention": "wishful"}, "with attention 'wishful'; set attention to auto"),
+        (
+            {"attention": "flash_attention_2", "dtype": "bfloat16"},
+            "attention: flash_attention_2 takes bfloat16 or float16 on a GPU, got bfloat16 on a CPU; set attention to",
+        ),
+        ({"attention": "flash_attention_2", "device_map": "auto"}, "takes bfloat16 or float16 on a GPU, got float32;"),
         ({"device_map": "wishful"}, "cannot load .*device_map"),
     ],
 )

@@ -9,7 +9,7 @@ from datasets import Dataset
 from published_rows import published
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from consistency_lens import ConsistencyLensModel, Subject
 from consistency_lens.data.activation_cache import ActivationCache
@@ -30,8 +30,10 @@ def tiny_corpus(num_documents: int = 24) -> Dataset:
     return corpus_from_rows({"input_ids": ids, "document": document_hash(ids)} for ids in documents)
 
 
-def tiny_cache(folder: Path, num_documents: int = 24) -> tuple[Subject, PreTrainedTokenizerFast, ActivationCache]:
-    tokenizer, subject = tiny_tokenizer(), Subject(tiny_model("llama"), LAYER)
+def tiny_cache(
+    folder: Path, num_documents: int = 24, model: PreTrainedModel | None = None
+) -> tuple[Subject, PreTrainedTokenizerFast, ActivationCache]:
+    tokenizer, subject = tiny_tokenizer(), Subject(model or tiny_model("llama"), LAYER)
     cache = build_activation_cache(
         subject, tiny_corpus(num_documents), folder, tokenizer=tokenizer, subject_name="tiny", dataset_name="random",
         dtype="float32", positions_per_sequence=3, min_position=4, progress=False,
@@ -58,9 +60,13 @@ def tiny_lens(subject: Subject, tokenizer: PreTrainedTokenizerFast, cache: Activ
 
 
 def tiny_trainer(
-    folder: Path, lens_settings: dict | None = None, source: str = "cache", **arguments
+    folder: Path,
+    lens_settings: dict | None = None,
+    source: str = "cache",
+    model: PreTrainedModel | None = None,
+    **arguments,
 ) -> ConsistencyLensTrainer:
-    subject, tokenizer, cache = tiny_cache(folder / "cache")
+    subject, tokenizer, cache = tiny_cache(folder / "cache", model=model)
     defaults = {
         "output_dir": str(folder / "run"), "use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 8,
         "learning_rate": 1e-3, "stages": ["warm_start 50%", "gumbel"], "logging_steps": 1, "report_to": "none",

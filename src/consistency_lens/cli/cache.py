@@ -41,8 +41,9 @@ class CacheArguments:
 
     dtype: str = field(default="float32", metadata={"help": "Precision of the subject: float32, bfloat16 or float16."})
     quantization: str | None = field(default=None, metadata={"help": "8bit or 4bit weights, by bitsandbytes."})
-    attention: str | None = field(
-        default=None, metadata={"help": "Attention, as transformers names it; default: the fastest that is safe."}
+    attention: str = field(
+        default="auto",
+        metadata={"help": "As transformers names it; auto: FlashAttention 2 where it runs, else sdpa, else eager."},
     )
     device: str | None = field(
         default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU for each process if there are any."}
@@ -167,7 +168,7 @@ def cache_activations(args: CacheArguments, state: "PartialState") -> list[Cache
     )  # fmt: skip
     device = device_of(args, state)
     # all that can be wrong without the weights comes before they are loaded
-    check_loading(args.dtype, args.quantization, device, args.device_map)
+    check_loading(args.dtype, args.quantization, device, args.device_map, args.attention)
     revision = pinned_revision(args.model, args.revision)
     tokenizer = load_tokenizer(args.model, revision)
     check_layers(args.model, revision, args.layer or [])

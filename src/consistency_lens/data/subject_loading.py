@@ -14,14 +14,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from ..attention import AUTO, attention_to_try
 from ..optional_packages import require
+from ..quantised import keep_gradients
 from .dataset_reading import cause_of
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
+# LLM.int8() rounds activations to 8 bits too, but for columns with an entry above its threshold. Below any entry, only
+# weights are rounded: else the gradient of a KL that is small already is off by 30 % and more, and what one row gives
+# depends on the rows beside it.
+WEIGHTS_ALONE = 1e-6
 
 
 class LoadedSubject(NamedTuple):
@@ -39,7 +47,7 @@ def load_subject_and_tokenizer(
     revision: str | None = None,
     dtype: str = "float32",
     quantization: str | None = None,
-    attention: str | None = None,
+    attention: str = AUTO,
     device: str | torch.device | None = None,
     device_map: str | None = None,
 ) -> LoadedSubject:
@@ -50,15 +58,15 @@ def load_subject_and_tokenizer(
         revision: commit, tag or branch on the Hub; it is pinned to the commit.
         dtype: of the weights, "float32", "bfloat16" or "float16"; of those that stay unquantised with `quantization`.
         quantization: "8bit" or "4bit" (NF4), by bitsandbytes.
-        attention: implementation, as transformers names it. By default FlashAttention 2 where it is installed, the
-            dtype is a half and the model goes to a GPU, if the architecture has it; else what transformers takes.
+        attention: implementation, as transformers names it; "auto" is FlashAttention 2 where it is installed, the
+            dtype is a half and the model goes to a GPU, if the architecture has it; else sdpa, else eager.
         device: where the model goes; by default it stays where transformers puts it, on the CPU.
         device_map: spreads a model that is larger than a device, such as "auto"; instead of `device`.
 
     Raises:
         ValueError: if the model or its tokenizer cannot be loaded, does not fit the device, or an argument is wrong.
     """
-    check_loading(dtype, quantization, device, device_map)
+    check_loading(dtype, quantization, device, device_map, attention)
     revision = pinned_revision(model, revision)
     tokenizer = load_tokenizer(model, revision)
     subject = load_model(model, revision, dtype, quantization, attention, device, device_map)
@@ -104,7 +112,7 @@ def load_model(
     revision: str | None,
     dtype: str,
     quantization: str | None,
-    attention: str | None,
+    attention: str,
     device: str | torch.device | None,
     device_map: str | None,
 ) -> PreTrainedModel:
@@ -118,9 +126,9 @@ def load_model(
         arguments["quantization_config"] = _quantization_config(quantization, dtype)
     if device is not None or device_map is not None:
         arguments["device_map"] = {"": torch.device(device)} if device is not None else device_map
-    subject = _load(model, arguments, attention, _may_flash(dtype, device, device_map))
-    if quantization == "4bit":
-        _keep_gradients(subject)
+    subject = _load(model, arguments, attention_to_try(attention, dtype, _on_gpu(device, device_map)))
+    logger.info("attention of %s: %s", model, subject.config._attn_implementation)
+    keep_gradients(subject)
     return subject.eval().requires_grad_(False)
 
 
@@ -145,7 +153,11 @@ def not_loaded(model: str, error: Exception) -> ValueError:
 
 
 def check_loading(
-    dtype: str, quantization: str | None, device: str | torch.device | None, device_map: str | None
+    dtype: str,
+    quantization: str | None,
+    device: str | torch.device | None,
+    device_map: str | None,
+    attention: str = AUTO,
 ) -> None:
     """Checks how a subject is to be loaded, as far as that needs no subject.
 
@@ -156,14 +168,13 @@ def check_loading(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
-    if device is None:
-        return
-    if device_map is not None:
+    if device is not None and device_map is not None:
         raise ValueError(f"device: got {str(device)!r} and device_map {device_map!r}; pass one of them")
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device: got {str(device)!r}, which is not to be had here; try cpu") from error
+    attention_to_try(attention, dtype, _on_gpu(device, device_map))
 
 
 def _quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
@@ -171,25 +182,25 @@ def _quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
     if quantization == "8bit":
         # else a warning at each pass of each layer: it takes its inputs in float16, whatever they come in
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=WEIGHTS_ALONE)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
     )
 
 
-def _may_flash(dtype: str, device: str | torch.device | None, device_map: str | None) -> bool:
-    """Whether FlashAttention 2 can run: it knows halves alone, and GPUs."""
-    on_gpu = device_map is not None or (device is not None and torch.device(device).type == "cuda")
-    return on_gpu and dtype != "float32" and is_flash_attn_2_available()
+def _on_gpu(device: str | torch.device | None, device_map: str | None) -> bool:
+    """Whether the model goes to a GPU; a map may say so or not, and is taken at its best."""
+    return device_map is not None or (device is not None and torch.device(device).type == "cuda")
 
 
-def _load(model: str, arguments: dict[str, Any], attention: str | None, may_flash: bool) -> PreTrainedModel:
-    if attention is None and may_flash:
+def _load(model: str, arguments: dict[str, Any], attentions: list[str | None]) -> PreTrainedModel:
+    """The model with the first attention that its architecture has."""
+    *better, attention = attentions
+    for candidate in better:
         try:
-            return AutoModelForCausalLM.from_pretrained(model, attn_implementation="flash_attention_2", **arguments)
+            return AutoModelForCausalLM.from_pretrained(model, attn_implementation=candidate, **arguments)
         except (ImportError, ValueError):
-            # An architecture without it, which transformers says before it reads any weights.
-            pass
+            pass  # transformers says so before it reads any weights
     try:
         return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention, **arguments)
     except torch.OutOfMemoryError as error:
@@ -201,14 +212,5 @@ def _load(model: str, arguments: dict[str, Any], attention: str | None, may_flas
         if attention is None:
             raise not_loaded(model, error) from error
         raise ValueError(
-            f"model: cannot load {model!r} with attention {attention!r}; leave attention out ({cause_of(error)})"
+            f"model: cannot load {model!r} with attention {attention!r}; set attention to auto ({cause_of(error)})"
         ) from error
-
-
-def _keep_gradients(model: PreTrainedModel) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights on a CPU with AVX512-BF16 in their first pass: what comes
-    through repacked weights has no gradient, and says so in a warning alone."""
-    linear_4bit = require("bitsandbytes", extra="quant", needed_for="quantization 4bit").nn.Linear4bit
-    for module in model.modules():
-        if isinstance(module, linear_4bit):
-            module.support_avx512bf16_for_cpu = False

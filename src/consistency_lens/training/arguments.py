@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
-
 from ..schedules import Schedule, parse_duration
+from .control_arguments import ControlArguments
+from .unfreezing import Unfreezing
 
 OBJECTIVES = ("warm_start", "gumbel", "policy_gradient")
 LM_REFERENCES = ("subject", "warm_start")
@@ -58,7 +58,7 @@ def schedule(default: str, text: str) -> Any:
 
 
 @dataclass
-class ConsistencyLensTrainingArguments(TrainingArguments):
+class ConsistencyLensTrainingArguments(ControlArguments):
     """Arguments of `ConsistencyLensTrainer`. `learning_rate` is the decoder's.
 
     Weights and the temperature are schedules in the grammar of `schedules.py` ("linear 0 -> 1 over 50%"), which count
@@ -170,8 +170,10 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             if len(texts) not in wanted:
                 raise ValueError(f"{name}: got {len(texts)} schedules for {count} stages; give one each")
             for parsed in map(Schedule.parse, texts):
-                if name == "tau" and (min(parsed.start, parsed.end) <= 0 or parsed.warmup):
-                    raise ValueError(f"tau must stay positive and have no warmup, got {texts}; 0.1 to 2 is usual")
+                if name == "tau" and parsed.lowest() <= 0:
+                    raise ValueError(
+                        f"tau must stay positive, in a warmup too ('warmup 9s from 2'), got {texts}; 0.1 to 2 is usual"
+                    )
 
     def check_choices(self) -> None:
         """ValueError for a setting that is not one of those it may be."""
@@ -212,15 +214,14 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
             raise ValueError("length_penalty taxes words that prefix_budgets gives no credit for; leave one out")
         if self.length_penalty > 0 and self.shorter_share == 0:
             raise ValueError("length_penalty: warm start teaches to stop by shorter tails; raise shorter_share")
-        if self.load_best_model_at_end and self.metric_for_best_model == "loss" and len(stages) > 1:
+        if self.needs_metric and str(self.metric_for_best_model).endswith("loss") and len(stages) > 1:
             raise ValueError(
-                "load_best_model_at_end: the loss is another one in each stage; set metric_for_best_model to fve"
+                f"{self.needs_metric[0]}: the loss is another one in each stage; set metric_for_best_model to fve"
             )
 
     def has_weight(self, term: str) -> bool:
-        """Whether a loss term ever counts: schedules that start and end at 0 switch it off."""
-        schedules = [Schedule.parse(text) for text in getattr(self, f"{term}_weight")]
-        return any(schedule.start != 0 or schedule.end != 0 for schedule in schedules)
+        """Whether a loss term ever counts: schedules that are 0 throughout switch it off."""
+        return not all(Schedule.parse(text).is_zero() for text in getattr(self, f"{term}_weight"))
 
     def schedule_of(self, name: str, stage: int) -> str:
         """The schedule of a weight, the temperature or the learning rate in the stage of that index."""
@@ -237,11 +238,14 @@ class ConsistencyLensTrainingArguments(TrainingArguments):
         """Finds stages that do not fit `max_steps` before there is any data; those in epochs have to wait for it.
 
         Raises:
-            ValueError: if the stages before the last use up all steps.
+            ValueError: if the stages before the last use up all steps, or a group would never train.
         """
         in_epochs = any(stage.duration is not None and stage.duration.endswith("e") for stage in self.parsed_stages())
         if self.max_steps > 0 and not in_epochs:
             self.stage_starts(None, self.max_steps)
+        known = [text for text in self.unfreeze or [] if not any(word.endswith("e") for word in text.split()[1::2])]
+        if self.max_steps > 0:
+            Unfreezing.resolve(known, None, self.max_steps)
 
     def stage_starts(self, steps_per_epoch: int | None, total_steps: int) -> list[int]:
         """First step of each stage.

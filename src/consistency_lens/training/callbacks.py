@@ -3,7 +3,7 @@
 import logging
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,14 @@ class SkipNonfiniteSteps(TrainerCallback):
         self.limit = limit
         self.skipped = 0
         self.in_a_row = 0
+
+    def state(self) -> dict[str, int]:
+        """The counts, as JSON takes them."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` gave."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -1,9 +1,12 @@
-"""Optimizer, scheduler and random states on disk without pickle: tensors in safetensors, the rest in JSON."""
+"""Optimizer, scheduler, random and other states on disk without pickle: tensors in safetensors, the rest in JSON."""
 
 import json
 import random
+import re
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,9 +14,73 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic_write import write_json, write_tensors
+from .checkpoint_manifest import MANIFEST_FILE
 
 OPTIMIZER_TENSORS, OPTIMIZER_JSON = "optimizer.safetensors", "optimizer.json"
 SCHEDULER_JSON = "scheduler.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointWriteError(OSError):
+    """Raised when a checkpoint cannot be written, with what to do; those before it stay as they are."""
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or not, those of early steps first."""
+    folders = output_dir.glob("checkpoint-*") if output_dir.is_dir() else []
+    named = [path for path in folders if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=lambda path: int(path.name.split("-")[1]))
+
+
+def rotate(output_dir: Path, limit: int | None, protected: Collection[Path]) -> None:
+    """Removes the checkpoints that are too many: first those that are not whole, then those that were saved first.
+
+    To be called when the newest is whole.
+
+    Args:
+        output_dir: of the run.
+        limit: how many may stay; None for all.
+        protected: those that stay in any case.
+    """
+
+    def age(path: Path) -> int:
+        manifest = path / MANIFEST_FILE
+        return manifest.stat().st_mtime_ns if manifest.is_file() else 0
+
+    found = sorted(checkpoints_in(output_dir), key=age)
+    removable = [path for path in found if path not in protected]
+    for path in removable[: max(0, len(found) - limit) if limit else 0]:
+        # without its manifest it is no checkpoint, whatever is left of it
+        (path / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+class Kept(Protocol):
+    """What a checkpoint keeps beside model, optimizer and schedules; every process has the same of it."""
+
+    def state(self) -> Mapping[str, Any]:
+        """All that a resumed run has to know: tensors, and what JSON takes."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` gave, tensors on the CPU."""
+        ...
+
+
+def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
+    """Writes `<name>.json`, and `<name>.safetensors` where there are tensors."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if tensors:
+        write_tensors(folder / f"{name}.safetensors", tensors)
+    rest = {key: value for key, value in state.items() if key not in tensors}
+    write_json(folder / f"{name}.json", {"tensors": bool(tensors), "values": rest})
+
+
+def load_state(folder: Path, name: str) -> dict[str, Any]:
+    """Reads what `save_state` wrote."""
+    content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / f"{name}.safetensors") if content["tensors"] else {}
+    return {**content["values"], **tensors}
 
 
 def save_optimizer(optimizer: Any, folder: Path) -> None:
@@ -94,6 +161,6 @@ def load_random_states(folder: Path, process_index: int) -> bool:
     np.random.set_state((numpy_name, tensors["numpy"].numpy().astype(np.uint32), *numpy_rest))
     torch.set_rng_state(tensors["torch"])
     cuda = [tensors[f"cuda.{i}"] for i in range(len(tensors) - 2)]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])
     return True

@@ -2,18 +2,29 @@
 
 import json
 import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState, TrainerControl
 
 from ..atomic_write import write_json, write_tensors
 from ..lens_decoder import LensDecoder
 from ..modeling_consistency_lens import ConsistencyLensModel
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
+from .checkpoint_manifest import MANIFEST_FILE, wait_for_everyone, write_manifest
+from .interruption import UndisturbedWorker
 from .objectives import freeze_copy
+from .resuming import PROGRESS_FILE, check_same_run, checkpoint_to_resume
 from .timetable import Timetable
 from .warm_start_end import WarmStartEnd
 
@@ -27,26 +38,145 @@ WARM_START_FILE = "warm_start.json"
 class CheckpointedTrainer(Trainer):
     """The half of `ConsistencyLensTrainer` that saves and restores.
 
+    A checkpoint is whole or does not count (`checkpoint_manifest`), and a run that goes on from it is the run that was
+    never disturbed: model, optimizer, schedules, place in the data, random states of every process, counters, and
+    what was summed up since the last log.
+
     Attributes:
         lens: without wrapper.
         warm_start_end: what may end warm start early, if asked for.
+        kept: further states that checkpoints hold, by the names of their files.
     """
 
     args: ConsistencyLensTrainingArguments
     lens: ConsistencyLensModel
     warm_start_end: WarmStartEnd | None = None
     _reference: LensDecoder | None = None
+    _sums: dict[str, Tensor]
+    _counts: dict[str, int]
+    _since: tuple[int, int, float]
+    _training_since: float | None
+    _stopped_early = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.kept: dict[str, checkpoint.Kept] = {}
+        super().__init__(*args, **kwargs)
 
     def timetable(self, total_steps: int | None = None) -> Timetable:
         """The stages as they lie now."""
         raise NotImplementedError
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.worker_init_fn = UndisturbedWorker(loader.worker_init_fn)
+        return loader
+
+    # --- saving
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
-        self.lens.save_pretrained(folder, state_dict=state_dict)
+        try:
+            self.lens.save_pretrained(folder, state_dict=state_dict)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {str(folder)!r}: {error}") from error
         write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        try:
+            self.make_way(folder)
+            with self.rotation_put_off():
+                super()._save_checkpoint(model, trial)
+            write_manifest(folder, self.args)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)  # it takes room, and is not whole
+            raise checkpoint.CheckpointWriteError(
+                f"checkpoint: cannot write {str(folder)!r}: {error.strerror or error}; those before it are whole: "
+                "make room and go on with --resume_from_checkpoint true"
+            ) from error
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(run, self.args.save_total_limit, [folder, *([Path(best)] if best else [])])
+
+    def make_way(self, folder: Path) -> None:
+        """Removes what a killed run left under the name of a checkpoint that is to be written."""
+        if self.args.should_save and folder.is_dir():
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        wait_for_everyone(self.args)
+
+    @contextmanager
+    def rotation_put_off(self) -> Iterator[None]:
+        """Keeps `Trainer` from removing checkpoints: it would do so before the new one is whole."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def progress(self) -> dict[str, Any]:
+        """Where the run is, by its settings."""
+        step = self.state.global_step
+        return {
+            "step": step,
+            "stage": 1 + self.timetable().stage_at(max(0, step - 1))[0],
+            "processes": self.args.world_size,
+            "rows_per_step": self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
+            "training_rows": self.num_training_rows(),
+            "kept": sorted(self.kept),
+        }
+
+    def num_training_rows(self) -> int | None:
+        """Rows of an epoch; None for data of unknown length."""
+        try:
+            return len(self.train_dataset)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    # --- resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; True goes on from the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            self.args.resume_from_checkpoint = "true"
+            resume_from_checkpoint = checkpoint_to_resume(self.args)
+        self._stopped_early = False
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._stopped_early or self.state.global_step >= self.state.max_steps:
+            logger.info("nothing is left to train: the checkpoint is of a run that has ended")
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def check_resume(self, folder: Path) -> None:
+        """Compares this run with its checkpoint.
+
+        Raises:
+            ValueError: if the run cannot go on with the settings that it has now.
+        """
+        recipe = (self.lens.provenance or {}).get("recipe", {})
+        settings = json.loads(json.dumps({**recipe, **json.loads(self.args.to_json_string())}))
+        for difference in check_same_run(folder, self.progress(), settings):
+            if self.args.process_index == 0:
+                logger.warning("resumed with %s", difference)
+
+    def _load_callback_state(self) -> None:
+        # `Trainer` would put new callbacks in the place of these, and at the end of all, and only if asked to
+        states: Any = self.state.stateful_callbacks
+        control = states.get(TrainerControl.__name__, {"args": {}})
+        stopped = control["args"].get("should_training_stop", False)
+        self._stopped_early = stopped and self.state.global_step < self.state.max_steps
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                # a callback that is new in this run is not in the state yet, and `Trainer` wants it there
+                saved = states.setdefault(type(callback).__name__, callback.state())
+                for name, value in saved["attributes"].items():
+                    setattr(callback, name, value)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -104,6 +234,10 @@ class CheckpointedTrainer(Trainer):
         self._reference = freeze_copy(self.lens.decoder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            write_json(Path(output_dir) / PROGRESS_FILE, self.progress())
+            for name, kept in self.kept.items():
+                checkpoint.save_state(Path(output_dir), name, kept.state())
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
@@ -117,6 +251,9 @@ class CheckpointedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, resume: str | None) -> None:
         if resume is None:
             return
+        self.check_resume(Path(resume))
+        for name, kept in self.kept.items():
+            kept.load_state(checkpoint.load_state(Path(resume), name))
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(resume)
         else:
@@ -134,7 +271,49 @@ class CheckpointedTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_random_states(Path(output_dir), self.args.process_index)
+        write_tensors(Path(output_dir) / unlogged_file(self.args.process_index), self.unlogged())
 
     def _load_rng_state(self, resume: str | None) -> None:
-        if resume is not None and not checkpoint.load_random_states(Path(resume), self.args.process_index):
+        if resume is None:
+            return
+        if not checkpoint.load_random_states(Path(resume), self.args.process_index):
             logger.warning("no random states of process %d in %s; sampling restarts", self.args.process_index, resume)
+        path = Path(resume) / unlogged_file(self.args.process_index)
+        if path.is_file():
+            self.load_unlogged(load_file(path))
+
+    def unlogged(self) -> dict[str, Tensor]:
+        """What this process has summed up since the last log, and how long ago that was and the training began."""
+        now = time.perf_counter()
+        samples, tokens, since = self._since
+        seconds = [now - since, now - (self._training_since or now)]
+        sums = {f"sum.{name}": value for name, value in self._sums.items()}
+        counts = {f"count.{name}": torch.tensor(count) for name, count in self._counts.items()}
+        return {
+            "loss": self._tr_loss,
+            "numbers": torch.tensor([self._globalstep_last_logged, samples, tokens]),
+            "seconds": torch.tensor(seconds, dtype=torch.float64),
+            **sums,
+            **counts,
+        }
+
+    def load_unlogged(self, saved: dict[str, Tensor]) -> None:
+        """Takes what `unlogged` gave."""
+        now = time.perf_counter()
+        since, training_since = (now - seconds for seconds in saved["seconds"].tolist())
+        last_logged, samples, tokens = saved["numbers"].tolist()
+        self._tr_loss = saved["loss"].to(self.args.device)
+        self._total_loss_scalar -= self._tr_loss.item()  # `train_loss` is of the steps of this start alone
+        self._globalstep_last_logged = last_logged
+        self._since, self._training_since = (samples, tokens, since), training_since
+        for name, value in saved.items():
+            kind, _, rest = name.partition(".")
+            if kind == "sum":
+                self._sums[rest] = value.to(self.args.device)
+            elif kind == "count":
+                self._counts[rest] = int(value)
+
+
+def unlogged_file(process_index: int) -> str:
+    """The name of what one process had not logged yet."""
+    return f"unlogged_{process_index}.safetensors"

@@ -19,8 +19,10 @@ from ..schedules import ResolvedSchedule, Schedule
 from .arguments import ConsistencyLensTrainingArguments
 from .memory_estimate import Memory, memory_estimates, num_bytes, unique
 from .parameter_groups import parameter_groups
-from .recipe import check_length, checkpoint_to_resume, layer_to_read, make_lens, read_checked_summaries
+from .recipe import check_length, layer_to_read, make_lens, read_checked_summaries
 from .recipe_arguments import RecipeArguments
+from .resuming import checkpoint_to_resume
+from .run_names import name_run
 from .timetable import Timetable
 from .trainer import check_settings
 
@@ -121,13 +123,15 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     Raises:
         ValueError: for a user's mistake, as far as it shows without weights.
     """
-    output_dir = Path(str(training_args.output_dir))
-    resume = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
+    resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
     subject = load_empty_subject(args.model, args.revision, args.dtype)
     check_length(args, subject)
-    lens = make_lens(args, subject, layer_to_read(args, subject))
+    layer = layer_to_read(args, subject)
+    lens = make_lens(args, subject, layer)
     check_settings(lens, training_args)
+    name_run(training_args, args.dataset, args.model, layer, resume)
+    output_dir = Path(str(training_args.output_dir))
     summaries = read_checked_summaries(args, training_args)
     folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
     reader = Reader(lens.subject, subject.tokenizer, args.model, subject.revision)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..evaluation.evaluated import NotFiniteError
 from ..evaluation.evaluator import Evaluator
 from .callbacks import is_sharded
+from .early_stopping import figure_name
 from .trainer import ConsistencyLensTrainer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,11 @@ class EvaluateLens(TrainerCallback):
         except NotFiniteError as error:
             # The trainer skips steps that are not finite and stops when there is nothing else; such a lens is no best.
             logger.warning("step %d: not evaluated: %s", step, error)
-            return {"eval_fve": -math.inf, "eval_kl_recovered": -math.inf}
+            args = self.trainer.args
+            worst = {"eval_fve": -math.inf, "eval_kl_recovered": -math.inf}
+            if args.metric_for_best_model is not None:
+                worst[figure_name(args.metric_for_best_model)] = -math.inf if args.greater_is_better else math.inf
+            return worst
 
 
 def logged(metrics: Mapping[str, Any]) -> dict[str, float]:

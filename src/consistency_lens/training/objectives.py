@@ -26,6 +26,7 @@ from ..losses import (
     token_log_probabilities,
 )
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
+from ..quantised import state_beside_weights
 from ..straight_through import fold_in, row_keys
 from ..subject import Subject
 from .arguments import ConsistencyLensTrainingArguments
@@ -361,7 +362,8 @@ class SubjectReference:
 
 def freeze_copy(decoder: LensDecoder) -> LensDecoder:
     """A frozen copy of a decoder: trained tensors copied, frozen ones shared."""
-    memo: dict[int, Any] = {id(t): t for t in decoder.parameters() if not t.requires_grad}
+    memo: dict[int, Any] = {id(item): item for item in state_beside_weights(decoder.base)}
+    memo |= {id(t): t for t in decoder.parameters() if not t.requires_grad}
     return copy.deepcopy(decoder, memo).requires_grad_(False).eval()
 
 

@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import __version__
 from ..atomic_write import write_json
@@ -30,8 +29,12 @@ from ..hub.cards import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from .arguments import ConsistencyLensTrainingArguments
+from .combinations import check_recipe
 from .evaluation_callback import EvaluateLens
+from .interruption import Interruption, interruptible
 from .recipe_arguments import RecipeArguments
+from .resuming import checkpoint_to_resume
+from .run_names import name_run
 from .sample_tables import SampleTables
 from .trainer import ConsistencyLensTrainer, check_settings
 
@@ -102,18 +105,31 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
 
     Raises:
         ValueError: for a user's mistake, before any long work starts.
+        RunInterrupted: if SIGTERM or SIGUSR1 came.
     """
+    with interruptible(training_args) as interruption:
+        return train_and_evaluate(args, training_args, interruption)
+
+
+def train_and_evaluate(
+    args: RecipeArguments, training_args: ConsistencyLensTrainingArguments, interruption: Interruption
+) -> RunResult:
+    """As `run`; `interruption` is told when the training begins and ends."""
     clock = Clock()
     set_seed(training_args.seed)
-    output_dir = Path(str(training_args.output_dir))
-    resume = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
+    resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
-    subject = load_subject_and_tokenizer(args.model, args.revision, args.dtype)
+    check_recipe(args, training_args)
+    subject = load_subject_and_tokenizer(
+        args.model, args.revision, args.dtype, args.quantization, args.attention, training_args.device
+    )
     check_length(args, subject)
-    subject.model.to(training_args.device)  # type: ignore[arg-type]
     # made before any activations, so that every mistake in its settings is found before the long work
-    lens = make_lens(args, subject, layer_to_read(args, subject))
+    layer = layer_to_read(args, subject)
+    lens = make_lens(args, subject, layer)
     check_settings(lens, training_args)
+    name_run(training_args, args.dataset, args.model, layer, resume)
+    output_dir = Path(str(training_args.output_dir))
     summaries = read_checked_summaries(args, training_args)
     folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
     rows = open_rows(
@@ -129,10 +145,12 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
     if summaries is not None:
         rows = with_summaries(rows, summaries, args, lens)
     trainer = make_trainer(args, training_args, lens, rows)
+    trainer.add_callback(interruption)
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
         rows.close()
+    interruption.raise_if_received()
     lens.eval()
     trainer.save_model()
     clock.lap("training")
@@ -220,28 +238,6 @@ def watch_held_out_rows(args: RecipeArguments, trainer: ConsistencyLensTrainer, 
     # the first of all, so that early stopping and the like find its figures
     evaluate = EvaluateLens(trainer, Evaluator(trainer.lens, few, collator, arguments))
     trainer.callback_handler.callbacks.insert(0, evaluate)
-
-
-def checkpoint_to_resume(wanted: str | None, output_dir: Path) -> str | None:
-    """The checkpoint folder that `--resume_from_checkpoint` means; "true" is the last one of the run.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if wanted is None:
-        return None
-    if str(wanted).lower() == "true":
-        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if found is None:
-            raise ValueError(
-                f"resume_from_checkpoint: no checkpoint in {str(output_dir)!r}; leave it out to start anew"
-            )
-        return found
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ValueError(
-            f"resume_from_checkpoint: {wanted!r} is no checkpoint folder; pass one named checkpoint-<step>"
-        )
-    return wanted
 
 
 def evaluate_and_write(

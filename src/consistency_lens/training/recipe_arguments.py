@@ -19,6 +19,13 @@ class RecipeArguments(SourceArguments):
     model: str = field(default="", metadata={"help": "The subject: Hub id or folder of a causal LM."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the subject on the Hub."})
     dtype: str = field(default="float32", metadata={"help": "Precision of the subject's weights."})
+    quantization: str | None = field(
+        default=None, metadata={"help": "8bit or 4bit weights of the subject, by bitsandbytes; not with clones=full."}
+    )
+    attention: str = field(
+        default="auto",
+        metadata={"help": "As transformers names it; auto: FlashAttention 2 where it runs, else sdpa, else eager."},
+    )
     layer: int | None = field(default=None, metadata={"help": "Block whose output is read, 0-based; default: middle."})
     num_text_tokens: int = field(default=8, metadata={"help": "T, tokens of an explanation."})
     clones: str = field(default="full", metadata={"help": "Training of decoder and encoder: full, lora or frozen."})

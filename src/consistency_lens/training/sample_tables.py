@@ -92,7 +92,8 @@ class SampleTables(TrainerCallback):
             trainer: Any = self.trainer
             collator, seed = trainer.data_collator, trainer.args.seed
             self.tracked = TrackedSamples(trainer.lens, self.rows, collator, self.count, seed)
-        return self.tracked.read()
+        with self.trainer.averaged():
+            return self.tracked.read()
 
     def report(self, step: int, samples: Sequence[Sample]) -> None:
         """Hands a table to the loggers of the run, which their own callbacks have started."""

@@ -16,9 +16,10 @@ from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
-from .checkpointed_trainer import CheckpointedTrainer
+from .combinations import check_lens, check_rows
+from .compilation import compile_clones
+from .controlled_trainer import ControlledTrainer, check_control
 from .objectives import Objective, Reference, Step, SubjectReference, freeze_copy, make_objective
-from .parameter_groups import parameter_groups
 from .timetable import Timetable
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 SIGNS = {"ce": 1.0, "mse": 1.0, "kl": 1.0, "lm": 1.0, "policy": 1.0, "entropy": -1.0}
 
 
-class ConsistencyLensTrainer(CheckpointedTrainer):
+class ConsistencyLensTrainer(ControlledTrainer):
     """Trains a `ConsistencyLensModel` through the stages that its arguments name.
 
     Everything of `Trainer` works as usual. Beside it: each loss term, the temperature, the weights, every learning
@@ -46,23 +47,21 @@ class ConsistencyLensTrainer(CheckpointedTrainer):
     args: ConsistencyLensTrainingArguments
 
     def __init__(self, model: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, **kwargs: Any):
+        check_lens(model, args)
+        check_rows(kwargs.get("train_dataset"), args)
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
         self.label_names = []
-        self.lens = model
         check_settings(model, args)
+        compile_clones(model, self.accelerator.state.dynamo_plugin)
         if isinstance(self.train_dataset, StreamedActivations):
-            if args.dataloader_num_workers > 0:
-                raise ValueError(
-                    f"dataloader_num_workers: got {args.dataloader_num_workers}, but a stream loads ahead by itself, "
-                    "and each worker would download it whole; set it to 0"
-                )
             self.add_callback(OrderOfEpoch(lambda: self.stream_sampler))
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()
             self.add_callback(self.warm_start_end)
         self.skipper = SkipNonfiniteSteps(args.max_nonfinite_steps)
         self.add_callback(self.skipper)
+        self.kept["skipped_steps"] = self.skipper
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LensProgress)
@@ -112,8 +111,9 @@ class ConsistencyLensTrainer(CheckpointedTrainer):
             self.lens,
             activations,
             warm_start_at,
+            ended=self.refresh_rates,
             # not logged at once, for that would take the place of the step's own log
-            lambda reading: self.remember({"held_out_fve": reading}),
+            report=lambda reading: self.remember({"held_out_fve": reading}),
             check_steps=self.args.warm_start_check_steps,
             patience=self.args.warm_start_patience,
         )
@@ -214,7 +214,7 @@ class ConsistencyLensTrainer(CheckpointedTrainer):
             seconds = (time.perf_counter() - since) / self.args.world_size
             logs |= {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
             logs |= {"peak_memory_gb": peak_memory_bytes(self.args.device) / 1e9}
-            logs |= {f"learning_rate_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            logs |= {f"learning_rate_{group}": rate for group, rate in self.rates.items()}
             logs["skipped_steps"] = self.skipper.skipped
             logs["stage"] = 1 + self.timetable().stage_at(self.state.global_step - 1)[0]
             self._sums.clear()
@@ -222,36 +222,14 @@ class ConsistencyLensTrainer(CheckpointedTrainer):
             self._since = (0, 0, time.perf_counter())
         super().log(logs, start_time)
 
-    # --- the optimizer
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One parameter group for each clone and for each clone's projections and prompts, with own learning rates."""
-        if self.optimizer is None:
-            opt_model: Any = self.model if model is None else model
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
-            self.optimizer = optimizer_class(parameter_groups(opt_model, self.args), **kwargs)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """One factor for all groups: a schedule for each stage, or `lr_scheduler_type` over the whole run."""
-        if self.args.learning_rate_schedule is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-
-            def factor(step: int) -> float:
-                return self.timetable(num_training_steps).rate_factor(step)
-
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
 
 def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
     """Checks that the arguments fit the lens.
 
     Raises:
-        ValueError: for a length penalty on texts that cannot stop.
+        ValueError: for a length penalty on texts that cannot stop, or settings of groups that the lens does not train.
     """
+    check_control(lens, args)
     if args.length_penalty > 0 and lens.config.decoder.stop_token_id is None:
         raise ValueError(
             f"length_penalty: got {args.length_penalty}, but texts of this lens always have "

@@ -20,13 +20,13 @@ class WarmStartEnd(TrainerCallback):
     """Reads held-out activations every few steps of a warm start, and ends it after `patience` readings in vain.
 
     The lens reads them greedily and reconstructs them from its own words, for that is what the next stage starts from.
-    The stages that follow begin at once (their first step still has warm start's learning rate, which was set before);
-    the run keeps its `max_steps`.
+    The stages that follow begin at once; the run keeps its `max_steps`.
 
     Args:
         lens: without wrapper.
         warm_start_at: global step -> (index, first step) of the warm start that it lies in; None if in another stage.
         report: takes each reading.
+        ended: called after a stage was ended.
         activations: held-out activations, (N, d).
         check_steps: optimizer steps between two readings.
         patience: readings without a better FVE, in a row.
@@ -41,12 +41,14 @@ class WarmStartEnd(TrainerCallback):
         activations: Tensor,
         warm_start_at: Callable[[int], tuple[int, int] | None],
         report: Callable[[float], None],
+        ended: Callable[[], None],
         check_steps: int,
         patience: int,
     ):
         self.lens = lens
         self.warm_start_at = warm_start_at
         self.report = report
+        self.ended = ended
         self.activations = activations
         self.check_steps = check_steps
         self.patience = patience
@@ -77,6 +79,7 @@ class WarmStartEnd(TrainerCallback):
         self.best = max(self.best, reading)
         if self.in_vain >= self.patience:
             self.ends[stage] = step
+            self.ended()
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know, as JSON takes it."""
