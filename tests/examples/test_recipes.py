@@ -12,7 +12,7 @@ from tiny_models import GEMMA, tiny_model
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from consistency_lens.cli.main import main
-from consistency_lens.cli.parser import parse_arguments
+from consistency_lens.cli.parser import RECIPE_SECTIONS, parse_arguments
 from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
 from consistency_lens.training.dry_run import dry_run
 from consistency_lens.training.recipe_arguments import RecipeArguments
@@ -157,7 +157,9 @@ def test_the_recipes_of_the_embedded_model_are_planned_as_they_are(name, tmp_pat
 )
 def test_figures_that_were_planned_are_kept(name, expected):
     recipe, training = parse_arguments(
-        (RecipeArguments, ConsistencyLensTrainingArguments), ["--config", str(RECIPES / f"{name}.yaml"), "--use_cpu"]
+        (RecipeArguments, ConsistencyLensTrainingArguments),
+        ["--config", str(RECIPES / f"{name}.yaml"), "--use_cpu"],
+        sections=RECIPE_SECTIONS,
     )
     found = vars(recipe) | vars(training)
     assert {key: found[key] for key in expected} == expected
@@ -166,7 +168,8 @@ def test_figures_that_were_planned_are_kept(name, expected):
 
 def plan_of(name, changes):
     arguments = arguments_of(name, -1, **changes, use_cpu=True)
-    return dry_run(*parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), arguments))
+    classes = (RecipeArguments, ConsistencyLensTrainingArguments)
+    return dry_run(*parse_arguments(classes, arguments, sections=RECIPE_SECTIONS))
 
 
 def test_a_dry_run_accepts_it_and_leaves_nothing(recipe, capsys):
