@@ -1,4 +1,4 @@
-"""Passes of a language model one behind the other, each over the keys and values of those before; checkpointed too."""
+"""Passes of a language model one behind the other, each over the keys and values of those before it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

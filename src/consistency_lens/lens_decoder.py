@@ -65,6 +65,8 @@ class LensDecoder(LensClone):
         """Overwrites the input of blocks 1..n at index `slot` of the running chunk by their own projections."""
         with ExitStack() as hooks:
             if self.injections:
+                # a compiled base would leave out hooks that were not there when it was compiled
+                hooks.enter_context(torch.compiler.set_stance("force_eager"))
                 normalised = self.normaliser.normalise(activations).to(self.projection.weight.dtype)
                 for block, projection in zip(self.residual_stream().blocks[1:], self.injections, strict=False):
                     hooks.enter_context(overwritten_input(block, slot, projection(normalised)))

@@ -97,8 +97,9 @@ class ResidualStream:
         """
         weight = self.input_embedding.get_parameter("weight")
         # Measured on a table of ones, as every family has its own name for the factor. `expand` allocates no table.
-        ones = weight.detach().new_ones(1, 1).expand(weight.shape)
-        first_id = torch.zeros(1, dtype=torch.long, device=weight.device)
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        ones = torch.ones(1, 1, dtype=weight.dtype, device=device).expand(weight.shape)
+        first_id = torch.zeros(1, dtype=torch.long, device=device)
         with torch.no_grad():
             return functional_call(self.input_embedding, {"weight": ones}, (first_id,))[0, 0].item()
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "pull": "fetch a published activation cache (--repo me/cache --path data/cache)",
     "generate-chat": "complete prompts through an OpenAI-compatible server (--prompts prompts.jsonl)",
     "eval": "evaluate a saved lens on held-out documents (--lens outputs/tiny_stories)",
+    "submit": "all of it: tokenize, cache, train, eval, on a Slurm cluster or here (--config recipe.yaml)",
 }
 
 

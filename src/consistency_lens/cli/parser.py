@@ -3,38 +3,95 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+# What a recipe says to the other commands of its pipeline, each under the command's name.
+RECIPE_SECTIONS = ("submit", "tokenize", "cache", "eval")
 
 
-def parse_arguments(dataclasses: Sequence[Any], argv: Sequence[str] | None = None, prog: str | None = None) -> tuple:
+def parse_arguments(
+    dataclasses: Sequence[Any],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    sections: Collection[str] = (),
+) -> tuple:
     """Reads `--config file.yaml` and flags into dataclasses; a flag wins over the file.
+
+    Args:
+        sections: keys of the file that are for other commands, and are not read here.
 
     Raises:
         ValueError: for an unknown flag or key in the file (with the nearest known one), a value of another kind, or a
             file that is not there.
     """
-    from transformers import HfArgumentParser
-
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", nargs="?", const="")
-    found, rest = finder.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    parser = HfArgumentParser(dataclasses, prog=prog, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", help="YAML file with any of these arguments; flags win over it")
-    if found.config is not None:
-        parser.set_defaults(**read_config(Path(found.config), dataclasses))
-    try:
-        # before any dataclass is made, whose checks would speak first
-        unknown = parser.parse_known_args(rest)[1]
-    except argparse.ArgumentError as error:
-        flag = (error.argument_name or "flags").partition("/")[0]  # every flag has a spelling with hyphens too
-        raise ValueError(f"{flag}: {error.message.rstrip('.')}; see --help") from error
+    config, rest = split_config(argv)
+    parser = make_parser(dataclasses, prog)
+    if config is not None:
+        parser.set_defaults(**read_config(config, dataclasses, sections))
+    # before any dataclass is made, whose checks would speak first
+    unknown = parse_known(parser, rest)[1]
     if unknown:
         raise ValueError(unknown_flag(unknown, known_names(dataclasses)))
     # what follows the dataclasses is a namespace with --config in it
     return parser.parse_args_into_dataclasses(rest, look_for_args_file=False)[: len(dataclasses)]
+
+
+def parse_given(
+    dataclasses: Sequence[Any], argv: Sequence[str], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What is said for dataclasses, without making them: some look for the devices of the machine they are made on.
+
+    Args:
+        argv: flags, which win.
+        config: what a file says; see `check_keys`.
+
+    Returns:
+        name -> value, read as its kind, of every argument that is given; and the flags of no argument.
+
+    Raises:
+        ValueError: for a value of another kind.
+    """
+    parser = make_parser(dataclasses)
+    parser.set_defaults(**dict.fromkeys(known_names(dataclasses), MISSING))
+    parser.set_defaults(**{key: as_flag(value) for key, value in config.items()})
+    values, rest = parse_known(parser, argv)
+    return {name: value for name, value in vars(values).items() if value is not MISSING and name != "config"}, rest
+
+
+def split_config(argv: Sequence[str] | None) -> tuple[Path | None, list[str]]:
+    """The file of `--config`, if there is one, and the other flags."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", nargs="?", const="")
+    found, rest = finder.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    return None if found.config is None else Path(found.config), rest
+
+
+def make_parser(dataclasses: Sequence[Any], prog: str | None = None) -> "HfArgumentParser":
+    """A parser of the dataclasses' flags and `--config`."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(dataclasses, prog=prog, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", help="YAML file with any of these arguments; flags win over it")
+    return parser
+
+
+def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The values of known flags, and the parts of the line that belong to none.
+
+    Raises:
+        ValueError: for a value of another kind.
+    """
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        flag = (error.argument_name or "flags").partition("/")[0]  # every flag has a spelling with hyphens too
+        raise ValueError(f"{flag}: {error.message.rstrip('.')}; see --help") from error
 
 
 def known_names(dataclasses: Sequence[Any]) -> set[str]:
@@ -52,22 +109,40 @@ def unknown_flag(unknown: Sequence[str], known: Collection[str]) -> str:
     return f"{name}: unknown; {f'did you mean --{near[0]}?' if near else 'see --help'}"
 
 
-def read_config(path: Path, dataclasses: Sequence[Any]) -> dict[str, Any]:
-    """The keys of a YAML recipe, each checked against the dataclasses' fields."""
+def read_config(path: Path, dataclasses: Sequence[Any], sections: Collection[str] = ()) -> dict[str, Any]:
+    """The keys of a YAML recipe but its sections, each checked against the dataclasses' fields."""
+    config = {key: value for key, value in read_yaml(path).items() if key not in sections}
+    check_keys(f"{str(path)!r}", config, known_names(dataclasses))
+    return {key: as_flag(value) for key, value in config.items()}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML recipe holds.
+
+    Raises:
+        ValueError: if it is not there, no YAML, or no mapping.
+    """
     import yaml
 
     if not path.is_file():
         raise ValueError(f"--config: no file at {str(path)!r}; pass the path of a YAML recipe")
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"--config: {str(path)!r} is no YAML: {cause}") from error
     if not isinstance(config, dict):
         raise ValueError(f"--config: {str(path)!r} must hold 'key: value' lines, got {type(config).__name__}")
-    known = known_names(dataclasses)
+    return config
+
+
+def check_keys(place: str, config: Mapping[str, Any], known: Collection[str]) -> None:
+    """ValueError for a key that is no argument, with the nearest one; `place` is where it stands."""
     for key in config:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; remove it"
-            raise ValueError(f"--config: {str(path)!r} has the unknown key {key!r}{hint}")
-    return {key: as_flag(value) for key, value in config.items()}
+            raise ValueError(f"--config: {place} has the unknown key {key!r}{hint}")
 
 
 def as_flag(value: Any) -> Any:

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a recipe; prints the held-out figures, sample rows and where the lens lies. Returns the exit code.
 
-    A run that SIGTERM or SIGUSR1 interrupts is done too: it prints how to go on.
+    A run that SIGTERM or SIGUSR1 interrupts is done too: it prints how to go on. With `--dry_run` it prints what the
+    run would be, and does nothing.
     """
     from ..training.callbacks import NonfiniteGradientsError
     from .command import DONE, FAILED, run_command
-    from .parser import parse_arguments
+    from .parser import RECIPE_SECTIONS, parse_arguments
 
     def work(console: "Console") -> int | None:
         from ..evaluation.report import metrics_table, samples_table
@@ -23,7 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..training.recipe import run
         from ..training.recipe_arguments import RecipeArguments
 
-        recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), argv)
+        recipe, training = parse_arguments(
+            (RecipeArguments, ConsistencyLensTrainingArguments), argv, sections=RECIPE_SECTIONS
+        )
+        if recipe.dry_run:
+            from ..training.dry_run import dry_run
+            from .dry_run_tables import dry_run_tables
+
+            plan = dry_run(recipe, training)
+            if training.process_index == 0:
+                console.print(dry_run_tables(plan))
+            return DONE
         try:
             result = run(recipe, training)
         except RunInterrupted as interrupted:

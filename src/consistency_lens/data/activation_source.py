@@ -90,14 +90,7 @@ class ActivationSource(ABC):
         Raises:
             ValueError: if the fraction is outside (0, 1) or one side would be empty.
         """
-        if not 0 < validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}; try 0.05")
-        held_out = np.array([is_validation_document(doc, validation_fraction) for doc in self.documents.tolist()])
-        if held_out.all() or not held_out.any():
-            raise ValueError(
-                f"activations: {len(np.unique(self.documents))} documents cannot be split with "
-                f"validation_fraction={validation_fraction} (one side is empty); add documents or change the fraction"
-            )
+        held_out = held_out_documents(self.documents, validation_fraction)
         train = self.part(self.rows[~held_out])
         return train, self.part(self.rows[held_out], train)
 
@@ -145,6 +138,23 @@ class ActivationSource(ABC):
     def pair(self, seed: int) -> np.ndarray:
         """For every row the index (in this part) of the row that gives A': see `pair_documents`."""
         return pair_documents(self.documents, seed)
+
+
+def held_out_documents(documents: np.ndarray, validation_fraction: float) -> np.ndarray:
+    """Which of the rows of these documents (N,) are held out, (N,) bool: by document hash.
+
+    Raises:
+        ValueError: if the fraction is outside (0, 1) or one side would be empty.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}; try 0.05")
+    held_out = np.array([is_validation_document(document, validation_fraction) for document in documents.tolist()])
+    if held_out.all() or not held_out.any():
+        raise ValueError(
+            f"activations: {len(np.unique(documents))} documents cannot be split with "
+            f"validation_fraction={validation_fraction} (one side is empty); add documents or change the fraction"
+        )
+    return held_out
 
 
 def pair_documents(documents: np.ndarray, seed: int) -> np.ndarray:

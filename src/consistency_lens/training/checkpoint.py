@@ -4,7 +4,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,27 +32,11 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.split("-")[1]))
 
 
-def rotate(output_dir: Path, limit: int | None, protected: Collection[Path]) -> None:
-    """Removes the checkpoints that are too many: first those that are not whole, then those that were saved first.
-
-    To be called when the newest is whole.
-
-    Args:
-        output_dir: of the run.
-        limit: how many may stay; None for all.
-        protected: those that stay in any case.
-    """
-
-    def age(path: Path) -> int:
-        manifest = path / MANIFEST_FILE
-        return manifest.stat().st_mtime_ns if manifest.is_file() else 0
-
-    found = sorted(checkpoints_in(output_dir), key=age)
-    removable = [path for path in found if path not in protected]
-    for path in removable[: max(0, len(found) - limit) if limit else 0]:
-        # without its manifest it is no checkpoint, whatever is left of it
-        (path / MANIFEST_FILE).unlink(missing_ok=True)
-        shutil.rmtree(path)
+def remove_torn(output_dir: Path, up_to: int) -> None:
+    """Removes what killed runs left of checkpoints of steps up to `up_to`, of which there is a newer whole one."""
+    for path in checkpoints_in(output_dir):
+        if int(path.name.split("-")[1]) <= up_to and not (path / MANIFEST_FILE).is_file():
+            shutil.rmtree(path)
 
 
 class Kept(Protocol):

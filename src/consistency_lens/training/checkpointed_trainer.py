@@ -4,8 +4,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
 from .checkpoint_manifest import MANIFEST_FILE, wait_for_everyone, write_manifest
+from .interruption import UndisturbedWorker
 from .resuming import PROGRESS_FILE, check_same_run, checkpoint_to_resume
 from .sharding import weights_of
 from .timetable import Timetable
@@ -67,6 +66,11 @@ class CheckpointedTrainer(Trainer):
         """The stages as they lie now."""
         raise NotImplementedError
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.worker_init_fn = UndisturbedWorker(loader.worker_init_fn)
+        return loader
+
     # --- saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -90,8 +94,7 @@ class CheckpointedTrainer(Trainer):
         folder = run / f"checkpoint-{self.state.global_step}"
         try:
             self.make_way(folder)
-            with self.rotation_put_off():
-                super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)
             write_manifest(folder, self.args)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)  # it takes room, and is not whole
@@ -100,8 +103,7 @@ class CheckpointedTrainer(Trainer):
                 "make room and go on with --resume_from_checkpoint true"
             ) from error
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            checkpoint.rotate(run, self.args.save_total_limit, [folder, *([Path(best)] if best else [])])
+            checkpoint.remove_torn(run, up_to=self.state.global_step)
 
     def make_way(self, folder: Path) -> None:
         """Removes what a killed run left under the name of a checkpoint that is to be written."""
@@ -109,15 +111,6 @@ class CheckpointedTrainer(Trainer):
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
             shutil.rmtree(folder)
         wait_for_everyone(self.args)
-
-    @contextmanager
-    def rotation_put_off(self) -> Iterator[None]:
-        """Keeps `Trainer` from removing checkpoints: it would do so before the new one is whole."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            yield
-        finally:
-            self.args.save_total_limit = limit
 
     def progress(self) -> dict[str, Any]:
         """Where the run is, by its settings."""
@@ -140,13 +133,16 @@ class CheckpointedTrainer(Trainer):
 
     # --- resuming
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; True goes on from the newest checkpoint that is whole."""
-        if resume_from_checkpoint is True:
+    def checkpoint_named(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint that an argument of `train` means; True is the newest that is whole."""
+        if wanted is True:
             self.args.resume_from_checkpoint = "true"
-            resume_from_checkpoint = checkpoint_to_resume(self.args)
+            return checkpoint_to_resume(self.args)
+        return wanted or None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         self._stopped_early = False
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._stopped_early or self.state.global_step >= self.state.max_steps:

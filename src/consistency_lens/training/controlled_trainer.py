@@ -63,8 +63,10 @@ class ControlledTrainer(CheckpointedTrainer):
             if self.is_deepspeed_enabled and getattr(self.args, name):
                 raise ValueError(f"{name}: DeepSpeed clips and steps by itself, for all groups at once; leave it out")
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; True goes on from the newest checkpoint that is whole."""
+        resume_from_checkpoint = self.checkpoint_named(resume_from_checkpoint)
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self.continue_tracking()
         if self.averages is not None:
             self.averages.start()

@@ -29,6 +29,7 @@ from ..hub.cards import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from .arguments import ConsistencyLensTrainingArguments
+from .combinations import check_recipe
 from .evaluation_callback import EvaluateLens
 from .interruption import Interruption, interruptible
 from .recipe_arguments import RecipeArguments
@@ -120,6 +121,7 @@ def train_and_evaluate(
     set_seed(training_args.seed)
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
+    check_recipe(args, training_args)
     check_sharding(training_args, training_args.share_weights)
     make_models_whole()
     # what is spread over processes is made on the CPU, for one device alone may not have room for it

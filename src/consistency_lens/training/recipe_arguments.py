@@ -6,7 +6,10 @@ from ..data.sources import SourceArguments
 from ..evaluation.arguments import CHECKS
 from ..evaluation.controls import check_names
 
-AT_LEAST_ONE = ("eval_rows", "num_samples", "eval_fresh_encoder_steps", "interim_eval_rows", "tracked_samples")
+AT_LEAST_ONE = (
+    *("eval_rows", "num_samples", "eval_fresh_encoder_steps", "interim_eval_rows", "tracked_samples"),
+    "dry_run_processes",
+)
 
 
 @dataclass
@@ -57,13 +60,25 @@ class RecipeArguments(SourceArguments):
     sample_steps: int = field(default=500, metadata={"help": "Steps between sample tables; 0: none."})
     tracked_samples: int = field(default=128, metadata={"help": "Held-out activations in the sample tables."})
 
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Check everything, print parameters, memory, steps, tokens and files, and do nothing: no weight "
+            "is loaded, no file written."
+        },
+    )
+    dry_run_processes: int | None = field(
+        default=None, metadata={"help": "Processes that a dry run plans for; default: those that were started."}
+    )
+
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model: got none; pass the subject's Hub id or folder, e.g. --model gpt2")
         super().__post_init__()
         for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.sample_steps < 0:
             raise ValueError(f"sample_steps must be 0 (no tables) or more, got {self.sample_steps}")
         check_names("eval_checks", self.eval_checks, CHECKS)

@@ -16,6 +16,8 @@ from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
+from .combinations import check_lens, check_rows
+from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
 from .objectives import Objective, Reference, Step, SubjectReference, make_objective
 from .sharding_arguments import check_sharding
@@ -46,16 +48,14 @@ class ConsistencyLensTrainer(ControlledTrainer):
     args: ConsistencyLensTrainingArguments
 
     def __init__(self, model: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, **kwargs: Any):
+        check_lens(model, args)
+        check_rows(kwargs.get("train_dataset"), args)
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
         self.label_names = []
         check_settings(model, args)
+        compile_clones(model, self.accelerator.state.dynamo_plugin)
         if isinstance(self.train_dataset, StreamedActivations):
-            if args.dataloader_num_workers > 0:
-                raise ValueError(
-                    f"dataloader_num_workers: got {args.dataloader_num_workers}, but a stream loads ahead by itself, "
-                    "and each worker would download it whole; set it to 0"
-                )
             self.add_callback(OrderOfEpoch(lambda: self.stream_sampler))
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()

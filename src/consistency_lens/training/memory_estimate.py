@@ -1,0 +1,216 @@
+"""What a run needs of a process's memory, from the shapes of its tensors alone: no weight is ever allocated.
+
+Weights, gradients and optimizer states are counted tensor by tensor, and are exact for one process without mixed
+precision. Activations are an estimate: what a backward pass keeps of each linear layer's input and output, and the
+logits. What the device's runtime, the allocator and the strategies' own buckets take comes on top.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..lens_clone import LensClone
+from ..modeling_consistency_lens import ConsistencyLensModel
+from .arguments import ConsistencyLensTrainingArguments
+from .parameter_groups import parameter_groups
+from .trainer import ConsistencyLensTrainer
+
+logger = logging.getLogger(__name__)
+
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+# Adam in 8 bits: two moments of a byte, with a float32 scale of each 256 values; small tensors keep float32 moments.
+BYTES_IN_8_BITS, SMALLEST_IN_8_BITS = 2 * (1 + 4 / 256), 4096
+ADAM_BYTES, FLOAT32_BYTES, HALF_BYTES = 8, 4, 2
+# Held for each logit in float32 beside the logits themselves: log-probabilities and a gradient.
+COPIES_OF_LOGITS = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process needs under a strategy.
+
+    Attributes:
+        strategy: "1 process", "ddp", "fsdp2", "zero2" or "zero3".
+        weights: of subject, decoder, encoder and the reference that warm start leaves; what they share counts once.
+        gradients: of the trained tensors, and DDP's second copy of them.
+        optimizer: its states, and float32 master weights where the strategy keeps some.
+        activations: the most that any stage keeps for its backward pass, logits and key-value caches included.
+    """
+
+    strategy: str
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor once, whatever trees it is part of."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def num_bytes(tensors: Iterable[Tensor], stored: Mapping[int, int] | None = None) -> int:
+    """Bytes of the tensors, each counted once; `stored` has those of quantised ones, by the tensor's id."""
+    known = stored or {}
+    return sum(known.get(id(t), t.numel() * t.element_size()) for t in unique(tensors))
+
+
+def all_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def trained_parameters(lens: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the optimizer is given."""
+    return [parameter for parameter in lens.parameters() if parameter.requires_grad]
+
+
+def optimizer_bytes(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> int:
+    """Bytes of the optimizer's states: those that it makes for tensors of these shapes, which it is asked for.
+
+    Args:
+        lens: with its parameters on the meta device, where a step costs nothing and changes nothing.
+    """
+    trained = trained_parameters(lens)
+    if "8bit" in str(args.optim):
+        return round(
+            sum(p.numel() * (BYTES_IN_8_BITS if p.numel() >= SMALLEST_IN_8_BITS else ADAM_BYTES) for p in trained)
+        )
+    optimizer_class, kwargs = ConsistencyLensTrainer.get_optimizer_cls_and_kwargs(args, lens)
+    if "fused" in kwargs:  # as many states, but a kernel that the meta device has not
+        kwargs = {**kwargs, "fused": False}
+    optimizer = optimizer_class(parameter_groups(lens, args), **kwargs)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    try:
+        optimizer.step()
+    except (NotImplementedError, RuntimeError) as error:
+        logger.warning("%s: states counted as those of Adam, for they depend on values (%s)", args.optim, error)
+        return ADAM_BYTES * sum(p.numel() for p in trained)
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return num_bytes(value for value in states if isinstance(value, Tensor))
+
+
+def memory_estimates(
+    lens: ConsistencyLensModel,
+    args: ConsistencyLensTrainingArguments,
+    processes: int,
+    max_length: int,
+    stored: Mapping[int, int] | None = None,
+) -> list[Memory]:
+    """What a process needs: alone, or under each strategy with that many processes.
+
+    Args:
+        lens: with its parameters on the meta device, and with its subject.
+        max_length: tokens of the longest context.
+        stored: bytes of quantised tensors, by the tensor's id.
+    """
+    subject, trained = all_tensors(lens.subject.model), trained_parameters(lens)
+    weights = num_bytes([*subject, *all_tensors(lens)], stored) + reference_bytes(lens, args)
+    gradients, states = num_bytes(trained), optimizer_bytes(lens, args)
+    activations = max(activation_bytes(lens, args, index, max_length) for index in range(len(args.parsed_stages())))
+    if processes == 1:
+        return [Memory("1 process", weights, gradients, states, activations)]
+    estimates = [Memory("ddp", weights, 2 * gradients, states, activations)]
+    # sharded tensors cannot be shared between trees
+    shards = num_bytes(all_tensors(lens.decoder), stored) + num_bytes(all_tensors(lens.encoder), stored)
+    whole_subject = num_bytes(subject, stored) + reference_bytes(lens, args)
+    estimates.append(
+        Memory(
+            "fsdp2",
+            whole_subject + shards // processes,
+            gradients // processes,
+            states // processes,
+            activations,
+        )
+    )
+    half = args.bf16 or args.fp16
+    # DeepSpeed trains halves, and keeps float32 beside them in the optimizer
+    saved = num_bytes(trained) - HALF_BYTES * sum(p.numel() for p in trained) if half else 0
+    masters = FLOAT32_BYTES * sum(p.numel() for p in trained) if half else 0
+    part = (gradients - saved) // processes, (states + masters) // processes
+    estimates.append(Memory("zero2", weights - saved, *part, activations))
+    estimates.append(Memory("zero3", whole_subject + (shards - saved) // processes, *part, activations))
+    return estimates
+
+
+def reference_bytes(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> int:
+    """Bytes of the decoder as warm start leaves it, its trained tensors, where text is held close to that."""
+    later = any(stage.objective != "warm_start" for stage in args.parsed_stages())
+    kept = later and args.lm_reference == "warm_start" and args.has_weight("lm")
+    return num_bytes(trained_parameters(lens.decoder)) if kept else 0
+
+
+def activation_bytes(
+    lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, stage: int, max_length: int
+) -> int:
+    """Bytes that a stage keeps for its backward pass of one micro-batch, estimated.
+
+    Args:
+        stage: its index.
+        max_length: tokens of the longest context, which the subject keeps keys and values of where it judges.
+    """
+    objective, batch = args.parsed_stages()[stage].objective, args.per_device_train_batch_size
+    rows = batch * (args.group_size if objective == "policy_gradient" else 1)
+    if objective == "gumbel" and args.delta_residual != "none":
+        rows *= 2
+    half, checkpointing = args.bf16 or args.fp16, bool(args.gradient_checkpointing)
+    length = lens.config.num_text_tokens
+    kept = clone_bytes(lens.decoder, length, rows, half, checkpointing)
+    kept += clone_bytes(lens.encoder, length, rows, half, checkpointing)
+    config = lens.subject.model.config.get_text_config()
+    vocabulary = config.vocab_size
+    copies = COPIES_OF_LOGITS + (args.has_weight("lm") and objective != "warm_start")
+    kept += rows * length * vocabulary * FLOAT32_BYTES * copies
+    if objective == "gumbel":  # the cache grows by a copy at each token, and each copy is kept
+        steps = length * (length + 1) // 2
+        kept += rows * steps * cache_width(config) * (HALF_BYTES if half else element_size(lens.decoder))
+    judged = objective == "gumbel" and args.has_weight("kl") or objective == "policy_gradient" and args.reward == "-kl"
+    if judged:
+        kept += batch * max_length * cache_width(config) * lens.subject.model.dtype.itemsize
+    if half:  # autocast's copies of float32 matrices
+        kept += HALF_BYTES * sum(
+            p.numel() for p in unique(lens.parameters()) if p.dtype == torch.float32 and p.ndim > 1
+        )
+    return kept
+
+
+def clone_bytes(clone: LensClone, length: int, rows: int, half: bool, checkpointing: bool) -> int:
+    """Bytes that a clone keeps of `rows` texts of `length` tokens: the inputs and outputs of its blocks' matrices.
+
+    With `checkpointing` only each block's input is kept, and all of one block, which is being recomputed.
+    """
+    tokens = rows * (length + 1 + len(clone.config.prefix_ids) + len(clone.config.suffix_ids))
+    stack = clone.base.get_decoder()
+    tables = {id(module.weight) for module in stack.modules() if isinstance(module, nn.Embedding)}
+    matrices = [(name, p) for name, p in stack.named_parameters() if p.ndim == 2 and id(p) not in tables]
+    # an adapter's input and output are those of the layer that it is added to
+    numbers = sum(min(p.shape) if ".lora_" in name else sum(p.shape) for name, p in matrices)
+    blocks = stack.config.get_text_config().num_hidden_layers
+    if checkpointing and blocks:
+        numbers = blocks * clone.token_embedding.embedding_dim + numbers // blocks
+    return tokens * numbers * (HALF_BYTES if half else element_size(clone))
+
+
+def element_size(clone: LensClone) -> int:
+    """Bytes of a number in a clone's blocks."""
+    return clone.token_embedding.weight.element_size()
+
+
+def cache_width(config: PreTrainedConfig) -> int:
+    """Numbers that the key-value cache holds for a token, all blocks together."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * size * (getattr(config, "num_key_value_heads", None) or heads)

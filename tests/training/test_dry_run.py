@@ -1,0 +1,243 @@
+"""A dry run against the run that it plans: the same counts, bytes, steps, files and mistakes, and nothing done."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lens_runs import LAYER, NUM_TEXT_TOKENS, tiny_trainer
+from tiny_lenses import LORA_TARGETS, PROMPTS, tiny_tokenizer
+from tiny_models import tiny_model
+from transformers import TrainerCallback
+
+from consistency_lens import ConsistencyLensModel
+from consistency_lens.cli.parser import parse_arguments
+from consistency_lens.cli.train import main
+from consistency_lens.losses import entropy, token_cross_entropy
+from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
+from consistency_lens.training.dry_run import dry_run, load_empty_subject
+from consistency_lens.training.memory_estimate import activation_bytes, all_tensors, memory_estimates, num_bytes
+from consistency_lens.training.recipe_arguments import RecipeArguments
+
+TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": LORA_TARGETS["llama"]}
+
+
+@pytest.fixture(scope="module")
+def subject_folder(tmp_path_factory):
+    """A subject whose weights are nowhere."""
+    folder = tmp_path_factory.mktemp("subject")
+    tiny_model("llama").config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def flags(subject_folder, output_dir, **changes):
+    settings = {
+        "model": subject_folder, "layer": 1, "num_text_tokens": 3, "min_position": 4, "max_length": 16,
+        "dataset": Path(subject_folder) / "text.txt", "positions_per_sequence": 3, "validation_fraction": 0.3,
+        "eval_rows": 16, "num_samples": 2, "max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True,
+        "output_dir": output_dir, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    } | changes  # fmt: skip
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def plan(subject_folder, output_dir, **changes):
+    arguments = flags(subject_folder, output_dir, **changes)
+    return dry_run(*parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), arguments))
+
+
+def files_below(folder):
+    return sorted(path for path in Path(folder).rglob("*"))
+
+
+class BytesOfGradients(TrainerCallback):
+    """What the gradients took at the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("lens_settings", "arguments"),
+    [
+        ({"training": "full"}, {}),
+        ({"training": "lora", "lora": LORA, **PROMPTS}, {"optim": "adamw_torch"}),
+        ({"training": "frozen", "injection_layers": 1}, {"optim": "sgd", "optim_args": "momentum=0.9"}),
+    ],
+    ids=["full", "lora", "frozen"],
+)
+def test_weights_gradients_and_states_are_those_of_the_trainer(tmp_path, lens_settings, arguments):
+    trainer = tiny_trainer(tmp_path, lens_settings, max_steps=1, stages=["warm_start"], **arguments)
+    gradients = BytesOfGradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    subject, lens = trainer.lens.subject.model, trainer.lens
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+
+    subject.config.save_pretrained(tmp_path / "subject")
+    lens.require_tokenizer().save_pretrained(tmp_path / "subject")
+    empty = load_empty_subject(str(tmp_path / "subject"), None, "float32")
+    settings = {"num_text_tokens": NUM_TEXT_TOKENS, **lens_settings}
+    same = ConsistencyLensModel.from_subject(empty.model, empty.tokenizer, LAYER, **settings)
+    assert {parameter.device.type for parameter in same.parameters()} == {"meta"}
+    (memory,) = memory_estimates(same, trainer.args, processes=1, max_length=16)
+    assert memory.weights == num_bytes([*all_tensors(subject), *all_tensors(lens)])
+    assert memory.gradients == gradients.found
+    assert memory.optimizer == num_bytes(value for value in states if isinstance(value, torch.Tensor))
+
+
+def test_the_reference_that_warm_start_leaves_is_counted(subject_folder, tmp_path):
+    with_it, without = (plan(subject_folder, tmp_path, lm_weight=weight) for weight in (0.1, 0))
+    decoder = next(part for part in with_it.parameters if part.part == "decoder")
+    assert with_it.memory[0].weights - without.memory[0].weights == 4 * decoder.trained
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("training", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("objective", ["warm_start", "gumbel"])
+def test_activations_are_estimated_within_a_factor_of_two(tmp_path, family, training, objective):
+    sizes = {"llama": {"hidden_size": 64, "intermediate_size": 192}, "gpt2": {"hidden_size": 64}}[family]
+    lora = {"r": 2, "target_modules": LORA_TARGETS[family]} if training == "lora" else None
+    subject, batch = tiny_model(family, **sizes), 8
+    lens = ConsistencyLensModel.from_subject(
+        subject, tiny_tokenizer(), LAYER, num_text_tokens=8, training=training, lora=lora
+    ).train()
+    kept, own = {}, {tensor.untyped_storage().data_ptr() for tensor in all_tensors(lens)}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+        return tensor
+
+    activations = torch.randn(batch, 64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if objective == "warm_start":
+            output = lens(activations=activations, text_ids=torch.ones(batch, 8, dtype=torch.long))
+            token_cross_entropy(output.logits, output.text_ids, torch.ones(batch, 8, dtype=torch.bool))
+        else:
+            entropy(lens(activations=activations, noise_keys=torch.arange(batch)).logits)
+    args = ConsistencyLensTrainingArguments(
+        output_dir=str(tmp_path), stages=[objective], kl_weight="0", lm_weight="0", lm_reference="subject",
+        per_device_train_batch_size=batch, use_cpu=True,
+    )  # fmt: skip
+    found = sum(size for size, _ in kept.values())
+    assert 0.5 < activation_bytes(lens, args, 0, max_length=16) / found < 2
+
+
+def test_the_plan_is_what_the_run_does(subject_folder, tmp_path):
+    folder = tmp_path / "subject"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    changes = {
+        "dataset": subject_folder / "text.txt", "max_steps": -1, "num_train_epochs": 1.5, "save_strategy": "steps",
+        "save_steps": 7, "gradient_accumulation_steps": 2, "stages": "policy_gradient", "lm_reference": "subject",
+        "lr_scheduler_type": "linear", "warmup_steps": 3, "logging_steps": 1,
+    }  # fmt: skip
+    planned = plan(folder, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+    assert main(flags(folder, tmp_path / "run", **changes)) == 0
+
+    lens = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert planned.rows.exact and planned.rows.train == lens["train_rows"]
+    assert planned.rows.held_out >= lens["validation_rows"]
+    last = tmp_path / "run" / f"checkpoint-{planned.total_steps}"
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"] == planned.total_steps == planned.stages[-1].last_step
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
+    for step, factor in planned.stages[0].schedules["learning rate"]:
+        assert rates[step] == pytest.approx(factor * planned.rates[0].learning_rate)
+
+    written = {path for path in (tmp_path / "run").iterdir() if path.name not in ("data", "tokenizer_config.json")}
+    cache = tmp_path / "run" / "data" / "activations-layer1"
+    assert {file.path for file in planned.files} == written | {cache}
+    sizes = {file.path.name: file.size for file in planned.files}
+    tensors = (last / "model.safetensors").stat().st_size
+    assert sizes["model.safetensors"] == pytest.approx(tensors, rel=0.1)
+    states = (last / "optimizer.safetensors").stat().st_size
+    assert sizes[last.name] == pytest.approx(tensors + states, rel=0.1)
+    shards = sum(path.stat().st_size for path in cache.glob("shard-*.arrow"))
+    assert sizes[cache.name] == pytest.approx(shards, rel=0.2)
+
+    again = plan(folder, tmp_path / "run", **changes)
+    assert again.rows.is_cached and again.rows.train == planned.rows.train
+    assert all(file.exists for file in again.files)
+
+
+def test_nothing_is_loaded_or_written(subject_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = files_below(tmp_path), files_below(subject_folder)
+    assert main([*flags(subject_folder, tmp_path / "run"), "--dry_run"]) == 0
+    assert (files_below(tmp_path), files_below(subject_folder)) == before
+    out = capsys.readouterr().out
+    assert "nothing is loaded or written" in out
+    for words in ("Parameters", "Memory of a process", "warm_start", "decoder_projections", "model.safetensors"):
+        assert words in out
+
+
+def test_several_processes_are_planned_for(subject_folder, tmp_path, monkeypatch):
+    alone = plan(subject_folder, tmp_path)
+    eight = plan(subject_folder, tmp_path, gradient_accumulation_steps=2, dry_run_processes=8)
+    assert (alone.rows_per_step, eight.rows_per_step) == (4, 64)
+    assert eight.strategy == "ddp" and [m.strategy for m in eight.memory] == ["ddp", "fsdp2", "zero2", "zero3"]
+    one, (ddp, fsdp2, zero2, zero3) = alone.memory[0], eight.memory
+    assert ddp.gradients == 2 * one.gradients and ddp.optimizer == one.optimizer and ddp.weights == one.weights
+    assert fsdp2.gradients == zero2.gradients == zero3.gradients == one.gradients // 8
+    assert zero2.weights == one.weights > zero3.weights == fsdp2.weights
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert plan(subject_folder, tmp_path).strategy == "fsdp2"
+    with pytest.raises(ValueError, match="dry_run_processes must be at least 1, got 0"):
+        plan(subject_folder, tmp_path, dry_run_processes=0)
+
+
+def test_clones_with_adapters_share_the_subjects_numbers(subject_folder, tmp_path):
+    subject, decoder, encoder, together = plan(subject_folder, tmp_path, clones="lora").parameters
+    assert subject.trained == 0 and decoder.shared == subject.total == decoder.frozen
+    assert 0 < encoder.shared < subject.total and encoder.trained > 0
+    assert together.total == subject.total + decoder.trained + encoder.trained
+
+
+@pytest.mark.parametrize("stage", ["warm_start", "gumbel", "policy_gradient"])
+def test_the_subject_reads_where_it_judges(subject_folder, tmp_path, stage):
+    changes = {"stages": stage, "lm_reference": "subject"}
+    planned = plan(subject_folder, tmp_path, **changes)
+    context = planned.rows.context_tokens
+    assert 5 < context < 16
+    assert planned.subject_tokens == [4 * context if stage == "gumbel" else 0]
+    assert plan(subject_folder, tmp_path, activations="on_the_fly", **changes).subject_tokens == [4 * context]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer": 9},
+        {"max_length": 999},
+        {"dataset": "nowhere.txt"},
+        {"stages": "gumble"},
+        {"num_text_tokens": 0},
+        {"decoder_prompt": "no slot"},
+        {"min_position": 15},
+        {"clones": "lora", "lora_targets": "nothing"},
+        {"activations": "nowhere", "dataset": ""},
+        {"length_penalty": 0.1, "shorter_share": 0.5},
+        {"resume_from_checkpoint": "true"},
+        {"summaries": "nowhere.jsonl"},
+        {"dtype": "float8"},
+        {"model": "nowhere"},
+        {"injection_layers": 7},
+        {"validation_fraction": 1e-9},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_mistakes_are_told_as_the_run_tells_them(subject_folder, tmp_path, capsys, changes):
+    folder = tmp_path / "subject"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    arguments = flags(folder, tmp_path / "run", **({"dataset": subject_folder / "text.txt"} | changes))
+    assert main([*arguments, "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == said.splitlines()[-1]
