@@ -1,0 +1,183 @@
+"""Settings that cannot go together: each such combination is one error, before any long work.
+
+What concerns one setting alone is checked where it is declared.
+"""
+
+import os
+from typing import Any
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from ..data.streaming import StreamedActivations
+from ..data.subject_loading import check_loading
+from ..modeling_consistency_lens import ConsistencyLensModel
+from ..quantised import is_quantised
+from ..schedules import Schedule, parse_duration
+from .arguments import SCHEDULED, ConsistencyLensTrainingArguments
+from .recipe_arguments import RecipeArguments
+from .unfreezing import parse_unfreeze
+
+
+def check_recipe(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) -> None:
+    """Checks what is known before the subject is loaded.
+
+    Raises:
+        ValueError: for settings that cannot go together.
+    """
+    check_training(training_args)
+    check_loading(args.dtype, args.quantization, training_args.device, None, args.attention)
+    if args.quantization is not None:
+        if args.clones == "full":
+            raise ValueError(
+                f"clones: got full, but the {args.quantization} weights of quantization cannot be trained; set clones "
+                "to lora or frozen, or leave quantization out"
+            )
+        check_quantised(training_args, f"quantization: got {args.quantization}")
+    if args.attention == "flex_attention" and training_args.device.type == "cpu":
+        raise ValueError("attention: flex_attention has no gradient on a CPU; set attention to auto")
+    if args.is_streamed:
+        check_stream(training_args)
+
+
+def check_lens(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
+    """Checks what is known of a lens that is to be trained.
+
+    Raises:
+        ValueError: for settings that cannot go together.
+    """
+    check_training(args)
+    base = lens.decoder.base
+    if is_quantised(base):
+        check_quantised(args, "the subject is quantised")
+    if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        raise ValueError(
+            f"activation_checkpointing: {type(base).__name__} cannot recompute its blocks; set it to false"
+        )
+
+
+def check_training(args: ConsistencyLensTrainingArguments) -> None:
+    """Checks the training arguments by themselves.
+
+    Raises:
+        ValueError: for settings that cannot go together.
+    """
+    sharding = sharding_of(args)
+    settings = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"):
+        raise ValueError(
+            "activation_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights; "
+            "leave it out"
+        )
+    if recomputed_by_fsdp(args):
+        raise ValueError(
+            "fsdp_config: its activation_checkpointing would run blocks again on a cache that has grown since; set "
+            "activation_checkpointing of the training arguments in its place"
+        )
+    if args.torch_compile and (sharding is not None or args.deepspeed_plugin is not None):
+        raise ValueError(
+            f"torch_compile: compiles weights that lie whole in each process, got {sharding or 'DeepSpeed'}; set it "
+            "to false, or train with DDP"
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}: would round the trained tensors, which stay in float32; set {name[:4]} instead, which "
+                "evaluates in half precision too"
+            )
+
+
+def check_quantised(args: ConsistencyLensTrainingArguments, what: str) -> None:
+    """Checks that nothing is asked for that weights of 8 or 4 bits cannot do; `what` is how an error begins.
+
+    Raises:
+        ValueError: if there is.
+    """
+    sharding = sharding_of(args)
+    if sharding is not None:
+        raise ValueError(f"{what}, but {sharding} cannot spread quantised weights; train with DDP or ZeRO-2")
+    if args.torch_compile:
+        raise ValueError(f"{what}, but torch_compile takes no quantised weights; leave one of them out")
+
+
+def check_stream(args: ConsistencyLensTrainingArguments) -> None:
+    """Checks settings for rows that are streamed from the Hub.
+
+    Raises:
+        ValueError: for workers that load them.
+    """
+    if args.dataloader_num_workers > 0:
+        raise ValueError(
+            f"dataloader_num_workers: got {args.dataloader_num_workers}, but a stream loads ahead by itself, and each "
+            "worker would download it whole; set it to 0"
+        )
+
+
+def check_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> None:
+    """Checks training rows that are streamed, or of which it is not known how many they are (an `IterableDataset`).
+
+    Raises:
+        ValueError: for settings that they cannot go with.
+    """
+    if isinstance(rows, StreamedActivations):
+        check_stream(args)
+    if rows is None or has_length(rows):
+        return
+    what = "the training rows have no known number"
+    if args.max_steps <= 0:
+        raise ValueError(f"max_steps: got {args.max_steps}, but {what}; set it to the steps of the run")
+    if args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps: got {args.gradient_accumulation_steps}, but {what}, so that the last step "
+            "of a pass may have fewer batches; set it to 1 and raise per_device_train_batch_size"
+        )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            raise ValueError(f"{name}: got epoch, but {what}; set it to steps")
+    check_durations(args)
+
+
+def check_durations(args: ConsistencyLensTrainingArguments) -> None:
+    """Checks that no stage, schedule or unfreezing counts epochs.
+
+    Raises:
+        ValueError: if one does, naming the setting.
+    """
+    setting = "stages"
+    try:
+        args.stage_starts(None, args.max_steps)
+        for setting in SCHEDULED:
+            for text in getattr(args, setting) or []:
+                Schedule.parse(text).resolve(None, args.max_steps)
+        setting = "unfreeze"
+        for unfreeze in parse_unfreeze(args.unfreeze or []).values():
+            for duration in (unfreeze.start, unfreeze.warmup):
+                parse_duration(duration, None, args.max_steps)
+    except ValueError as error:
+        raise error if str(error).startswith(setting) else ValueError(f"{setting}: {error}") from error
+
+
+def has_length(rows: Any) -> bool:
+    """Whether it is known how many rows there are."""
+    try:
+        len(rows)
+    except TypeError:
+        return False
+    return True
+
+
+def sharding_of(args: ConsistencyLensTrainingArguments) -> str | None:
+    """What spreads weights over processes, by the arguments or by accelerate's launcher; None if nothing does."""
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "FSDP"
+    plugin = args.deepspeed_plugin
+    if is_deepspeed_zero3_enabled() or (plugin is not None and plugin.hf_ds_config.is_zero3()):
+        return "ZeRO-3"
+    return None
+
+
+def recomputed_by_fsdp(args: ConsistencyLensTrainingArguments) -> bool:
+    """Whether FSDP itself is to run blocks again in the backward pass."""
+    by_launcher = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
+    config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+    by_arguments = bool(config.get("activation_checkpointing"))
+    return sharding_of(args) == "FSDP" and (by_launcher or by_arguments)
