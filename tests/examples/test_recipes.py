@@ -36,8 +36,9 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' 
 SMALL = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("tiny")) for name in ARCHITECTURES]
 # What a short run on one core has in place of the recipe's own: where it runs, and for how long.
 SHORT = {
-    "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_rows": 8,
-    "num_samples": 2, "sample_steps": 0, "eval_fresh_encoder_steps": 2, "use_cpu": True, "disable_tqdm": True,
+    "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_text_tokens": 4,
+    "eval_rows": 8, "interim_eval_rows": 8, "num_samples": 2, "sample_steps": 0, "eval_fresh_encoder_steps": 2,
+    "use_cpu": True, "disable_tqdm": True,
 }  # fmt: skip
 
 
