@@ -5,6 +5,7 @@ import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from lens_runs import tiny_trainer
 from tiny_lenses import INJECTED, activations, disturb, gradients, keys, tiny_lens
+from tiny_models import WIDTH
 
 from consistency_lens.training.compilation import compile_clones
 from consistency_lens.training.objectives import freeze_copy
@@ -44,15 +45,16 @@ def test_texts_and_gradients_are_those_without_in_few_graphs(compiled_graphs):
         assert torch.equal(reference(activations(), ids[:3]), plain.decoder(activations(), ids[:3]))
 
 
-def test_injections_are_not_lost(compiled_graphs):
+def test_passes_with_injections_are_not_compiled(compiled_graphs):
     settings = {**INJECTED, "injection_layers": 1, "layer": 0}
     plain, lens = (disturb(tiny_lens("llama", "frozen", {"num_hidden_layers": 2}, **settings)) for _ in range(2))
     compile_clones(lens, TorchDynamoPlugin(backend="eager"))
     with torch.no_grad():
-        lens.decoder.base(input_ids=torch.tensor([[5, 6], [7, 8]]))  # compiled without hooks
+        # compiled without hooks, for inputs like those that will come with them
+        lens.decoder.base(inputs_embeds=torch.randn(3, 7, WIDTH), use_cache=False, logits_to_keep=2)
         text_ids = torch.tensor([[5, 6], [9, 4], [7, 7]])
-        assert compiled_graphs() == 1
         assert torch.equal(lens.decoder(activations(), text_ids), plain.decoder(activations(), text_ids))
+    assert compiled_graphs() == 1
 
 
 def test_the_trainer_compiles_the_bases_alone(tmp_path):

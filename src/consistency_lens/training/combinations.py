@@ -87,16 +87,14 @@ def check_training(args: ConsistencyLensTrainingArguments) -> None:
 
 
 def check_quantised(args: ConsistencyLensTrainingArguments, what: str) -> None:
-    """Checks that nothing is asked for that weights of 8 or 4 bits cannot do; `what` is how an error begins.
+    """Checks that weights of 8 or 4 bits are not to be spread over processes; `what` is how an error begins.
 
     Raises:
-        ValueError: if there is.
+        ValueError: if they are.
     """
     sharding = sharding_of(args)
     if sharding is not None:
         raise ValueError(f"{what}, but {sharding} cannot spread quantised weights; train with DDP or ZeRO-2")
-    if args.torch_compile:
-        raise ValueError(f"{what}, but torch_compile takes no quantised weights; leave one of them out")
 
 
 def check_stream(args: ConsistencyLensTrainingArguments) -> None:
