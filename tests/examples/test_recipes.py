@@ -1,6 +1,7 @@
 """Every recipe: its keys, the commands of its comment, a dry run and a short run on its architecture cut small."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -127,6 +128,8 @@ def test_the_comment_tells_the_recipes_own_commands(name):
     *before, last = [words for words in commands_of(name) if words[1] != "submit"]
     path = f"examples/recipes/{name}.yaml"
     assert last[:2] == ["accelerate", "launch"] and path in last and "examples/train_lens.py" in last
+    launched = [words[words.index("--config_file") + 1] for words in [*before, last] if "--config_file" in words]
+    assert all((RECIPES.parents[1] / file).is_file() for file in launched)
     assert all(path in words or words[:2] == ["consistency-lens", "tokenize"] for words in before)
     if name not in TOKENISED:
         return
@@ -140,6 +143,12 @@ def test_the_comment_tells_the_recipes_own_commands(name):
         **{f"--{key}": str(value) for key, value in settings["tokenize"].items()},
         **{flag: said[flag] for flag in ("--model", "--output_dir", "--max_length")},
     }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_key_is_given_twice(name):
+    keys = re.findall(r"^(\w+):", (RECIPES / f"{name}.yaml").read_text(), flags=re.MULTILINE)
+    assert len(keys) == len(set(keys))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

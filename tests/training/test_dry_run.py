@@ -193,8 +193,13 @@ def test_several_processes_are_planned_for(subject_folder, tmp_path, monkeypatch
     one, (ddp, fsdp2, zero2, zero3) = alone.memory[0], eight.memory
     assert ddp.gradients == 2 * one.gradients and ddp.optimizer == one.optimizer and ddp.weights == one.weights
     assert fsdp2.gradients == zero2.gradients == zero3.gradients == one.gradients // 8
-    assert zero2.weights == one.weights > zero3.weights == fsdp2.weights
+    assert zero2.weights == one.weights > zero3.weights == fsdp2.weights == one.weights // 8
+    adapters = plan(subject_folder, tmp_path, clones="lora", dry_run_processes=8)
+    apart = plan(subject_folder, tmp_path, clones="lora", dry_run_processes=8, share_weights="false")
+    assert apart.memory[0].weights > adapters.memory[0].weights
+    assert adapters.memory[1].weights == apart.memory[1].weights == apart.memory[0].weights // 8
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     assert plan(subject_folder, tmp_path).strategy == "fsdp2"
     with pytest.raises(ValueError, match="dry_run_processes must be at least 1, got 0"):
         plan(subject_folder, tmp_path, dry_run_processes=0)

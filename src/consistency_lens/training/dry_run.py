@@ -26,6 +26,7 @@ from .recipe import check_length, layer_to_read, make_lens, read_checked_summari
 from .recipe_arguments import RecipeArguments
 from .resuming import checkpoint_to_resume
 from .run_names import name_run
+from .sharding_arguments import check_sharding
 from .timetable import Timetable
 from .trainer import check_settings
 from .unfreezing import Unfreezing
@@ -131,6 +132,7 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
     check_recipe(args, training_args)
+    check_sharding(training_args, training_args.share_weights)
     # the best attention that is to be had is looked for in loading; here one that is asked for by name is tried
     named = None if args.attention == AUTO else args.attention
     subject = load_empty_subject(args.model, args.revision, args.dtype, named)

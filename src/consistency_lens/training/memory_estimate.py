@@ -40,7 +40,7 @@ class Memory:
         strategy: "1 process", "ddp", "fsdp2", "zero2" or "zero3".
         weights: of subject, decoder and encoder, what they share once; of the reference and of running averages.
         gradients: of the trained tensors, and DDP's second copy of them.
-        optimizer: its states, and float32 master weights where the strategy keeps some.
+        optimizer: its states, and the copy of the trained tensors that DeepSpeed keeps.
         activations: the most that any stage keeps for its backward pass, logits and key-value caches included.
     """
 
@@ -137,32 +137,25 @@ def memory_estimates(
         stored: bytes of quantised tensors, by the tensor's id.
     """
     subject, trained = all_tensors(lens.subject.model), trained_parameters(lens)
-    weights = num_bytes([*subject, *all_tensors(lens)], stored) + copies_bytes(lens, args)
+    copies = copies_bytes(lens, args)
+    apart = sum(
+        num_bytes(tensors, stored) for tensors in (subject, all_tensors(lens.decoder), all_tensors(lens.encoder))
+    )
+    weights = apart if args.share_weights == "false" else num_bytes([*subject, *all_tensors(lens)], stored)
     gradients, states = num_bytes(trained), optimizer_bytes(lens, args)
     activations = max(activation_bytes(lens, args, index, max_length) for index in range(len(args.parsed_stages())))
     if processes == 1:
-        return [Memory("1 process", weights, gradients, states, activations)]
-    estimates = [Memory("ddp", weights, 2 * gradients, states, activations)]
-    # sharded tensors cannot be shared between trees
-    shards = num_bytes(all_tensors(lens.decoder), stored) + num_bytes(all_tensors(lens.encoder), stored)
-    whole_subject = num_bytes(subject, stored) + copies_bytes(lens, args)
-    estimates.append(
-        Memory(
-            "fsdp2",
-            whole_subject + shards // processes,
-            gradients // processes,
-            states // processes,
-            activations,
-        )
-    )
-    half = args.bf16 or args.fp16
-    # DeepSpeed trains halves, and keeps float32 beside them in the optimizer
-    saved = num_bytes(trained) - HALF_BYTES * sum(p.numel() for p in trained) if half else 0
-    masters = FLOAT32_BYTES * sum(p.numel() for p in trained) if half else 0
-    part = (gradients - saved) // processes, (states + masters) // processes
-    estimates.append(Memory("zero2", weights - saved, *part, activations))
-    estimates.append(Memory("zero3", whole_subject + (shards - saved) // processes, *part, activations))
-    return estimates
+        return [Memory("1 process", weights + copies, gradients, states, activations)]
+    # what is spread cannot be shared between trees
+    part, own = (apart + copies) // processes, gradients // processes
+    # DeepSpeed works on a flat copy of what it trains
+    flat = (states + FLOAT32_BYTES * sum(p.numel() for p in trained)) // processes
+    return [
+        Memory("ddp", weights + copies, 2 * gradients, states, activations),
+        Memory("fsdp2", part, own, states // processes, activations),
+        Memory("zero2", weights + copies, own, flat, activations),
+        Memory("zero3", part, own, flat, activations),
+    ]
 
 
 def copies_bytes(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> int:
