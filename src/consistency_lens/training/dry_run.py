@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_
 
 from ..attention import AUTO
 from ..data.expected_rows import ExpectedRows, expected_rows
+from ..data.sources import dataset_of
 from ..data.subject_loading import LoadedSubject, load_tokenizer, not_loaded, pinned_revision
 from ..data.text_source import Reader
 from ..modeling_consistency_lens import ConsistencyLensModel
@@ -140,7 +141,7 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     layer = layer_to_read(args, subject)
     lens = make_lens(args, subject, layer)
     check_settings(lens, training_args)
-    name_run(training_args, args.dataset, args.model, layer, resume)
+    name_run(training_args, dataset_of(args), args.model, layer, resume)
     output_dir = Path(str(training_args.output_dir))
     summaries = read_checked_summaries(args, training_args)
     folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
