@@ -98,8 +98,12 @@ class CheckpointedTrainer(Trainer):
                 "make room and go on with --resume_from_checkpoint true"
             ) from error
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            checkpoint.rotate(run, self.args.save_total_limit, [folder, *([Path(best)] if best else [])])
+            self.remove_old_checkpoints(folder)
+
+    def remove_old_checkpoints(self, newest: Path) -> None:
+        """Removes what `save_total_limit` does not keep, now that the newest is whole."""
+        best = self.state.best_model_checkpoint
+        checkpoint.rotate(newest.parent, self.args.save_total_limit, [newest, *([Path(best)] if best else [])])
 
     def make_way(self, folder: Path) -> None:
         """Removes what a killed run left under the name of a checkpoint that is to be written."""
@@ -140,11 +144,15 @@ class CheckpointedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; True goes on from the newest checkpoint that is whole."""
+        self._stopped_early = False
+        return super().train(self.checkpoint_meant(resume_from_checkpoint), *args, **kwargs)
+
+    def checkpoint_meant(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The folder that `train` is to go on from; None to start anew."""
         if resume_from_checkpoint is True:
             self.args.resume_from_checkpoint = "true"
-            resume_from_checkpoint = checkpoint_to_resume(self.args)
-        self._stopped_early = False
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            return checkpoint_to_resume(self.args)
+        return resume_from_checkpoint or None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._stopped_early or self.state.global_step >= self.state.max_steps:

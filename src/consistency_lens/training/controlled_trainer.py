@@ -1,8 +1,8 @@
 """What moves and how fast: groups, rates, unfreezing, averages, early stopping, and which checkpoints stay."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from ..lens_artifact import WEIGHTS_FILE
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import parse_duration
 from .arguments import ConsistencyLensTrainingArguments
-from .best_checkpoints import checkpoints_in, remove_others, steps_to_keep
+from .best_checkpoints import steps_to_keep
 from .callbacks import is_sharded
+from .checkpoint import checkpoints_in, rotate
 from .checkpointed_trainer import CheckpointedTrainer
 from .control_arguments import GROUP_SETTINGS
 from .early_stopping import EarlyStopping, figure_name
@@ -67,13 +68,14 @@ class ControlledTrainer(CheckpointedTrainer):
                 raise ValueError(f"{name}: DeepSpeed clips and steps by itself, for all groups at once; leave it out")
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        resume = self.checkpoint_meant(resume_from_checkpoint)
+        self._resumed_from = None if resume is None else Path(resume)
         self.continue_tracking()
         if self.averages is not None:
             self.averages.start()
         trained = [parameter for parameter in self.lens.parameters() if parameter.requires_grad]
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume, *args, **kwargs)
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)  # a group may have stood still to the end
@@ -111,8 +113,6 @@ class ControlledTrainer(CheckpointedTrainer):
         else:
             whole_run: Any = super().create_scheduler(num_training_steps, optimizer)
             factor = whole_run.lr_lambdas[0]
-            for group in optimizer.param_groups:  # as they were before transformers' own schedule began
-                group["lr"] = group["initial_lr"]
         unfreezing = self.unfreezing(num_training_steps)
 
         def factor_of(group: str) -> Callable[[int], float]:
@@ -212,44 +212,26 @@ class ControlledTrainer(CheckpointedTrainer):
         if self.averages is not None:
             self.averages.load(best)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self.no_rotation():
-            super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            self.remove_checkpoints()
-
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        with self.no_rotation():
+        with self.rotation_put_off():  # it would remove all but the best, the last one too
             return super()._finalize_training(*args, **kwargs)
 
-    @contextmanager
-    def no_rotation(self) -> Iterator[None]:
-        """Keeps transformers from removing checkpoints, for it knows the last ones and a single best one alone."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            yield
-        finally:
-            self.args.save_total_limit = limit
+    def remove_old_checkpoints(self, newest: Path) -> None:
+        """Removes the checkpoints that neither `save_total_limit` nor `keep_best` keeps.
 
-    def remove_checkpoints(self) -> None:
-        """Removes the checkpoints that `save_total_limit` and `keep_best` do not keep.
-
-        The one that was just written stays, and the one that the run went on from, and the best where it is to be
-        loaded at the end.
+        The newest stays in any case, and the best that `Trainer` knows of; where the best are kept, so does the
+        one that the run went on from.
         """
-        folder, name = Path(str(self.args.output_dir)), figure_name(str(self.args.metric_for_best_model))
-        present = checkpoints_in(folder)
-        here = {step for step in present if step <= self.state.global_step}
+        run, name = newest.parent, figure_name(str(self.args.metric_for_best_model))
+        steps = {int(path.name.split("-")[1]): path for path in checkpoints_in(run)}
+        up_to_now = [step for step in steps if step <= self.state.global_step]  # later ones are of another attempt
         figures = {int(entry["step"]): entry[name] for entry in self.state.log_history if name in entry}
-        keep = steps_to_keep(
-            here, figures, bool(self.args.greater_is_better), self.args.keep_best, self.args.save_total_limit
-        )
-        protected = [self._resumed_from]
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            protected.append(Path(self.state.best_model_checkpoint))
-        resolved = {path.resolve() for path in protected if path is not None}
-        keep |= {step for step, path in present.items() if path.resolve() in resolved}
-        remove_others(folder, keep, self.state.global_step)
+        greater, best, last = bool(self.args.greater_is_better), self.args.keep_best, self.args.save_total_limit
+        named = (self._resumed_from if best else None, self.state.best_model_checkpoint)
+        protected = {newest.resolve(), *(Path(path).resolve() for path in named if path is not None)}
+        keep = [steps[step] for step in steps_to_keep(up_to_now, figures, greater, best, last)]
+        keep += [path for path in steps.values() if path.resolve() in protected]
+        rotate(run, last or (1 if best else None), keep)
 
 
 def check_control(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
