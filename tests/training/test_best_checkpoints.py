@@ -1,6 +1,6 @@
 import pytest
 
-from consistency_lens.training.best_checkpoints import steps_to_keep
+from consistency_lens.training.best_checkpoints import checkpoints_in, remove_others, steps_to_keep
 from consistency_lens.training.early_stopping import evaluations_in_vain
 
 NAN = float("nan")
@@ -23,6 +23,29 @@ FIGURES = {10: 0.1, 20: 0.5, 30: 0.3, 40: 0.5, 50: NAN}
 def test_the_best_and_the_last_stay(settings, kept):
     settings = {"greater_is_better": True, **settings}
     assert steps_to_keep([60, 10, 30, 20, 50, 40], FIGURES, **settings) == kept
+
+
+def test_only_checkpoints_of_the_run_up_to_now_are_removed(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-20", "checkpoint-30", "checkpoint-100", "data", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / "leaving-checkpoint-5").mkdir()  # what a killed run was deleting
+    remove_others(tmp_path, {20}, up_to=30)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-20", "checkpoint-100", "data", "checkpoint-x"}
+    assert sorted(checkpoints_in(tmp_path)) == [20, 100]
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-10").mkdir()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("consistency_lens.training.best_checkpoints.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_others(tmp_path, set(), up_to=10)
+    assert checkpoints_in(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from checkpoint_runs import DiesAt, Killed, curve, tensors, tiny_run
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from consistency_lens.training import checkpointed_trainer
-from consistency_lens.training.checkpoint import CheckpointWriteError, checkpoints_in, rotate
+from consistency_lens.training.checkpoint import CheckpointWriteError, checkpoints_in
 from consistency_lens.training.checkpoint_manifest import MANIFEST_FILE
 from consistency_lens.training.resuming import checkpoint_to_resume
 
@@ -102,7 +102,8 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     assert names == ["checkpoint-4", "checkpoint-6"]  # what is to be removed waits until the new one is whole
     assert_same(to_the_end(tmp_path, save_total_limit=1), whole)
     assert "checkpoint-6 is not whole (no manifest.json: its writing was cut short); taking the one" in caplog.text
-    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-13"]
+    # the one that the run went on from stays
+    assert names_of(tmp_path) == ["checkpoint-4", "checkpoint-13"]
 
 
 WARM_START = {"stages": ["warm_start"], "max_steps": 8}
@@ -222,17 +223,13 @@ def test_a_new_start_among_old_checkpoints_is_warned_of(three, caplog):
     assert "has checkpoints of an earlier run, up to checkpoint-10" in caplog.text
 
 
-def test_rotation_removes_what_is_not_whole_first_and_what_is_protected_never(three):
-    folder = Path(three.output_dir)
-    for step, time in ((2, 300), (8, 100), (10, 200)):  # checkpoint-2 is the newest: of a run that began anew
-        os.utime(folder / f"checkpoint-{step}" / MANIFEST_FILE, (time, time))
-    (folder / "checkpoint-12").mkdir()
-    rotate(folder, None, [])
-    assert len(checkpoints_in(folder)) == 4
-    rotate(folder, 3, [folder / "checkpoint-2"])
-    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-2", "checkpoint-8", "checkpoint-10"]
-    rotate(folder, 1, [folder / "checkpoint-2", folder / "checkpoint-8"])
-    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-2", "checkpoint-8"]
+def test_what_is_not_whole_goes_when_there_is_a_newer_whole_one(tmp_path, whole):
+    copied(whole, tmp_path, 2, 6, 10)
+    for step in (2, 10):
+        (tmp_path / "run" / f"checkpoint-{step}" / MANIFEST_FILE).unlink()
+    killed_at(tmp_path, 9)
+    # the one of step 10 is of a run that was ahead of this one
+    assert names_of(tmp_path) == ["checkpoint-6", "checkpoint-8", "checkpoint-10"]
 
 
 # Other settings

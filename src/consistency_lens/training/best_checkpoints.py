@@ -1,6 +1,12 @@
 """Which checkpoints of a run stay."""
 
-from collections.abc import Collection, Mapping
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LEAVING = "leaving-"  # no name that a run resumes from
 
 
 def steps_to_keep(
@@ -23,3 +29,22 @@ def steps_to_keep(
     # of two that are equal, the earlier: no later one has shown to be better
     by_figure = sorted(measured, key=lambda step: (-sign * figures[step], step))
     return set(by_figure[:best]) | set(ordered[-max(last, 1) :])
+
+
+def remove_others(folder: Path, keep: Iterable[int], up_to: int) -> None:
+    """Removes a run's checkpoints of steps up to `up_to`, but those to keep; later ones are of another attempt.
+
+    A checkpoint loses its name first: one that is half deleted would be taken for a whole one.
+    """
+    keep = set(keep)
+    for step, checkpoint in checkpoints_in(folder).items():
+        if step <= up_to and step not in keep:
+            checkpoint.rename(folder / f"{LEAVING}{checkpoint.name}")
+    for path in folder.glob(f"{LEAVING}checkpoint-*"):
+        shutil.rmtree(path)
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Step -> folder of each checkpoint of a run."""
+    found = ((CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    return {int(match[1]): path for match, path in found if match is not None}

@@ -1,22 +1,18 @@
 """What moves and how fast: groups, rates, unfreezing, averages, early stopping, and which checkpoints stay."""
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..lens_artifact import WEIGHTS_FILE
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import parse_duration
 from .arguments import ConsistencyLensTrainingArguments
-from .best_checkpoints import steps_to_keep
-from .callbacks import is_sharded
-from .checkpoint import checkpoints_in, rotate
+from .best_checkpoints import checkpoints_in, remove_others, steps_to_keep
 from .checkpointed_trainer import CheckpointedTrainer
 from .control_arguments import GROUP_SETTINGS
 from .early_stopping import EarlyStopping, figure_name
@@ -61,21 +57,22 @@ class ControlledTrainer(CheckpointedTrainer):
     def check_sharded(self) -> None:
         """ValueError for settings that need whole tensors, or gradients between backward pass and step."""
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-        if is_sharded(self) and self.args.ema_decay > 0:
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.ema_decay > 0:
             raise ValueError(f"ema_decay: cannot average tensors that {engine} spreads over processes; set it to 0")
         for name in ("unfreeze", "group_max_grad_norm"):
             if self.is_deepspeed_enabled and getattr(self.args, name):
                 raise ValueError(f"{name}: DeepSpeed clips and steps by itself, for all groups at once; leave it out")
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        resume = self.checkpoint_meant(resume_from_checkpoint)
-        self._resumed_from = None if resume is None else Path(resume)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; True goes on from the newest checkpoint that is whole."""
+        resume_from_checkpoint = self.checkpoint_named(resume_from_checkpoint)
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self.continue_tracking()
         if self.averages is not None:
             self.averages.start()
         trained = [parameter for parameter in self.lens.parameters() if parameter.requires_grad]
         try:
-            return super().train(resume, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)  # a group may have stood still to the end
@@ -142,7 +139,7 @@ class ControlledTrainer(CheckpointedTrainer):
         if not self.args.unfreeze:
             return super().training_step(*args, **kwargs)
         unfreezing, step = self.unfreezing(self.state.max_steps), self.state.global_step
-        alone = self.args.world_size == 1 and not is_sharded(self)
+        alone = self.args.world_size == 1 and not self.weights.spread
         frozen = []
         for group in groups:
             is_frozen = unfreezing.is_frozen(group["name"], step)
@@ -203,35 +200,50 @@ class ControlledTrainer(CheckpointedTrainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        if is_sharded(self):
-            super()._load_best_model()
-            return
         best = Path(str(self.state.best_model_checkpoint))
         logger.info("loading the best lens, %s: %s", best, self.state.best_metric)
-        self.lens.load_trained_tensors(load_file(best / WEIGHTS_FILE))
+        super()._load_best_model()
         if self.averages is not None:
             self.averages.load(best)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.no_rotation():
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self.remove_checkpoints()
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        with self.rotation_put_off():  # it would remove all but the best, the last one too
+        with self.no_rotation():
             return super()._finalize_training(*args, **kwargs)
 
-    def remove_old_checkpoints(self, newest: Path) -> None:
-        """Removes the checkpoints that neither `save_total_limit` nor `keep_best` keeps.
+    @contextmanager
+    def no_rotation(self) -> Iterator[None]:
+        """Keeps transformers from removing checkpoints, for it knows the last ones and a single best one alone."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
 
-        The newest stays in any case, and the best that `Trainer` knows of; where the best are kept, so does the
-        one that the run went on from.
+    def remove_checkpoints(self) -> None:
+        """Removes the checkpoints that `save_total_limit` and `keep_best` do not keep.
+
+        The one that was just written stays, and the one that the run went on from, and the best where it is to be
+        loaded at the end.
         """
-        run, name = newest.parent, figure_name(str(self.args.metric_for_best_model))
-        steps = {int(path.name.split("-")[1]): path for path in checkpoints_in(run)}
-        up_to_now = [step for step in steps if step <= self.state.global_step]  # later ones are of another attempt
+        folder, name = Path(str(self.args.output_dir)), figure_name(str(self.args.metric_for_best_model))
+        present = checkpoints_in(folder)
+        here = {step for step in present if step <= self.state.global_step}
         figures = {int(entry["step"]): entry[name] for entry in self.state.log_history if name in entry}
-        greater, best, last = bool(self.args.greater_is_better), self.args.keep_best, self.args.save_total_limit
-        named = (self._resumed_from if best else None, self.state.best_model_checkpoint)
-        protected = {newest.resolve(), *(Path(path).resolve() for path in named if path is not None)}
-        keep = [steps[step] for step in steps_to_keep(up_to_now, figures, greater, best, last)]
-        keep += [path for path in steps.values() if path.resolve() in protected]
-        rotate(run, last or (1 if best else None), keep)
+        keep = steps_to_keep(
+            here, figures, bool(self.args.greater_is_better), self.args.keep_best, self.args.save_total_limit
+        )
+        protected = [self._resumed_from]
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            protected.append(Path(self.state.best_model_checkpoint))
+        resolved = {path.resolve() for path in protected if path is not None}
+        keep |= {step for step, path in present.items() if path.resolve() in resolved}
+        remove_others(folder, keep, self.state.global_step)
 
 
 def check_control(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
