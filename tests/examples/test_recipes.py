@@ -151,6 +151,14 @@ def test_no_key_is_given_twice(name):
     assert len(keys) == len(set(keys))
 
 
+def test_the_half_for_images_gets_no_adapters():
+    targets = settings_of("gemma3_27b_chat")["lora_targets"]
+    # as PEFT looks for them in the decoder, in the encoder, and where there are none
+    assert re.fullmatch(targets, "model.language_model.layers.0.self_attn.q_proj")
+    assert re.fullmatch(targets, "layers.0.mlp.down_proj")
+    assert not re.fullmatch(targets, "model.vision_tower.encoder.layers.0.self_attn.q_proj")
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_pipeline_reads_it(name):
     recipe = read_recipe([], settings_of(name))
