@@ -62,7 +62,8 @@ def check_training(args: ConsistencyLensTrainingArguments) -> None:
         ValueError: for settings that cannot go together.
     """
     sharding = sharding_of(args)
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    recomputing: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and recomputing.get("use_reentrant"):
         raise ValueError(
             "activation_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights; "
             "leave it out"
