@@ -16,7 +16,7 @@ export MALLOC_TRIM_THRESHOLD_ = 8589934592
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help venv demo best objectives test test-slow lint format bench cards clean
+.PHONY: help venv demo best objectives test test-slow lint format bench bench-gpu cards clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +24,7 @@ help:
 	@echo 'make best       the best lens of that model, three seeds, up to half an hour each;  make objectives: compare objectives'
 	@echo 'make test       run the tests;  make test-slow: the slow ones too'
 	@echo 'make lint       check style and types;  make format: mend what can be mended'
-	@echo 'make bench      run the benchmarks (tests/benchmarks/results)'
+	@echo 'make bench      run the benchmarks (tests/benchmarks/results);  make bench-gpu: a training step on GPUs (docs/gpu.md)'
 	@echo 'make cards      write what was measured into README.md and model_cards/ (after make demo, best, objectives)'
 	@echo 'make clean      remove .venv, caches and build leftovers; outputs stay'
 
@@ -60,7 +60,10 @@ format: $(INSTALLED)
 
 # One after the other: two at once would measure each other.
 bench: $(INSTALLED)
-	@for script in $$(grep -l '__main__' tests/benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+	@for script in $$(grep -l '__main__' tests/benchmarks/*.py | grep -v gpu_step); do $(BIN)/python $$script || exit 1; done
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/torchrun --nproc_per_node gpu tests/benchmarks/gpu_step.py
 
 cards: $(INSTALLED)
 	$(BIN)/python model_cards/render.py

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -99,10 +100,10 @@ class SlurmCluster:
             options = [f"--{option}={self.folder}/munge.{name}" for option, name in files.items()]
             # --force: the folder is closed to others, which munged takes for a mistake
             self._start("munged", "--foreground", "--force", *options)
-            self._wait_until("munged answers", lambda: (self.folder / "munge.socket").exists())
+            self.wait_until("munged answers", lambda: (self.folder / "munge.socket").exists())
             self._start("slurmctld", "-D")
             self._start("slurmd", "-D")
-            self._wait_until("the node is idle", lambda: self.run("sinfo", "--noheader", "-o", "%T").strip() == "idle")
+            self.wait_until("the node is idle", lambda: self.run("sinfo", "--noheader", "-o", "%T").strip() == "idle")
             self._daemons = daemons.pop_all()
         return self
 
@@ -111,7 +112,7 @@ class SlurmCluster:
     ) -> None:
         self.run("scancel", "--state=PENDING", "--user=root")
         self.run("scancel", "--user=root")
-        self._wait_until("all jobs are gone", lambda: not self.run("squeue", "--noheader", "--states=R,CG,PD"))
+        self.wait_until("all jobs are gone", lambda: not self.run("squeue", "--noheader", "--states=R,CG,PD"))
         self._daemons.close()
 
     def run(self, *command: str) -> str:
@@ -126,7 +127,7 @@ class SlurmCluster:
 
     def wait(self, job_id: int | str, states: tuple[str, ...], seconds: float) -> dict[str, str]:
         """The job, once it is in one of the states; fails after so many seconds."""
-        self._wait_until(f"job {job_id} is {states}", lambda: self.job(job_id).get("JobState") in states, seconds)
+        self.wait_until(f"job {job_id} is {states}", lambda: self.job(job_id).get("JobState") in states, seconds)
         return self.job(job_id)
 
     def _start(self, *command: str) -> None:
@@ -138,7 +139,8 @@ class SlurmCluster:
         self._daemons.callback(process.wait)
         self._daemons.callback(process.terminate)
 
-    def _wait_until(self, what: str, holds, seconds: float = START_SECONDS) -> None:
+    def wait_until(self, what: str, holds: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+        """Waits; fails after so many seconds, with what the daemons have to say."""
         end = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > end:

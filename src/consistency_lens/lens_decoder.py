@@ -139,7 +139,11 @@ class LensDecoder(LensClone):
         chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix.expand(batch, -1, -1)], dim=1)
         if use_cache:
             recompute = self.checkpoints_gradients() and torch.is_grad_enabled()
-            passes, slot = CachedPasses(self.base, self.prefix_cache(prefix, batch), recompute), 0
+            cache, end = self.prefix_cache(prefix, batch)
+            # Nothing reads the last block's output, though all read its keys and values. FSDP and ZeRO-3 gather a
+            # block's weights for the backward pass when the gradient of its output comes, so this one has to come.
+            chunk, slot = chunk + 0 * end, 0
+            passes = CachedPasses(self.base, cache, recompute)
         else:
             chunk, slot = torch.cat([prefix.expand(batch, -1, -1), chunk], dim=1), len(prefix)
 
@@ -165,15 +169,18 @@ class LensDecoder(LensClone):
         """Whether a training pass would recompute blocks in its backward pass."""
         return self.training and len(checkpointed_modules(self.base)) > 0
 
-    def prefix_cache(self, prefix: Tensor, batch: int) -> DynamicCache:
-        """Keys and values of the prompt before the slot: run once, not once per row, then expanded to the batch."""
+    def prefix_cache(self, prefix: Tensor, batch: int) -> tuple[DynamicCache, Tensor | float]:
+        """Keys and values of the prompt before the slot: run once, not once per row, then expanded to the batch.
+
+        Beside them the prompt's last hidden state (d,), or 0 where there is no prompt.
+        """
         if len(prefix) == 0:
-            return DynamicCache()
+            return DynamicCache(), 0.0
         once = DynamicCache()
         with without_checkpoints(self.base):
-            self.base.get_decoder()(inputs_embeds=prefix[None], past_key_values=once, use_cache=True)
+            output = self.base.get_decoder()(inputs_embeds=prefix[None], past_key_values=once, use_cache=True)
         expanded = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v, *_ in once]
-        return DynamicCache(expanded)
+        return DynamicCache(expanded), output.last_hidden_state[0, -1]
 
     @classmethod
     def from_subject(cls, subject: PreTrainedModel, config: LensDecoderConfig) -> Self:

@@ -1,13 +1,14 @@
 """The lens: a decoder and an encoder joined, and the subject that both are judged by.
 
-Every trainable tensor is used inside a `forward`, so DDP, FSDP and DeepSpeed see every gradient. The soft path
-(`noise_keys`) generates a text with straight-through gradients and reconstructs from it; the teacher-forced path
-(`text_ids`) scores given tokens and reconstructs from them.
+Every tensor is used inside `ConsistencyLensModel.forward`, so DDP, FSDP and DeepSpeed see every gradient, and a lens
+whose weights are spread over processes gathers them for every use. The soft path (`noise_keys`) generates a text with
+straight-through gradients and reconstructs from it; the teacher-forced path (`text_ids`) scores given tokens and
+reconstructs from them; `decode_ids` and `read_ids` take one half of the way.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -137,6 +138,9 @@ class ConsistencyLensModel(TrainedTensorsModel):
         decoder = LensDecoder.from_subject(subject, config.decoder)
         return cls(config, decoder, LensEncoder.from_subject(subject, config.encoder), subject)
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """A lens reads activations: it has no token embedding of its own (accelerate would shard that apart)."""
+
     def trained_tensors(self) -> dict[str, Tensor]:
         parts = {"decoder": self.decoder, "encoder": self.encoder}
         return {f"{name}.{key}": t for name, part in parts.items() for key, t in part.trained_tensors().items()}
@@ -180,7 +184,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
 
     def forward(
         self,
-        activations: Tensor,
+        activations: Tensor | None = None,
         text_ids: Tensor | None = None,
         encoder_text_ids: Tensor | None = None,
         encoder_text_mask: Tensor | None = None,
@@ -188,11 +192,13 @@ class ConsistencyLensModel(TrainedTensorsModel):
         tau: float = 1.0,
         num_text_tokens: int | None = None,
         straight_through: bool = False,
+        sample: bool = False,
+        temperature: float = 1.0,
     ) -> LensOutput:
-        """One pass through every trained tensor, on one of two paths.
+        """One pass through every trained tensor, on one of two paths; or, without gradients, half of the way.
 
         Args:
-            activations: A, (B, d).
+            activations: A, (B, d). None only reads `text_ids` with the encoder.
             text_ids: (B, T) tokens to score (teacher forcing); None generates softly.
             encoder_text_ids: (B, T') another text for the encoder to read, with `text_ids` only.
             encoder_text_mask: (B, T') bool, what the encoder reads of that text or of `text_ids`; None: `text_mask`.
@@ -200,8 +206,15 @@ class ConsistencyLensModel(TrainedTensorsModel):
             tau: temperature of the straight-through gradient.
             straight_through: with `text_ids` that the encoder reads itself, lets the reconstruction's gradient pass
                 through the embedding of each token into the logits that the token was drawn from.
-            num_text_tokens: T for soft generation; the configuration's if None.
+            num_text_tokens: T for generation; the configuration's if None.
+            sample: only draws a text, at `temperature`, and gives its `text_ids`; no gradient.
         """
+        length = self.config.num_text_tokens if num_text_tokens is None else num_text_tokens
+        if activations is None:
+            assert text_ids is not None
+            return LensOutput(self.reconstruct(text_ids, encoder_text_mask), text_ids)
+        if sample:
+            return LensOutput(text_ids=self.decoder.generate_ids(activations, noise_keys, length, temperature))
         if text_ids is not None:
             logits = self.decoder(activations, text_ids)
             if straight_through:
@@ -209,8 +222,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
                 mask = self.mask_to_read(text_ids, encoder_text_mask)
                 return LensOutput(self.encoder(embeddings, mask), text_ids, logits)
             read_ids = text_ids if encoder_text_ids is None else encoder_text_ids
-            return LensOutput(self.read_ids(read_ids, encoder_text_mask), read_ids, logits)
-        length = self.config.num_text_tokens if num_text_tokens is None else num_text_tokens
+            return LensOutput(self.reconstruct(read_ids, encoder_text_mask), read_ids, logits)
         text = self.decoder.generate_soft(activations, noise_keys, length, tau)
         embeddings = self.encoder.embed_text(text, noise_keys, tau)
         reconstruction = self.encoder(embeddings, self.mask_to_read(text.token_ids, None))
@@ -238,6 +250,11 @@ class ConsistencyLensModel(TrainedTensorsModel):
 
     def read_ids(self, text_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the encoder makes of texts (B, T): Â, (B, d). `mask` (B, T) says what is read; `text_mask` if None."""
+        reconstruction = self(text_ids=text_ids, encoder_text_mask=mask).reconstruction
+        return cast(Tensor, reconstruction)
+
+    def reconstruct(self, text_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """What `read_ids` returns, from inside `forward`."""
         return self.encoder(self.encoder.embed_ids(text_ids), self.mask_to_read(text_ids, mask))
 
     def mask_to_read(self, text_ids: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -259,9 +276,9 @@ class ConsistencyLensModel(TrainedTensorsModel):
         temperature: float = 1.0,
     ) -> Tensor:
         """The token ids (B, T) that `decode` turns into strings."""
-        length = self.config.num_text_tokens if num_text_tokens is None else num_text_tokens
+        settings = {"num_text_tokens": num_text_tokens, "noise_keys": keys, "temperature": temperature}
         with evaluating(self.decoder):  # in train mode gradient checkpointing would cost the cache
-            return self.decoder.generate_ids(activations, keys, length, temperature)
+            return cast(Tensor, self(activations, sample=True, **settings).text_ids)
 
     @torch.no_grad()
     def decode(
@@ -303,7 +320,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
         for row, (tokens, keep) in zip(rows, zip(ids, mask, strict=True), strict=True):
             tokens[length - len(row) :] = torch.tensor(row, dtype=torch.long)
             keep[length - len(row) :] = True
-        return self.encoder(self.encoder.embed_ids(ids), mask)
+        return self.read_ids(ids, mask)
 
     def explain(self, text: str, positions: list[int] | None = None) -> Explanation:
         """Reads every token of `text` (or the given positions): words, FVE, KL and predictions before and after."""

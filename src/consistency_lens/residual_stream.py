@@ -65,6 +65,7 @@ class ResidualStream:
         input_embedding: the token embedding.
         num_layers: L.
         width: d, the size of the residual stream.
+        may_stop: whether a pass may be ended inside the model; where not, `capture` lets it run to its end.
 
     Raises:
         ValueError: if the blocks or the given paths are not found.
@@ -86,6 +87,7 @@ class ResidualStream:
         self.input_embedding: nn.Module = model.get_input_embeddings()
         self.num_layers = len(self.blocks)
         self.width: int = config.hidden_size
+        self.may_stop = True
 
     @cached_property
     def embedding_scale(self) -> float:
@@ -119,8 +121,8 @@ class ResidualStream:
 
         Args:
             layer: the block, 0-based.
-            stop: end the forward pass after that block. The `with` block then ends at the call of the model, so read
-                the activations after it.
+            stop: end the forward pass after that block, if it may be. The `with` block then ends at the call of the
+                model, so read the activations after it.
 
         Yields:
             A `Capture`, whose `activations` (B, S, d) are there once the model has run.
@@ -130,7 +132,7 @@ class ResidualStream:
 
         def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
             captured._activations = _hidden(output)
-            if stop:
+            if stop and self.may_stop:
                 raise _StopForward(captured)
 
         with _forward_hook(self.blocks[layer], record):

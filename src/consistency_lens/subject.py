@@ -62,12 +62,17 @@ class Subject:
         blocks: str | None = None,
         final_norm: str | None = None,
     ) -> None:
-        self.model = model.requires_grad_(False).eval()
-        self.stream = ResidualStream(model, blocks=blocks, final_norm=final_norm)
-        self.stream.check_layer(layer)
+        self._paths = {"blocks": blocks, "final_norm": final_norm}
         self.layer = layer
+        self.change_model(model)
         self._one_token = one_token
         self._checked_length: float = 0
+
+    def change_model(self, model: PreTrainedModel) -> None:
+        """Takes the model, or another copy of the same weights in place of the one before."""
+        self.model = model.requires_grad_(False).eval()
+        self.stream = ResidualStream(model, **self._paths)
+        self.stream.check_layer(self.layer)
 
     @torch.no_grad()
     def activations(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

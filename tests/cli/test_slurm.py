@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from slurm_cluster import SlurmCluster, why_not_here
 
 from consistency_lens.cli.submit import main
@@ -81,3 +83,33 @@ def test_what_waits_for_a_job_that_fails_does_not_run(cluster, submit):
     assert cluster.wait(jobs["train"], ("FAILED", "COMPLETED"), SECONDS)["ExitCode"] == "2:0"
     assert cluster.wait(jobs["eval"], ("CANCELLED", "COMPLETED"), 120)["JobState"] == "CANCELLED"
     assert not Path("run", "metrics.json").exists()
+
+
+def test_a_job_whose_time_is_up_goes_on_later_and_ends_as_if_nothing_had_been(cluster, submit):
+    settings = {"cache_dir": "data", "max_steps": 80, "save_steps": 10, "stages": ["warm_start 50%", "gumbel"]}
+    undisturbed = submit(**settings, output_dir="undisturbed")
+    assert cluster.wait(undisturbed["eval"], ("COMPLETED", "CANCELLED"), SECONDS)["JobState"] == "COMPLETED"
+
+    jobs = submit(**settings, output_dir="interrupted")
+    assert tuple(jobs) == ("train", "eval")  # the cache is shared
+    cluster.wait_until(
+        "a checkpoint", lambda: any(Path("interrupted").glob("checkpoint-*/model.safetensors")), SECONDS
+    )
+    # as --signal=B:USR1@300 does; no sooner is this job to be seen again than the scheduler has put it back
+    cluster.run("scancel", "--batch", "--signal=USR1", jobs["train"])
+    cluster.wait(jobs["train"], ("PENDING",), 120)
+    interrupted = json.loads(Path("interrupted", "interrupted.json").read_text())
+    assert interrupted["signal"] == "SIGUSR1" and 10 <= interrupted["step"] < 80
+    assert cluster.job(jobs["eval"])["JobState"] == "PENDING"
+
+    train = cluster.wait(jobs["train"], ("COMPLETED", "FAILED", "CANCELLED"), SECONDS)
+    assert (train["JobState"], train["Restarts"]) == ("COMPLETED", "1")
+    evaluate = cluster.wait(jobs["eval"], ("COMPLETED", "CANCELLED"), SECONDS)
+    assert evaluate["JobState"] == "COMPLETED" and evaluate["StartTime"] >= train["EndTime"]
+    tensors, expected = (load_file(Path(run) / "model.safetensors") for run in ("interrupted", "undisturbed"))
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    losses, expected = (
+        [entry["loss"] for entry in json.loads((Path(run) / "log_history.json").read_text()) if "loss" in entry]
+        for run in ("interrupted", "undisturbed")
+    )
+    assert len(losses) == 80 and losses == expected

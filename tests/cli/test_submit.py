@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import stat
 import sys
@@ -14,9 +16,13 @@ from tiny_models import tiny_model
 
 from consistency_lens.cli import jobs
 from consistency_lens.cli.main import main as command_line
-from consistency_lens.cli.parser import parse_arguments
+from consistency_lens.cli.parser import parse_arguments, parse_given, read_yaml
+from consistency_lens.cli.pipeline import read_recipe
 from consistency_lens.cli.submit import main
+from consistency_lens.data.tokenization import TokenizationArguments
 from consistency_lens.data.tokenized_corpus import read_tokenization
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))
 
@@ -472,6 +478,20 @@ class TestMistakes:
         (tmp_path / "a.yaml").write_text("cache: x\neval: {rows: 1}\n")
         with pytest.raises(ValueError, match="unknown key 'eval'"):
             parse_arguments((VerifyArguments,), ["--config", str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_says_what_the_command_in_its_comment_does(path):
+    recipe = read_recipe([], read_yaml(path))
+    comment = path.read_text().partition("model:")[0].replace("\\\n#", "")
+    command = re.search(r"consistency-lens tokenize (.*)", comment)
+    if command is None:
+        assert recipe.sections["tokenize"] == {}
+        return
+    said, rest = parse_given((TokenizationArguments,), shlex.split(command[1]), {})
+    arguments = recipe.arguments
+    own = {"model": arguments.model, "max_length": arguments.max_length, "output_dir": arguments.dataset}
+    assert rest == [] and said == own | recipe.sections["tokenize"]
 
 
 def test_the_example_is_the_script_that_is_submitted():

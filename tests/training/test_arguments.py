@@ -7,6 +7,9 @@ def arguments(tmp_path, **settings):
     return ConsistencyLensTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
+MEASURED = {"metric_for_best_model": "fve", "eval_strategy": "steps", "eval_steps": 20, "save_steps": 40}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -37,6 +40,15 @@ def arguments(tmp_path, **settings):
         ({"stages": ["warm_start"], "warm_start_patience": 1}, "no stage follows a warm start"),
         ({"warm_start_patience": 1, "warm_start_check_steps": 0}, "warm_start_check_steps must be 1 or more"),
         ({"learning_rate_schedule": ["1"]}, "give one each"),
+        ({"keep_best": 1}, "keep_best: needs metric_for_best_model"),
+        ({"keep_best": -1}, "keep_best must be 0 or more, got -1"),
+        ({"early_stopping_patience": 1, "metric_for_best_model": "fve"}, "early_stopping_patience: needs evaluations"),
+        (
+            {"keep_best": 1, **MEASURED, "metric_for_best_model": "eval_loss"},
+            "keep_best: the loss is another one in each",
+        ),
+        ({"keep_best": 1, **MEASURED, "save_strategy": "epoch"}, "every checkpoint needs an evaluation of its own"),
+        ({"keep_best": 1, **MEASURED, "save_steps": 30}, "every checkpoint needs an evaluation of its own"),
     ],
 )
 def test_mistakes_are_named(tmp_path, settings, message):
@@ -60,3 +72,24 @@ def test_stages_that_use_up_the_run_are_an_error(tmp_path):
     args = arguments(tmp_path, stages=["warm_start 100s", "gumbel"])
     with pytest.raises(ValueError, match="step 100 of 100"):
         args.stage_starts(steps_per_epoch=10, total_steps=100)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("fve", True), ("kl", False), ("eval_kl", False), ("kl_recovered", True), ("loss", False)]
+    + [("text_perplexity", False), ("perplexity_ratio", False), ("top1_agreement", True), ("cosine", True)],
+)
+def test_whether_a_metric_should_grow_is_known(tmp_path, metric, greater):
+    assert arguments(tmp_path, metric_for_best_model=metric).greater_is_better is greater
+    assert arguments(tmp_path, metric_for_best_model=metric, greater_is_better=True).greater_is_better is True
+
+
+@pytest.mark.parametrize("settings", [{"save_steps": 0.2, "eval_steps": 0.1}, {"save_strategy": "best"}])
+def test_checkpoints_with_evaluations_may_be_ranked(tmp_path, settings):
+    assert arguments(tmp_path, **MEASURED | {"keep_best": 1} | settings).keep_best == 1
+
+
+def test_the_temperature_may_warm_up_from_above_zero(tmp_path):
+    assert arguments(tmp_path, tau="constant 1 warmup 10s from 2").tau == ["constant 1 warmup 10s from 2"]
+    with pytest.raises(ValueError, match="tau must stay positive, in a warmup too"):
+        arguments(tmp_path, tau="constant 1 warmup 10s")

@@ -14,13 +14,6 @@ STEPS = ("tokenize", "cache", "train", "eval")
 RUNS, HERE, NOT_NEEDED = "to run", "here already", "not needed"
 # Arguments that `cache` and a recipe both have, but of other things.
 NOT_OF_CACHE = {"dataset", "output_dir", "max_length", "validation_fraction", "layer"}
-# What a section cannot say, for the recipe itself does, or the pipeline.
-NOT_OF_SECTION = {
-    "tokenize": {"model", "revision", "output_dir"},
-    "cache": {"dataset", "model", "revision", "layer", "split", "output_dir", "seed", "dtype", "blocks"}
-    | {"positions_per_sequence", "min_position", "cache_dtype", "max_length", "validation_fraction"},
-    "eval": {"lens"},
-}
 # Training arguments that want the devices or the packages of the machine that trains.
 OF_DEVICES = {"tf32", "deepspeed", "fsdp", "fsdp_config"}
 OF_DEVICES |= {"torch_compile", "torch_compile_backend", "torch_compile_mode"}
@@ -86,17 +79,18 @@ def read_recipe(argv: Sequence[str], config: Mapping[str, Any], beside: Collecti
         raise ValueError(unknown_flag(rest, known_names(dataclasses) | set(beside)))
     if not given.get("output_dir"):
         raise ValueError("output_dir: got none; pass the folder of the run, e.g. --output_dir outputs/mine")
-    sections = {}
-    of_commands: dict[str, tuple[Any, ...]] = {
-        "tokenize": (TokenizationArguments,),
-        "cache": (CacheArguments,),
-        "eval": (SavedLensArguments, WholeEvaluationArguments),
-    }
-    for name, classes in of_commands.items():
-        section = section_of(config, name)
-        check_keys(f"the section {name!r} of the recipe", section, known_names(classes) - NOT_OF_SECTION[name])
-        sections[name] = parse_given(classes, [], section)[0]
     names = known_names((RecipeArguments,))
+    # command -> its arguments, and those that the recipe itself has, or the pipeline
+    commands: dict[str, tuple[tuple[Any, ...], set[str]]] = {
+        "tokenize": ((TokenizationArguments,), {"model", "revision", "output_dir"}),
+        "cache": ((CacheArguments,), names | {"split", "output_dir", "seed"}),
+        "eval": ((SavedLensArguments, WholeEvaluationArguments), {"lens"}),
+    }
+    sections = {}
+    for name, (classes, elsewhere) in commands.items():
+        section = section_of(config, name)
+        check_keys(f"the section {name!r} of the recipe", section, known_names(classes) - elsewhere)
+        sections[name] = parse_given(classes, [], section)[0] if section else {}
     arguments = RecipeArguments(**{name: value for name, value in given.items() if name in names})
     # only looked at, so that a mistake in them does not show after hours of caching
     left_out = names.union(OF_DEVICES)
@@ -184,7 +178,7 @@ def corpus_state(settings: Mapping[str, Any], again: bool) -> str:
         subject_context,
     )
 
-    arguments: TokenizationArguments = TokenizationArguments(**settings)
+    arguments = TokenizationArguments(**settings)
     check_is_somewhere(arguments.dataset)
     check_source(arguments.dataset, arguments.dataset_config, arguments.dataset_revision)
     tokenizer, context = checked_tokenizer(arguments), subject_context(arguments)

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..schedules import Schedule, parse_duration
 from .control_arguments import ControlArguments
+from .sharding_arguments import ShardingArguments
 from .unfreezing import Unfreezing
 
 OBJECTIVES = ("warm_start", "gumbel", "policy_gradient")
@@ -58,7 +59,7 @@ def schedule(default: str, text: str) -> Any:
 
 
 @dataclass
-class ConsistencyLensTrainingArguments(ControlArguments):
+class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     """Arguments of `ConsistencyLensTrainer`. `learning_rate` is the decoder's.
 
     Weights and the temperature are schedules in the grammar of `schedules.py` ("linear 0 -> 1 over 50%"), which count
@@ -222,6 +223,11 @@ class ConsistencyLensTrainingArguments(ControlArguments):
     def has_weight(self, term: str) -> bool:
         """Whether a loss term ever counts: schedules that are 0 throughout switch it off."""
         return not all(Schedule.parse(text).is_zero() for text in getattr(self, f"{term}_weight"))
+
+    def keeps_warm_start(self) -> bool:
+        """Whether a copy of the decoder as warm start left it is needed."""
+        stages = self.parsed_stages()
+        return self.lm_reference == "warm_start" and self.has_weight("lm") and stages[-1].objective != "warm_start"
 
     def schedule_of(self, name: str, stage: int) -> str:
         """The schedule of a weight, the temperature or the learning rate in the stage of that index."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.streaming import StreamSampler
 
@@ -76,10 +76,12 @@ class SkipNonfiniteSteps(TrainerCallback):
 
     Args:
         limit: stop after this many skipped steps in a row.
+        dropped: where the optimizer leaves such a step out by itself, and has already (DeepSpeed): whether it did.
     """
 
-    def __init__(self, limit: int = 100):
+    def __init__(self, limit: int = 100, dropped: Callable[[], bool] | None = None):
         self.limit = limit
+        self.dropped = dropped
         self.skipped = 0
         self.in_a_row = 0
 
@@ -92,11 +94,19 @@ class SkipNonfiniteSteps(TrainerCallback):
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
     ) -> None:
-        if gradients_are_finite(model):
+        if not (self.dropped() if self.dropped else not gradients_are_finite(model)):
             self.in_a_row = 0
             return
+        if self.dropped:
+            lr_scheduler.step()  # the trainer leaves it out along with such a step, and schedules would part
         for parameter in model.parameters():
             parameter.grad = None
         self.skipped += 1
@@ -111,7 +121,7 @@ class SkipNonfiniteSteps(TrainerCallback):
 
 def gradients_are_finite(model: torch.nn.Module) -> bool:
     """Whether every gradient, on every process, is finite (one reduction and one host sync)."""
-    gradients: list[Tensor] = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients: list[Tensor] = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     if not gradients:
         return True
     norms = torch.stack([norm.float().to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
@@ -121,9 +131,11 @@ def gradients_are_finite(model: torch.nn.Module) -> bool:
     return bool(finite)
 
 
-def is_sharded(trainer: Trainer) -> bool:
-    """Whether no process holds the whole lens, so that it cannot be read outside the training step."""
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, which FSDP2 may have cut."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -4,7 +4,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,27 +32,11 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.split("-")[1]))
 
 
-def rotate(output_dir: Path, limit: int | None, protected: Collection[Path]) -> None:
-    """Removes the checkpoints that are too many: first those that are not whole, then those that were saved first.
-
-    To be called when the newest is whole.
-
-    Args:
-        output_dir: of the run.
-        limit: how many may stay; None for all.
-        protected: those that stay in any case.
-    """
-
-    def age(path: Path) -> int:
-        manifest = path / MANIFEST_FILE
-        return manifest.stat().st_mtime_ns if manifest.is_file() else 0
-
-    found = sorted(checkpoints_in(output_dir), key=age)
-    removable = [path for path in found if path not in protected]
-    for path in removable[: max(0, len(found) - limit) if limit else 0]:
-        # without its manifest it is no checkpoint, whatever is left of it
-        (path / MANIFEST_FILE).unlink(missing_ok=True)
-        shutil.rmtree(path)
+def remove_torn(output_dir: Path, up_to: int) -> None:
+    """Removes what killed runs left of checkpoints of steps up to `up_to`, of which there is a newer whole one."""
+    for path in checkpoints_in(output_dir):
+        if int(path.name.split("-")[1]) <= up_to and not (path / MANIFEST_FILE).is_file():
+            shutil.rmtree(path)
 
 
 class Kept(Protocol):
@@ -83,9 +67,8 @@ def load_state(folder: Path, name: str) -> dict[str, Any]:
     return {**content["values"], **tensors}
 
 
-def save_optimizer(optimizer: Any, folder: Path) -> None:
-    """Writes an optimizer's state: `<index>.<name>` tensors, and everything that is no tensor as JSON."""
-    state = optimizer.state_dict()
+def save_optimizer(state: Mapping[str, Any], folder: Path) -> None:
+    """Writes an optimizer's `state_dict`: `<index>.<name>` tensors, and everything that is no tensor as JSON."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
@@ -98,8 +81,8 @@ def save_optimizer(optimizer: Any, folder: Path) -> None:
     write_json(folder / OPTIMIZER_JSON, {"param_groups": state["param_groups"], "scalars": scalars})
 
 
-def load_optimizer(optimizer: Any, folder: Path) -> None:
-    """Reads what `save_optimizer` wrote.
+def read_optimizer(optimizer: Any, folder: Path) -> dict[str, Any]:
+    """Reads what `save_optimizer` wrote, for that optimizer's `load_state_dict`.
 
     Raises:
         ValueError: if the checkpoint trained another set of parameter groups.
@@ -115,7 +98,7 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
     for key, tensor in load_file(folder / OPTIMIZER_TENSORS).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    return {"state": state, "param_groups": saved["param_groups"]}
 
 
 def save_scheduler(scheduler: Any, folder: Path) -> None:

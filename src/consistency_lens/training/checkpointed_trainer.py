@@ -4,8 +4,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,9 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
 from .checkpoint_manifest import MANIFEST_FILE, wait_for_everyone, write_manifest
-from .objectives import freeze_copy
+from .interruption import UndisturbedWorker
 from .resuming import PROGRESS_FILE, check_same_run, checkpoint_to_resume
+from .sharding import weights_of
 from .timetable import Timetable
 from .warm_start_end import WarmStartEnd
 
@@ -43,6 +42,7 @@ class CheckpointedTrainer(Trainer):
 
     Attributes:
         lens: without wrapper.
+        weights: how the processes hold them.
         warm_start_end: what may end warm start early, if asked for.
         kept: further states that checkpoints hold, by the names of their files.
     """
@@ -60,12 +60,24 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self.kept: dict[str, checkpoint.Kept] = {}
         super().__init__(*args, **kwargs)
+        self.weights = weights_of(self.accelerator)
 
     def timetable(self, total_steps: int | None = None) -> Timetable:
         """The stages as they lie now."""
         raise NotImplementedError
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.worker_init_fn = UndisturbedWorker(loader.worker_init_fn)
+        return loader
+
     # --- saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the lens, its trained tensors whole whatever holds them; every process has to call it."""
+        self._save(output_dir, self.weights.gather(self.lens, keep=bool(self.args.should_save)))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -82,8 +94,7 @@ class CheckpointedTrainer(Trainer):
         folder = run / f"checkpoint-{self.state.global_step}"
         try:
             self.make_way(folder)
-            with self.rotation_put_off():
-                super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)
             write_manifest(folder, self.args)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)  # it takes room, and is not whole
@@ -92,8 +103,7 @@ class CheckpointedTrainer(Trainer):
                 "make room and go on with --resume_from_checkpoint true"
             ) from error
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            checkpoint.rotate(run, self.args.save_total_limit, [folder, *([Path(best)] if best else [])])
+            checkpoint.remove_torn(run, up_to=self.state.global_step)
 
     def make_way(self, folder: Path) -> None:
         """Removes what a killed run left under the name of a checkpoint that is to be written."""
@@ -101,15 +111,6 @@ class CheckpointedTrainer(Trainer):
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
             shutil.rmtree(folder)
         wait_for_everyone(self.args)
-
-    @contextmanager
-    def rotation_put_off(self) -> Iterator[None]:
-        """Keeps `Trainer` from removing checkpoints: it would do so before the new one is whole."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            yield
-        finally:
-            self.args.save_total_limit = limit
 
     def progress(self) -> dict[str, Any]:
         """Where the run is, by its settings."""
@@ -132,13 +133,16 @@ class CheckpointedTrainer(Trainer):
 
     # --- resuming
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; True goes on from the newest checkpoint that is whole."""
-        if resume_from_checkpoint is True:
+    def checkpoint_named(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint that an argument of `train` means; True is the newest that is whole."""
+        if wanted is True:
             self.args.resume_from_checkpoint = "true"
-            resume_from_checkpoint = checkpoint_to_resume(self.args)
+            return checkpoint_to_resume(self.args)
+        return wanted or None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         self._stopped_early = False
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._stopped_early or self.state.global_step >= self.state.max_steps:
@@ -173,21 +177,15 @@ class CheckpointedTrainer(Trainer):
                     setattr(callback, name, value)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            if self.needs_reference(folder):
-                raise ValueError(
-                    "resume_from_checkpoint: FSDP and DeepSpeed do not keep the reference of the lm term; "
-                    "resume from a checkpoint of the warm start, or set lm_reference to subject"
-                )
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        weights = folder / "model.safetensors"
+        weights = Path(resume_from_checkpoint) / "model.safetensors"
         if not weights.is_file():
-            raise ValueError(f"checkpoint: no {weights.name} in {str(folder)!r}; pass a checkpoint-<step> folder")
-        self.load_warm_start_end(folder)
-        self.load_reference(folder)
-        self.lens.load_trained_tensors(load_file(weights))
+            raise ValueError(
+                f"checkpoint: no {weights.name} in {str(weights.parent)!r}; pass a checkpoint-<step> folder"
+            )
+        self.weights.fill(self.lens, load_file(weights))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def load_warm_start_end(self, folder: Path) -> None:
         """Which stages had ended early when the checkpoint was written.
@@ -224,35 +222,37 @@ class CheckpointedTrainer(Trainer):
         path = folder / REFERENCE_FILE
         if not path.is_file():
             raise ValueError(f"checkpoint: {path.name} is missing in {str(folder)!r}; resume from an earlier one")
-        self.lens.decoder.load_trained_tensors(load_file(path))
-        self._reference = freeze_copy(self.lens.decoder)
+        self._reference = self.weights.frozen_copy(self.lens.decoder)
+        self.weights.fill(self._reference, load_file(path))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            write_json(Path(output_dir) / PROGRESS_FILE, self.progress())
-            for name, kept in self.kept.items():
-                checkpoint.save_state(Path(output_dir), name, kept.state())
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            checkpoint.save_optimizer(self.optimizer, Path(output_dir))
-            checkpoint.save_scheduler(self.lr_scheduler, Path(output_dir))
-            if self.warm_start_end is not None:
-                write_json(Path(output_dir) / WARM_START_FILE, self.warm_start_end.state())
-            if self._reference is not None:
-                write_tensors(Path(output_dir) / REFERENCE_FILE, self._reference.trained_tensors())
+        folder, writes = Path(output_dir), bool(self.args.should_save)
+        # what is spread over processes is put together by all of them
+        kept = {name: kept.state() for name, kept in self.kept.items()}
+        reference = None if self._reference is None else self.weights.gather(self._reference, keep=writes)
+        self.weights.save_optimizer(self.optimizer, self.deepspeed, folder, keep=writes)
+        if not writes:
+            return
+        write_json(folder / PROGRESS_FILE, self.progress())
+        for name, state in kept.items():
+            checkpoint.save_state(folder, name, state)
+        checkpoint.save_scheduler(self.lr_scheduler, folder)
+        if self.warm_start_end is not None:
+            write_json(folder / WARM_START_FILE, self.warm_start_end.state())
+        if reference is not None:
+            write_tensors(folder / REFERENCE_FILE, reference)
 
     def _load_optimizer_and_scheduler(self, resume: str | None) -> None:
         if resume is None:
             return
-        self.check_resume(Path(resume))
+        folder = Path(resume)
+        self.load_warm_start_end(folder)
+        self.check_resume(folder)
+        self.load_reference(folder)
         for name, kept in self.kept.items():
-            kept.load_state(checkpoint.load_state(Path(resume), name))
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(resume)
-        else:
-            checkpoint.load_optimizer(self.optimizer, Path(resume))
-            checkpoint.load_scheduler(self.lr_scheduler, Path(resume))
+            kept.load_state(checkpoint.load_state(folder, name))
+        self.weights.load_optimizer(self.optimizer, folder)
+        checkpoint.load_scheduler(self.lr_scheduler, folder)
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.accelerator.scaler is not None and self.args.should_save:

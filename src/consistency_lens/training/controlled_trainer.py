@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..lens_artifact import WEIGHTS_FILE
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import parse_duration
 from .arguments import ConsistencyLensTrainingArguments
 from .best_checkpoints import checkpoints_in, remove_others, steps_to_keep
-from .callbacks import is_sharded
 from .checkpointed_trainer import CheckpointedTrainer
 from .control_arguments import GROUP_SETTINGS
 from .early_stopping import EarlyStopping, figure_name
@@ -60,14 +57,16 @@ class ControlledTrainer(CheckpointedTrainer):
     def check_sharded(self) -> None:
         """ValueError for settings that need whole tensors, or gradients between backward pass and step."""
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-        if is_sharded(self) and self.args.ema_decay > 0:
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.ema_decay > 0:
             raise ValueError(f"ema_decay: cannot average tensors that {engine} spreads over processes; set it to 0")
         for name in ("unfreeze", "group_max_grad_norm"):
             if self.is_deepspeed_enabled and getattr(self.args, name):
                 raise ValueError(f"{name}: DeepSpeed clips and steps by itself, for all groups at once; leave it out")
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; True goes on from the newest checkpoint that is whole."""
+        resume_from_checkpoint = self.checkpoint_named(resume_from_checkpoint)
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self.continue_tracking()
         if self.averages is not None:
             self.averages.start()
@@ -142,7 +141,7 @@ class ControlledTrainer(CheckpointedTrainer):
         if not self.args.unfreeze:
             return super().training_step(*args, **kwargs)
         unfreezing, step = self.unfreezing(self.state.max_steps), self.state.global_step
-        alone = self.args.world_size == 1 and not is_sharded(self)
+        alone = self.args.world_size == 1 and not self.weights.spread
         frozen = []
         for group in groups:
             is_frozen = unfreezing.is_frozen(group["name"], step)
@@ -203,12 +202,9 @@ class ControlledTrainer(CheckpointedTrainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        if is_sharded(self):
-            super()._load_best_model()
-            return
         best = Path(str(self.state.best_model_checkpoint))
         logger.info("loading the best lens, %s: %s", best, self.state.best_metric)
-        self.lens.load_trained_tensors(load_file(best / WEIGHTS_FILE))
+        super()._load_best_model()
         if self.averages is not None:
             self.averages.load(best)
 

@@ -10,7 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..evaluation.evaluated import NotFiniteError
 from ..evaluation.evaluator import Evaluator
-from .callbacks import is_sharded
 from .early_stopping import figure_name
 from .trainer import ConsistencyLensTrainer
 
@@ -35,12 +34,6 @@ class EvaluateLens(TrainerCallback):
         self.trainer = trainer
         self.evaluator = evaluator
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if is_sharded(self.trainer) and state.is_world_process_zero:
-            logger.warning("evaluation: only the loss, as FSDP or DeepSpeed spreads the weights over processes")
-
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -49,10 +42,12 @@ class EvaluateLens(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if metrics is None or is_sharded(self.trainer):
+        if metrics is None:
             return
-        # One process measures and tells the others, so that all agree on which checkpoint is the best.
-        figures = [self.figures(state.global_step) if state.is_world_process_zero else {}]
+        # One process measures (where none holds the lens by itself, all have to) and tells the others, so that all
+        # agree on which checkpoint is the best.
+        measures = state.is_world_process_zero or self.trainer.weights.spread
+        figures = [self.figures(state.global_step) if measures else {}]
         if args.world_size > 1:
             broadcast_object_list(figures)
         metrics.update(figures[0])

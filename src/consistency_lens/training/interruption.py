@@ -8,8 +8,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,23 @@ class Interruption(TrainerCallback):
             raise self.error()
 
 
+@dataclass(frozen=True)
+class UndisturbedWorker:
+    """What a worker of a data loader begins with: signals that reach all processes are for the one that trains.
+
+    Attributes:
+        then: what the loader wanted it to begin with, if anything.
+    """
+
+    then: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker)
+
+
 def ends_epoch(state: TrainerState) -> bool:
     """Whether the step that has just ended is the last of its epoch."""
     return state.epoch is not None and state.epoch == int(state.epoch)
@@ -161,9 +179,12 @@ def interruptible(args: TrainingArguments) -> Iterator[Interruption]:
     """A run that ends well when it is asked to go; its trainer needs the callback.
 
     Raises:
+        ValueError: if `transformers` was asked to do the same.
         RunInterrupted: when a signal came; `interrupted.json` in the run's folder tells the same. A run that comes to
             its end removes the file.
     """
+    if args.enable_jit_checkpoint:
+        raise ValueError("enable_jit_checkpoint: a run saves at SIGTERM without it; set it to false")
     interruption = Interruption()
     before: dict[int, Any] = {}
     try:

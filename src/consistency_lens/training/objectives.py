@@ -1,7 +1,9 @@
 """What a step optimises: small classes, batch in, dictionary of losses out.
 
-Each objective goes through `lens.forward` exactly once a step (DDP, FSDP and DeepSpeed hook that call), returns its
-terms unweighted, and names them as the weights in `ConsistencyLensTrainingArguments` are named.
+Each objective goes through `lens.forward` with gradients exactly once a step (DDP, FSDP and DeepSpeed hook that call),
+returns its terms unweighted, and names them as the weights in `ConsistencyLensTrainingArguments` are named. Which
+passes it makes depends on its settings alone, never on the rows: processes that share the weights make them together.
+Nothing random comes from a generator: a row and a step fix what is drawn for it, whatever process handles the row.
 """
 
 import copy
@@ -105,11 +107,16 @@ class WarmStart:
         stops = lens.config.decoder.stop_token_id is not None
         tails = Tails.of(batch, limits, lens.config.decoder.stop_token_id)
         read_ids, read_mask = tails.ids.clone(), tails.read_mask.clone()
-        if own.any():
-            read_ids[own] = lens.decode_ids(activations[own], keys=keys[own])
-            own_mask = lens.text_mask(read_ids[own])
-            # a decoder that stops by itself has chosen the length already
-            read_mask[own] = own_mask if stops else last_true(own_mask, limits[own])
+        if self.own_share > 0:
+            # one row at least, though it be read by none: where processes share the weights, all of them must decode
+            drawn = own | (~own.any() & (torch.arange(len(own), device=own.device) == 0))
+            own_ids, own_mask = read_ids.clone(), read_mask.clone()
+            own_ids[drawn] = lens.decode_ids(activations[drawn], keys=keys[drawn])
+            own_mask[drawn] = lens.text_mask(own_ids[drawn])
+            if not stops:  # a decoder that stops by itself has chosen the length already
+                own_mask = last_true(own_mask, limits)
+            read_ids = torch.where(own[:, None], own_ids, read_ids)
+            read_mask = torch.where(own[:, None], own_mask, read_mask)
         output = model(
             activations=activations, text_ids=tails.ids, encoder_text_ids=read_ids, encoder_text_mask=read_mask
         )

@@ -36,6 +36,8 @@ from .recipe_arguments import RecipeArguments
 from .resuming import checkpoint_to_resume
 from .run_names import name_run
 from .sample_tables import SampleTables
+from .sharding import make_models_whole
+from .sharding_arguments import check_sharding, spread_by
 from .trainer import ConsistencyLensTrainer, check_settings
 
 logger = logging.getLogger(__name__)
@@ -120,9 +122,11 @@ def train_and_evaluate(
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
     check_recipe(args, training_args)
-    subject = load_subject_and_tokenizer(
-        args.model, args.revision, args.dtype, args.quantization, args.attention, training_args.device
-    )
+    check_sharding(training_args, training_args.share_weights)
+    make_models_whole()
+    # what is spread over processes is made on the CPU, for one device alone may not have room for it
+    spread = spread_by(training_args) is not None
+    subject = load_subject(args, torch.device("cpu") if spread else training_args.device)
     check_length(args, subject)
     # made before any activations, so that every mistake in its settings is found before the long work
     layer = layer_to_read(args, subject)
@@ -130,6 +134,8 @@ def train_and_evaluate(
     check_settings(lens, training_args)
     name_run(training_args, args.dataset, args.model, layer, resume)
     output_dir = Path(str(training_args.output_dir))
+    if spread:
+        subject.model.to(training_args.device)  # type: ignore[arg-type]  # here it is still whole, and read
     summaries = read_checked_summaries(args, training_args)
     folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
     rows = open_rows(
@@ -157,8 +163,24 @@ def train_and_evaluate(
     metrics: dict[str, Any] = {}
     samples: list[Sample] = []
     if trainer.is_world_process_zero():
+        if spread:
+            trainer.lens = lens = load_whole(args, trainer, output_dir)
         metrics, samples = evaluate_and_write(args, trainer, rows, clock, output_dir)
     return RunResult(lens, output_dir, metrics, samples)
+
+
+def load_subject(args: RecipeArguments, device: torch.device) -> LoadedSubject:
+    """The subject of a recipe."""
+    return load_subject_and_tokenizer(args.model, args.revision, args.dtype, args.quantization, args.attention, device)
+
+
+def load_whole(args: RecipeArguments, trainer: ConsistencyLensTrainer, output_dir: Path) -> ConsistencyLensModel:
+    """The lens that a run has just saved, whole, where its processes have only parts; its subject takes its place."""
+    trainer.weights.release(trainer.lens, trainer.optimizer)
+    subject = load_subject(args, trainer.args.device)
+    trainer.lens.subject.change_model(subject.model)  # rows that are read on the fly have it too
+    lens = ConsistencyLensModel.from_pretrained(output_dir, base_model=subject.model)
+    return lens.to(trainer.args.device)  # type: ignore[arg-type]
 
 
 def layer_to_read(args: RecipeArguments, subject: LoadedSubject) -> int:

@@ -22,7 +22,6 @@ from ..atomic_write import write_text
 from ..data.activation_source import Rows
 from ..evaluation.report import SAMPLE_COLUMNS, sample_values, samples_markdown, samples_table
 from ..evaluation.samples import Sample, TrackedSamples
-from .callbacks import is_sharded
 from .trainer import ConsistencyLensTrainer
 
 logger = logging.getLogger(__name__)
@@ -64,19 +63,18 @@ class SampleTables(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        if is_sharded(self.trainer):
-            logger.warning("sample tables: off, as FSDP or DeepSpeed spreads the weights over processes")
-        else:
+        if state.is_world_process_zero:
             drop_steps_after(self.path, state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.every or not state.is_world_process_zero or is_sharded(self.trainer):
+        reads = state.is_world_process_zero or self.trainer.weights.spread  # spread weights are read by all together
+        if state.global_step % self.every or not reads:
             return
         samples = self.read()
+        if not state.is_world_process_zero:
+            return
         if not all(math.isfinite(sample.fve) and math.isfinite(sample.kl) for sample in samples):
             # A run may recover from a bad step; a table of NaN says nothing.
             logger.warning("sample tables: none at step %d, a reconstruction is not finite", state.global_step)

@@ -19,7 +19,8 @@ from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memo
 from .combinations import check_lens, check_rows
 from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
-from .objectives import Objective, Reference, Step, SubjectReference, freeze_copy, make_objective
+from .objectives import Objective, Reference, Step, SubjectReference, make_objective
+from .sharding_arguments import check_sharding
 from .timetable import Timetable
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
@@ -59,13 +60,15 @@ class ConsistencyLensTrainer(ControlledTrainer):
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()
             self.add_callback(self.warm_start_end)
-        self.skipper = SkipNonfiniteSteps(args.max_nonfinite_steps)
+        self.skipper = SkipNonfiniteSteps(
+            args.max_nonfinite_steps, self.step_was_dropped if self.is_deepspeed_enabled else None
+        )
         self.add_callback(self.skipper)
         self.kept["skipped_steps"] = self.skipper
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LensProgress)
-        self.lens.subject.model.to(args.device)
+        self.weights.prepare(model, keep_reference=args.keeps_warm_start(), share_weights=args.share_weights)
         self.stream_sampler: StreamSampler | None = None
         self._objectives: dict[int, Objective] = {}
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
@@ -93,13 +96,11 @@ class ConsistencyLensTrainer(ControlledTrainer):
         """What ends warm start early.
 
         Raises:
-            ValueError: without held-out rows, or where a process holds only a part of the lens.
+            ValueError: without held-out rows.
         """
         rows: Any = self.eval_dataset
         if not rows:
             raise ValueError("warm_start_patience: needs held-out rows, got no eval_dataset; pass one or set it to 0")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("warm_start_patience: cannot read with a sharded lens; set it to 0")
         read = [row["activation"] for row in rows_at(rows, range(min(len(rows), HELD_OUT_ROWS)))]
         activations = torch.tensor(np.stack(read), dtype=torch.float32)
 
@@ -116,6 +117,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
             report=lambda reading: self.remember({"held_out_fve": reading}),
             check_steps=self.args.warm_start_check_steps,
             patience=self.args.warm_start_patience,
+            all_read=self.weights.spread,
         )
 
     def objective_at(self, index: int) -> Objective:
@@ -133,7 +135,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         if self.args.lm_reference == "subject":
             return SubjectReference(self.lens.subject)
         if self._reference is None:
-            self._reference = freeze_copy(self.lens.decoder)
+            self._reference = self.weights.frozen_copy(self.lens.decoder)
         return self._reference
 
     # --- the rows
@@ -150,9 +152,17 @@ class ConsistencyLensTrainer(ControlledTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device; where its rows came without activations, the subject is run for them."""
         batch = super()._prepare_inputs(inputs)
+        if self.weights.spread and self.current_objective().needs_kl:
+            self.check_one_token(batch)
         if "activations" in batch:
             return batch
         return read_activations(self.lens.subject, batch, keep_context=self.current_objective().needs_kl)
+
+    def check_one_token(self, batch: dict[str, Any]) -> None:
+        """Has every process make the subject's self-check at once, for the longest batch among theirs."""
+        count = 2 + self.args.group_size if self.args.reward == "-kl" else 2
+        length = torch.tensor(batch["input_ids"].shape[1] + count, device=self.args.device)
+        self.lens.subject.check_one_token(int(self.accelerator.gather(length).max()))
 
     # --- the loss
 
@@ -176,7 +186,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         number, timetable = self.state.global_step, self.timetable()
         step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
-        with self.accelerator.autocast():
+        with self.weights.autocast():
             losses = self.current_objective()(model, self.lens, inputs, step)
         weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
@@ -222,6 +232,10 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self._since = (0, 0, time.perf_counter())
         super().log(logs, start_time)
 
+    def step_was_dropped(self) -> bool:
+        """Whether DeepSpeed, which takes its steps by itself, has left the last one out for its gradients."""
+        return self.accelerator.optimizer_step_was_skipped
+
 
 def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
     """Checks that the arguments fit the lens.
@@ -229,6 +243,7 @@ def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgu
     Raises:
         ValueError: for a length penalty on texts that cannot stop, or settings of groups that the lens does not train.
     """
+    check_sharding(args, args.share_weights)
     check_control(lens, args)
     if args.length_penalty > 0 and lens.config.decoder.stop_token_id is None:
         raise ValueError(

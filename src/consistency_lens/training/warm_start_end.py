@@ -30,6 +30,7 @@ class WarmStartEnd(TrainerCallback):
         activations: held-out activations, (N, d).
         check_steps: optimizer steps between two readings.
         patience: readings without a better FVE, in a row.
+        all_read: whether every process has to read, because none holds the lens by itself.
 
     Attributes:
         ends: stage index -> the step at which it was ended.
@@ -44,6 +45,7 @@ class WarmStartEnd(TrainerCallback):
         ended: Callable[[], None],
         check_steps: int,
         patience: int,
+        all_read: bool = False,
     ):
         self.lens = lens
         self.warm_start_at = warm_start_at
@@ -52,6 +54,7 @@ class WarmStartEnd(TrainerCallback):
         self.activations = activations
         self.check_steps = check_steps
         self.patience = patience
+        self.all_read = all_read
         self.ends: dict[int, int] = {}
         self.stage = -1
         self.best = -float("inf")
@@ -65,7 +68,7 @@ class WarmStartEnd(TrainerCallback):
         if stage is None or (state.global_step - stage[1]) % self.check_steps != 0:
             return
         # one process decides for all: they must not part over the last bit of a float
-        readings = [self.held_out_fve()] if state.is_world_process_zero else [0.0]
+        readings = [self.held_out_fve()] if self.all_read or state.is_world_process_zero else [0.0]
         if args.world_size > 1:
             broadcast_object_list(readings)
         self.update(stage[0], state.global_step, readings[0])
