@@ -1,7 +1,7 @@
 """Gradient checkpointing of a soft generation of 16 tokens: the peak of memory, and what it costs in time.
 
 Ours checkpoints the pass of each token, over the keys and values of those before. The time is also set against blocks
-that are checkpointed as transformers does it, which takes their cache away, so that each token runs the whole sequence.
+that are checkpointed as transformers does it: that takes their cache away, so each token runs the whole sequence.
 Run with `python tests/benchmarks/checkpointing.py`; it writes `checkpointing_memory` and `checkpointing_time` against
 no checkpointing, and `checkpointing_against_whole_sequences`.
 """

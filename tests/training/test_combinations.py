@@ -26,15 +26,10 @@ def one_line(failed) -> bool:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Sets what accelerate's launcher sets."""
+    """Launches as with a strategy that spreads weights."""
 
     def launch(strategy):
-        if strategy in ("fsdp", "fsdp_recompute"):
-            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        if strategy == "fsdp_recompute":
-            monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-        if strategy == "zero3":
-            monkeypatch.setattr("consistency_lens.training.combinations.is_deepspeed_zero3_enabled", lambda: True)
+        monkeypatch.setattr("consistency_lens.training.combinations.spread_by", lambda args: strategy)
 
     return launch
 
@@ -48,11 +43,11 @@ def launched(monkeypatch):
             "clones: got full, but the 4bit weights of quantization cannot be trained; set clones to lora or frozen",
         ),
         (
-            {"quantization": "8bit", "clones": "lora"}, {}, "fsdp",
+            {"quantization": "8bit", "clones": "lora"}, {}, "FSDP",
             "quantization: got 8bit, but FSDP cannot spread quantised weights; train with DDP or ZeRO-2",
         ),
         (
-            {"quantization": "4bit", "clones": "lora"}, {}, "zero3",
+            {"quantization": "4bit", "clones": "lora"}, {}, "ZeRO-3",
             "quantization: got 4bit, but ZeRO-3 cannot spread quantised weights; train with DDP or ZeRO-2",
         ),
         ({"quantization": "3bit", "clones": "lora"}, {}, None, "quantization must be one of 8bit, 4bit, got '3bit'"),
@@ -70,12 +65,11 @@ def launched(monkeypatch):
             {}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, None,
             "activation_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights;",
         ),
-        ({}, {}, "fsdp_recompute", "fsdp_config: its activation_checkpointing would run blocks again on a cache that"),
         (
-            {}, {"torch_compile": True}, "fsdp",
+            {}, {"torch_compile": True}, "FSDP",
             "torch_compile: compiles weights that lie whole in each process, got FSDP; set it to false, or train with",
         ),
-        ({}, {"torch_compile": True}, "zero3", "torch_compile: compiles weights .*, got ZeRO-3; set it to false"),
+        ({}, {"torch_compile": True}, "ZeRO-3", "torch_compile: compiles weights .*, got ZeRO-3; set it to false"),
         ({}, {"bf16_full_eval": True}, None, "bf16_full_eval: would round the trained tensors.*; set bf16 instead"),
         ({}, {"fp16_full_eval": True}, None, "fp16_full_eval: would round the trained tensors.*; set fp16 instead"),
     ],
@@ -175,7 +169,7 @@ def test_a_trainer_knows_a_quantised_lens(tmp_path, launched):
     subject, tokenizer, cache = tiny_cache(tmp_path / "cache", model=model)
     lens = tiny_lens(subject, tokenizer, cache, training="frozen")
     args = training_arguments(tmp_path)
-    launched("zero3")
+    launched("ZeRO-3")
     with pytest.raises(
         ValueError, match="the subject is quantised, but ZeRO-3 cannot spread quantised weights; train"
     ):
