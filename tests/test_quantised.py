@@ -12,7 +12,7 @@ from consistency_lens import ConsistencyLensModel, Subject
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer
 from consistency_lens.lens_clone import clone_subject
 from consistency_lens.losses import kl_divergence
-from consistency_lens.training.objectives import freeze_copy
+from consistency_lens.training.lm_reference import freeze_copy
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 pytest.importorskip("peft", reason="needs peft")

@@ -8,7 +8,7 @@ from tiny_lenses import INJECTED, activations, disturb, gradients, keys, tiny_le
 from tiny_models import WIDTH, tiny_model
 
 from consistency_lens.training.compilation import compile_clones
-from consistency_lens.training.objectives import freeze_copy
+from consistency_lens.training.lm_reference import freeze_copy
 
 ONE_BLOCK = {"num_hidden_layers": 1}
 

@@ -10,14 +10,13 @@ from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.losses import kl_divergence
 from consistency_lens.modeling_consistency_lens import LensOutput
 from consistency_lens.straight_through import fold_in, sample_tokens
+from consistency_lens.training.lm_reference import SubjectReference, freeze_copy
 from consistency_lens.training.objectives import (
     Gumbel,
     PolicyGradient,
     Step,
-    SubjectReference,
     Tails,
     WarmStart,
-    freeze_copy,
     functional_kl,
     group_advantage,
     uniform,

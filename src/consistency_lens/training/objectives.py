@@ -6,8 +6,6 @@ passes it makes depends on its settings alone, never on the rows: processes that
 Nothing random comes from a generator: a row and a step fix what is drawn for it, whatever process handles the row.
 """
 
-import copy
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.evaluated import judge
-from ..evaluation.metrics import start_token
 from ..losses import (
     entropy,
     functional_target,
@@ -27,15 +24,13 @@ from ..losses import (
     token_cross_entropy,
     token_log_probabilities,
 )
-from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder
-from ..quantised import state_beside_weights
+from ..modeling_consistency_lens import ConsistencyLensModel
 from ..straight_through import fold_in, row_keys
 from ..subject import Subject
 from .arguments import ConsistencyLensTrainingArguments
+from .lm_reference import Reference
 
 Batch = dict[str, Any]
-# (activations (B, d), text ids (B, T)) -> the reference's logits (B, T, V) for each token of the text
-Reference = Callable[[Tensor, Tensor], Tensor]
 
 ADVANTAGE_EPS = 1e-4  # in units of the reward
 
@@ -354,24 +349,6 @@ def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Ten
 def in_full_precision(tensor: Tensor) -> AbstractContextManager:
     """Autocast off on the tensor's device: the subject judges in the precision that it was loaded in."""
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-@dataclass
-class SubjectReference:
-    """The subject as LM reference: it reads the text after BOS (or EOS, if it has no BOS), and no activation."""
-
-    subject: Subject
-
-    def __call__(self, activations: Tensor, ids: Tensor) -> Tensor:
-        start = torch.full_like(ids[:, :1], start_token(self.subject.model.config.get_text_config()))
-        return self.subject.model(input_ids=torch.cat([start, ids[:, :-1]], dim=1), use_cache=False).logits
-
-
-def freeze_copy(decoder: LensDecoder) -> LensDecoder:
-    """A frozen copy of a decoder: trained tensors copied, frozen ones shared."""
-    memo: dict[int, Any] = {id(item): item for item in state_beside_weights(decoder.base)}
-    memo |= {id(t): t for t in decoder.parameters() if not t.requires_grad}
-    return copy.deepcopy(decoder, memo).requires_grad_(False).eval()
 
 
 def make_objective(

@@ -23,7 +23,7 @@ from ..lens_decoder import LensDecoder
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from . import checkpoint
-from .objectives import freeze_copy
+from .lm_reference import freeze_copy
 
 
 class WholeWeights:

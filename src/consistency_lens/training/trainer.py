@@ -19,7 +19,8 @@ from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memo
 from .combinations import check_lens, check_rows
 from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
-from .objectives import Objective, Reference, Step, SubjectReference, make_objective
+from .lm_reference import Reference, SubjectReference
+from .objectives import Objective, Step, make_objective
 from .sharding_arguments import check_sharding
 from .timetable import Timetable
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
