@@ -1,4 +1,4 @@
-"""`consistency-lens train` under a strategy of `sharded_on_cpu`, by torchrun: recipe_under.py STRATEGY FOLDER FLAGS."""
+"""`consistency-lens train` under a strategy of `sharded_on_cpu`: torchrun recipe_under.py STRATEGY FOLDER FLAGS."""
 
 import os
 import sys

@@ -19,7 +19,7 @@ from transformers import AutoModel
 LORA = {"training": "lora", "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}}
 FULL, FROZEN = {"training": "full"}, {"training": "frozen"}
 SHORT = {"max_steps": 6, "stages": ["warm_start 2s", "gumbel 2s", "policy_gradient"]}
-SAVED = {"save_strategy": "steps", "save_steps": 10, "eval_strategy": "steps", "eval_steps": 10}
+SAVED = {"save_strategy": "steps", "save_steps": 15, "eval_strategy": "steps", "eval_steps": 15}
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
@@ -101,7 +101,7 @@ def runs_of(strategy: str, clones: dict, **arguments) -> list[Run]:
     poisoned = {"max_steps": 3, "stages": ["warm_start"]}
     return [
         Run(strategy, strategy, clones, arguments | SAVED, watched=True),
-        Run(f"{strategy}_resumed", strategy, clones, arguments, resumed=(strategy, "checkpoint-10")),
+        Run(f"{strategy}_resumed", strategy, clones, arguments, resumed=(strategy, "checkpoint-15")),
         Run(f"{strategy}_skips", strategy, clones, poisoned, poisoned_step=1),
     ]
 
@@ -118,7 +118,7 @@ def test_strategies_train_the_lens_of_one_process(tmp_path):
     check_spread(tmp_path, "fsdp2", "ddp", ("lens", "subject", "reference"))
     check_resumed(tmp_path, "fsdp2_resumed", "fsdp2")
     check_skipped(tmp_path, "fsdp2_skips")
-    assert len(column(tmp_path, "fsdp2", "eval_fve")) == 2
+    assert len(column(tmp_path, "fsdp2", "eval_fve")) == 1
     assert len((tmp_path / "fsdp2" / "sample_tables.jsonl").read_text().splitlines()) == 8
     assert not {path.suffix for path in (tmp_path / "fsdp2").rglob("*.*")} & {".pt", ".bin", ".pkl", ".distcp"}
     AutoModel.from_pretrained(tmp_path / "fsdp2", base_model=subject_of(tmp_path))
