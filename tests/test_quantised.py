@@ -140,9 +140,17 @@ def test_a_lens_reads_as_over_the_dequantised_model(folder, quantization, traini
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(lens.get_parameter(name).data)
+    assert torch.equal(*(one.decode(activations(), keys=keys()).token_ids for one in (lens, plain)))
     outputs = [one(activations(), noise_keys=keys()) for one in (lens, plain)]
     assert torch.equal(outputs[0].text_ids, outputs[1].text_ids)
     torch.testing.assert_close(outputs[0].reconstruction, outputs[1].reconstruction, rtol=1e-3, atol=1e-3)
+    # after the passes without gradient that `decode` has run
+    found, expected = (
+        gradients(output.reconstruction.square().mean() + output.logits.square().mean(), one)
+        for output, one in zip(outputs, (lens, plain), strict=True)
+    )
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 0.01 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -57,7 +57,8 @@ while not told:
 time.sleep(1.3)
 assert len(told) == 1, told
 os.kill(loader, signal.SIGKILL)
-(out / "interrupted.json").write_text("{{}}")
+saved = None if os.environ["BEHAVIOUR"] == "saves nothing" else "checkpoint-3"
+(out / "interrupted.json").write_text(json.dumps({{"checkpoint": saved}}))
 (calls / f"saved{{rank}}").touch()
 """,
 }
@@ -156,6 +157,14 @@ def test_a_job_that_was_cancelled_saves_and_stays_away(start, tmp_path):
     assert job.returncode == 1 and (calls / "saved0").exists(), output
     assert "goes on from its last checkpoint" in output
     assert not (calls / "scontrol").exists()
+
+
+def test_a_job_without_time_to_get_anywhere_is_not_started_again_for_ever(start, tmp_path):
+    job = start("saves nothing")
+    wait_for(tmp_path / "calls" / "listens0")
+    job.send_signal(signal.SIGUSR1)
+    assert "give the job more than --signal takes" in job.communicate(timeout=60)[0]
+    assert job.returncode == 1 and not (tmp_path / "calls" / "scontrol").exists()
 
 
 def test_a_failure_shows_in_the_exit_code(start, tmp_path):

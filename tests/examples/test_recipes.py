@@ -1,6 +1,7 @@
 """Every recipe: its keys, the commands of its comment, a dry run and a short run on its architecture cut small."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 
 from consistency_lens.cli.main import main
 from consistency_lens.cli.parser import RECIPE_SECTIONS, parse_arguments
+from consistency_lens.cli.pipeline import read_recipe
 from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
 from consistency_lens.training.dry_run import dry_run
 from consistency_lens.training.recipe_arguments import RecipeArguments
@@ -35,8 +37,9 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' 
 SMALL = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("tiny")) for name in ARCHITECTURES]
 # What a short run on one core has in place of the recipe's own: where it runs, and for how long.
 SHORT = {
-    "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_rows": 8,
-    "num_samples": 2, "sample_steps": 0, "eval_fresh_encoder_steps": 2, "use_cpu": True, "disable_tqdm": True,
+    "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_text_tokens": 4,
+    "eval_rows": 8, "interim_eval_rows": 8, "num_samples": 2, "sample_steps": 0, "eval_fresh_encoder_steps": 2,
+    "use_cpu": True, "disable_tqdm": True,
 }  # fmt: skip
 
 
@@ -56,8 +59,9 @@ def commands_of(name):
 
 
 def arguments_of(name, which, **changes):
-    """The arguments of one of the commands, with others after them, which win."""
-    words = commands_of(name)[which]
+    """The arguments of one of the commands (of `tokenize` the first, of training the last), with others after them,
+    which win."""
+    words = [words for words in commands_of(name) if words[1] != "submit"][which]
     start = words.index("tokenize" if "tokenize" in words else "examples/train_lens.py") + 1
     return [*words[start:], *(part for key, value in changes.items() for part in (f"--{key}", str(value)))]
 
@@ -121,17 +125,45 @@ def test_the_recipes_that_are_asked_for_are_there():
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_comment_tells_the_recipes_own_commands(name):
-    *before, last = commands_of(name)
+    *before, last = [words for words in commands_of(name) if words[1] != "submit"]
     path = f"examples/recipes/{name}.yaml"
     assert last[:2] == ["accelerate", "launch"] and path in last and "examples/train_lens.py" in last
+    launched = [words[words.index("--config_file") + 1] for words in [*before, last] if "--config_file" in words]
+    assert all((RECIPES.parents[1] / file).is_file() for file in launched)
     assert all(path in words or words[:2] == ["consistency-lens", "tokenize"] for words in before)
     if name not in TOKENISED:
         return
-    settings, (tokenize, planned, _) = settings_of(name), commands_of(name)
+    settings, (tokenize, planned) = settings_of(name), before
     assert planned == [*last, "--dry_run"]
     said = dict(zip(tokenize[2::2], tokenize[3::2], strict=True))
     assert said["--model"] == settings["model"] and said["--output_dir"] == settings["dataset"]
     assert int(said["--max_length"]) == settings["max_length"]
+    # what the pipeline tokenises is the same
+    assert said == {
+        **{f"--{key}": str(value) for key, value in settings["tokenize"].items()},
+        **{flag: said[flag] for flag in ("--model", "--output_dir", "--max_length")},
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_key_is_given_twice(name):
+    keys = re.findall(r"^(\w+):", (RECIPES / f"{name}.yaml").read_text(), flags=re.MULTILINE)
+    assert len(keys) == len(set(keys))
+
+
+def test_the_half_for_images_gets_no_adapters():
+    targets = settings_of("gemma3_27b_chat")["lora_targets"]
+    # as PEFT looks for them in the decoder, in the encoder, and where there are none
+    assert re.fullmatch(targets, "model.language_model.layers.0.self_attn.q_proj")
+    assert re.fullmatch(targets, "layers.0.mlp.down_proj")
+    assert not re.fullmatch(targets, "model.vision_tower.encoder.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_pipeline_reads_it(name):
+    recipe = read_recipe([], settings_of(name))
+    assert recipe.arguments.model == settings_of(name)["model"]
+    assert recipe.sections["tokenize"] == settings_of(name).get("tokenize", {})
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.startswith("tiny")])
@@ -150,7 +182,8 @@ def test_the_recipes_of_the_embedded_model_are_planned_as_they_are(name, tmp_pat
         (
             "llama2_7b_8xh100",
             {"layer": 15, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "num_train_epochs": 3}
-            | {"bf16": True, "gradient_checkpointing": True, "min_position": 10, "delta_residual": "detached"},
+            | {"bf16": True, "gradient_checkpointing": True, "min_position": 10, "delta_residual": "detached"}
+            | {"quantization": "8bit"},
         ),
         ("gemma3_27b_chat", {"layer": 31, "cache_dtype": "float32", "bf16": True}),
     ],
@@ -168,8 +201,8 @@ def test_figures_that_were_planned_are_kept(name, expected):
 
 def plan_of(name, changes):
     arguments = arguments_of(name, -1, **changes, use_cpu=True)
-    classes = (RecipeArguments, ConsistencyLensTrainingArguments)
-    return dry_run(*parse_arguments(classes, arguments, sections=RECIPE_SECTIONS))
+    dataclasses = (RecipeArguments, ConsistencyLensTrainingArguments)
+    return dry_run(*parse_arguments(dataclasses, arguments, sections=RECIPE_SECTIONS))
 
 
 def test_a_dry_run_accepts_it_and_leaves_nothing(recipe, capsys):
@@ -188,6 +221,8 @@ def test_a_dry_run_accepts_it_and_leaves_nothing(recipe, capsys):
 def test_it_trains(recipe):
     name, changes = recipe
     stages = {"stages": short_stages(name)}
+    if "unfreeze" in settings_of(name):
+        stages["unfreeze"] = [f"{text.split()[0]} 1s" for text in settings_of(name)["unfreeze"]]
     arguments = arguments_of(name, -1, **changes | SHORT)
     assert main(["train", *arguments, *(part for key, value in stages.items() for part in (f"--{key}", *value))]) == 0
     figures = json.loads((changes["output_dir"] / "metrics.json").read_text())

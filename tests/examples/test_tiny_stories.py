@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistency_lens import ConsistencyLensModel, Subject
-from consistency_lens.cli.parser import parse_arguments
+from consistency_lens.cli.parser import RECIPE_SECTIONS, parse_arguments
 from consistency_lens.cli.train import main
 from consistency_lens.data.generation import sample_documents
 from consistency_lens.evaluation.metrics import text_nll
@@ -99,7 +99,8 @@ def test_the_best_recipe_needs_no_change_but_the_model(subject, tmp_path, reques
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_has_known_keys_and_stages_that_fit(path):
-    recipe, training = parse_arguments((RecipeArguments, ConsistencyLensTrainingArguments), ["--config", str(path)])
+    classes = (RecipeArguments, ConsistencyLensTrainingArguments)
+    recipe, training = parse_arguments(classes, ["--config", str(path)], sections=RECIPE_SECTIONS)
     assert recipe.model == yaml.safe_load(path.read_text())["model"]
     training.stage_starts(steps_per_epoch=100, total_steps=training.max_steps)
 

@@ -26,15 +26,10 @@ def one_line(failed) -> bool:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Sets what accelerate's launcher sets."""
+    """Launches as with a strategy that spreads weights."""
 
     def launch(strategy):
-        if strategy in ("fsdp", "fsdp_recompute"):
-            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        if strategy == "fsdp_recompute":
-            monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-        if strategy == "zero3":
-            monkeypatch.setattr("consistency_lens.training.combinations.is_deepspeed_zero3_enabled", lambda: True)
+        monkeypatch.setattr("consistency_lens.training.combinations.spread_by", lambda args: strategy)
 
     return launch
 
@@ -48,16 +43,12 @@ def launched(monkeypatch):
             "clones: got full, but the 4bit weights of quantization cannot be trained; set clones to lora or frozen",
         ),
         (
-            {"quantization": "8bit", "clones": "lora"}, {}, "fsdp",
+            {"quantization": "8bit", "clones": "lora"}, {}, "FSDP",
             "quantization: got 8bit, but FSDP cannot spread quantised weights; train with DDP or ZeRO-2",
         ),
         (
-            {"quantization": "4bit", "clones": "lora"}, {}, "zero3",
+            {"quantization": "4bit", "clones": "lora"}, {}, "ZeRO-3",
             "quantization: got 4bit, but ZeRO-3 cannot spread quantised weights; train with DDP or ZeRO-2",
-        ),
-        (
-            {"quantization": "4bit", "clones": "lora"}, {"torch_compile": True}, None,
-            "quantization: got 4bit, but torch_compile takes no quantised weights; leave one of them out",
         ),
         ({"quantization": "3bit", "clones": "lora"}, {}, None, "quantization must be one of 8bit, 4bit, got '3bit'"),
         ({"dtype": "float8"}, {}, None, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
@@ -74,12 +65,11 @@ def launched(monkeypatch):
             {}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, None,
             "activation_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights;",
         ),
-        ({}, {}, "fsdp_recompute", "fsdp_config: its activation_checkpointing would run blocks again on a cache that"),
         (
-            {}, {"torch_compile": True}, "fsdp",
+            {}, {"torch_compile": True}, "FSDP",
             "torch_compile: compiles weights that lie whole in each process, got FSDP; set it to false, or train with",
         ),
-        ({}, {"torch_compile": True}, "zero3", "torch_compile: compiles weights .*, got ZeRO-3; set it to false"),
+        ({}, {"torch_compile": True}, "ZeRO-3", "torch_compile: compiles weights .*, got ZeRO-3; set it to false"),
         ({}, {"bf16_full_eval": True}, None, "bf16_full_eval: would round the trained tensors.*; set bf16 instead"),
         ({}, {"fp16_full_eval": True}, None, "fp16_full_eval: would round the trained tensors.*; set fp16 instead"),
     ],
@@ -136,7 +126,7 @@ class Endless(IterableDataset):
             {"gradient_accumulation_steps": 4},
             "gradient_accumulation_steps: got 4, but the training rows have no known number, so that .*; set it to 1",
         ),
-        ({"save_strategy": "epoch"}, "save_strategy: got epoch, but the training rows have no known number; set it"),
+        ({"save_strategy": "epoch"}, "save_strategy: got epoch, but the training rows have no known number; set"),
         ({"logging_strategy": "epoch"}, "logging_strategy: got epoch, but the training rows"),
         ({"stages": ["warm_start 1e", "gumbel"]}, "stages: duration '1e' counts epochs, but the data has no known"),
         ({"kl_weight": "linear 0 -> 1 over 2e"}, "kl_weight: duration '2e' counts epochs, but the data has no known"),
@@ -171,15 +161,19 @@ def test_uncounted_rows_train_by_steps(tmp_path):
         ConsistencyLensTrainer(**arguments)
 
 
-def test_a_trainer_knows_a_quantised_lens(tmp_path):
+def test_a_trainer_knows_a_quantised_lens(tmp_path, launched):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "subject")
     tiny_tokenizer().save_pretrained(tmp_path / "subject")
     model = load_subject_and_tokenizer(str(tmp_path / "subject"), quantization="8bit", device="cpu").model
     subject, tokenizer, cache = tiny_cache(tmp_path / "cache", model=model)
     lens = tiny_lens(subject, tokenizer, cache, training="frozen")
-    with pytest.raises(ValueError, match="the subject is quantised, but torch_compile takes no quantised weights"):
-        ConsistencyLensTrainer(model=lens, args=training_arguments(tmp_path, torch_compile=True))
+    args = training_arguments(tmp_path)
+    launched("ZeRO-3")
+    with pytest.raises(
+        ValueError, match="the subject is quantised, but ZeRO-3 cannot spread quantised weights; train"
+    ):
+        ConsistencyLensTrainer(model=lens, args=args)
 
 
 def test_an_architecture_that_cannot_recompute_is_named(tmp_path):

@@ -382,9 +382,10 @@ def test_a_run_that_gets_no_better_ends(tmp_path, metric, figures, last):
     trainer = measured_trainer(tmp_path, metric, figures, **STOPPING)
     trainer.train()
     assert trainer.state.global_step == last
-    resumed = measured_trainer(tmp_path, metric, figures, **STOPPING)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{last - 1}"))
-    assert resumed.state.global_step == last  # the evaluations in vain before the checkpoint count
+    for step in (last - 1, last):  # the evaluations in vain before the checkpoint count
+        resumed = measured_trainer(tmp_path, metric, figures, **STOPPING)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == last
 
 
 def test_only_the_last_stage_ends_early(tmp_path):

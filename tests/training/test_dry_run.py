@@ -13,10 +13,18 @@ from transformers import TrainerCallback
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.cli.parser import parse_arguments
 from consistency_lens.cli.train import main
+from consistency_lens.data.subject_loading import load_subject_and_tokenizer
 from consistency_lens.losses import entropy, token_cross_entropy
+from consistency_lens.quantised import state_beside_weights
 from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
 from consistency_lens.training.dry_run import dry_run, load_empty_subject
-from consistency_lens.training.memory_estimate import activation_bytes, all_tensors, memory_estimates, num_bytes
+from consistency_lens.training.memory_estimate import (
+    activation_bytes,
+    all_tensors,
+    memory_estimates,
+    num_bytes,
+    quantised_bytes,
+)
 from consistency_lens.training.recipe_arguments import RecipeArguments
 
 TEXT = "\n<|endoftext|>\n".join(" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(14)) for i in range(30))
@@ -185,8 +193,13 @@ def test_several_processes_are_planned_for(subject_folder, tmp_path, monkeypatch
     one, (ddp, fsdp2, zero2, zero3) = alone.memory[0], eight.memory
     assert ddp.gradients == 2 * one.gradients and ddp.optimizer == one.optimizer and ddp.weights == one.weights
     assert fsdp2.gradients == zero2.gradients == zero3.gradients == one.gradients // 8
-    assert zero2.weights == one.weights > zero3.weights == fsdp2.weights
+    assert zero2.weights == one.weights > zero3.weights == fsdp2.weights == one.weights // 8
+    adapters = plan(subject_folder, tmp_path, clones="lora", dry_run_processes=8)
+    apart = plan(subject_folder, tmp_path, clones="lora", dry_run_processes=8, share_weights="false")
+    assert apart.memory[0].weights > adapters.memory[0].weights
+    assert adapters.memory[1].weights == apart.memory[1].weights == apart.memory[0].weights // 8
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     assert plan(subject_folder, tmp_path).strategy == "fsdp2"
     with pytest.raises(ValueError, match="dry_run_processes must be at least 1, got 0"):
         plan(subject_folder, tmp_path, dry_run_processes=0)
@@ -228,6 +241,9 @@ def test_the_subject_reads_where_it_judges(subject_folder, tmp_path, stage):
         {"model": "nowhere"},
         {"injection_layers": 7},
         {"validation_fraction": 1e-9},
+        {"quantization": "8bit"},
+        {"attention": "swift"},
+        {"unfreeze": "decoder_base 9s"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -241,3 +257,31 @@ def test_mistakes_are_told_as_the_run_tells_them(subject_folder, tmp_path, capsy
     assert not (tmp_path / "run").exists()
     assert main(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantised_weights_take_what_they_will_take(tmp_path, family, quantization):
+    tiny_model(family).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = load_subject_and_tokenizer(str(tmp_path), None, "bfloat16", quantization).model
+    scales = [state for state in state_beside_weights(loaded) if state is not None]
+    if quantization == "4bit":
+        scales = [state.absmax for state in scales]
+    else:
+        scales = [state for state in scales if state.dtype == torch.float32]
+    assert scales
+    expected = num_bytes([*loaded.parameters(), *scales])
+
+    empty = load_empty_subject(str(tmp_path), None, "bfloat16").model
+    found = num_bytes(empty.parameters(), quantised_bytes(empty, quantization))
+    assert found == pytest.approx(expected, rel=0.01)
+    assert found < num_bytes(empty.parameters())
+
+
+def test_groups_that_stand_still_at_first_and_averages_are_told(subject_folder, tmp_path):
+    still = plan(subject_folder, tmp_path, unfreeze="decoder_base 2s", ema_decay=0.9)
+    starts = {group.name: group.first_step for group in still.rates}
+    assert starts["decoder_base"] == 3 and {step for name, step in starts.items() if name != "decoder_base"} == {1}
+    plain = plan(subject_folder, tmp_path)
+    assert still.memory[0].weights - plain.memory[0].weights == still.memory[0].gradients

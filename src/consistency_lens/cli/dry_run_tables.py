@@ -36,8 +36,8 @@ def dry_run_tables(plan: "DryRun") -> "Group":
         *titled("Stages", ("objective", "first step", "last step", "texts a step", "subject's tokens a step"),
                 stage_rows(plan)),
         *titled("Schedules, at their corners", ("stage", "setting", "step: value"), schedule_rows(plan)),
-        *titled("Learning rates, before the factor of the stage", ("group", "parameters", "rate", "weight decay"),
-                rate_rows(plan)),
+        *titled("Learning rates, before the factor of the stage",
+                ("group", "parameters", "rate", "weight decay", "from step"), rate_rows(plan)),
         *titled("Files", ("path", "size", "there already"), file_rows(plan)),
     )  # fmt: skip
 
@@ -101,7 +101,10 @@ def schedule_rows(plan: "DryRun") -> list[tuple[str, ...]]:
 
 def rate_rows(plan: "DryRun") -> list[tuple[str, ...]]:
     """Groups of the optimizer."""
-    return [(g.name, f"{g.parameters:,}", f"{g.learning_rate:g}", f"{g.weight_decay:g}") for g in plan.rates]
+    return [
+        (g.name, f"{g.parameters:,}", f"{g.learning_rate:g}", f"{g.weight_decay:g}", f"{g.first_step:,}")
+        for g in plan.rates
+    ]
 
 
 def file_rows(plan: "DryRun") -> list[tuple[str, ...]]:

@@ -178,7 +178,7 @@ def corpus_state(settings: Mapping[str, Any], again: bool) -> str:
         subject_context,
     )
 
-    arguments: TokenizationArguments = TokenizationArguments(**settings)
+    arguments = TokenizationArguments(**settings)
     check_is_somewhere(arguments.dataset)
     check_source(arguments.dataset, arguments.dataset_config, arguments.dataset_revision)
     tokenizer, context = checked_tokenizer(arguments), subject_context(arguments)

@@ -285,8 +285,21 @@ def layer_of(args: SourceArguments) -> int | None:
     Raises:
         ValueError: if they are not to be found.
     """
-    if args.reads_text:
-        return None
+    return None if args.reads_text else provenance_of(args)["layer"]
+
+
+def dataset_of(args: SourceArguments) -> str | None:
+    """The data set that is read, or that activations which are there already were made of; None for text that the
+    subject writes.
+
+    Raises:
+        ValueError: if they are not to be found.
+    """
+    return args.dataset if args.reads_text else provenance_of(args)["dataset"]
+
+
+def provenance_of(args: SourceArguments) -> dict[str, Any]:
+    """The provenance of activations that are there already."""
     if args.is_streamed:
-        return open_stream(args.activations, SPLITS[0], args.activations_revision).provenance["layer"]
-    return next(iter(open_caches(Path(args.activations)).values())).provenance["layer"]
+        return open_stream(args.activations, SPLITS[0], args.activations_revision).provenance
+    return next(iter(open_caches(Path(args.activations)).values())).provenance

@@ -147,8 +147,12 @@ def pinned_revision(model: str, revision: str | None = None) -> str | None:
     return extract_commit_hash(config_file, None) or revision
 
 
-def not_loaded(model: str, error: Exception) -> ValueError:
-    """The one-line error for a subject that cannot be loaded, with its cause."""
+def not_loaded(model: str, error: Exception, attention: str | None = None) -> ValueError:
+    """The one-line error for a subject that cannot be loaded, with its cause; `attention` if one was asked for."""
+    if attention is not None:
+        return ValueError(
+            f"model: cannot load {model!r} with attention {attention!r}; set attention to auto ({cause_of(error)})"
+        )
     return ValueError(f"model: cannot load {model!r}; pass a Hub id or a folder with a causal LM ({cause_of(error)})")
 
 
@@ -209,8 +213,4 @@ def _load(model: str, arguments: dict[str, Any], attentions: list[str | None]) -
             "(--device_map auto), a smaller dtype or a quantization"
         ) from error
     except (ImportError, OSError, ValueError) as error:
-        if attention is None:
-            raise not_loaded(model, error) from error
-        raise ValueError(
-            f"model: cannot load {model!r} with attention {attention!r}; set attention to auto ({cause_of(error)})"
-        ) from error
+        raise not_loaded(model, error, attention) from error

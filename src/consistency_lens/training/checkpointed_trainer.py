@@ -67,8 +67,9 @@ class CheckpointedTrainer(Trainer):
         raise NotImplementedError
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        loader = super()._get_dataloader(*args, **kwargs)
-        loader.worker_init_fn = UndisturbedWorker(loader.worker_init_fn)
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        inner = loader.base_dataloader  # what accelerate wraps, and iterates over
+        inner.worker_init_fn = UndisturbedWorker(inner.worker_init_fn)
         return loader
 
     # --- saving

@@ -3,10 +3,7 @@
 What concerns one setting alone is checked where it is declared.
 """
 
-import os
 from typing import Any
-
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.streaming import StreamedActivations
 from ..data.subject_loading import check_loading
@@ -15,6 +12,7 @@ from ..quantised import is_quantised
 from ..schedules import Schedule, parse_duration
 from .arguments import SCHEDULED, ConsistencyLensTrainingArguments
 from .recipe_arguments import RecipeArguments
+from .sharding_arguments import spread_by
 from .unfreezing import parse_unfreeze
 
 
@@ -61,21 +59,16 @@ def check_training(args: ConsistencyLensTrainingArguments) -> None:
     Raises:
         ValueError: for settings that cannot go together.
     """
-    sharding = sharding_of(args)
+    spread = spread_by(args)
     settings = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"):
         raise ValueError(
             "activation_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights; "
             "leave it out"
         )
-    if recomputed_by_fsdp(args):
+    if args.torch_compile and (spread is not None or args.deepspeed_plugin is not None):
         raise ValueError(
-            "fsdp_config: its activation_checkpointing would run blocks again on a cache that has grown since; set "
-            "activation_checkpointing of the training arguments in its place"
-        )
-    if args.torch_compile and (sharding is not None or args.deepspeed_plugin is not None):
-        raise ValueError(
-            f"torch_compile: compiles weights that lie whole in each process, got {sharding or 'DeepSpeed'}; set it "
+            f"torch_compile: compiles weights that lie whole in each process, got {spread or 'DeepSpeed'}; set it "
             "to false, or train with DDP"
         )
     for name in ("bf16_full_eval", "fp16_full_eval"):
@@ -87,16 +80,14 @@ def check_training(args: ConsistencyLensTrainingArguments) -> None:
 
 
 def check_quantised(args: ConsistencyLensTrainingArguments, what: str) -> None:
-    """Checks that nothing is asked for that weights of 8 or 4 bits cannot do; `what` is how an error begins.
+    """Checks that weights of 8 or 4 bits are not to be spread over processes; `what` is how an error begins.
 
     Raises:
-        ValueError: if there is.
+        ValueError: if they are.
     """
-    sharding = sharding_of(args)
-    if sharding is not None:
-        raise ValueError(f"{what}, but {sharding} cannot spread quantised weights; train with DDP or ZeRO-2")
-    if args.torch_compile:
-        raise ValueError(f"{what}, but torch_compile takes no quantised weights; leave one of them out")
+    spread = spread_by(args)
+    if spread is not None:
+        raise ValueError(f"{what}, but {spread} cannot spread quantised weights; train with DDP or ZeRO-2")
 
 
 def check_stream(args: ConsistencyLensTrainingArguments) -> None:
@@ -163,21 +154,3 @@ def has_length(rows: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def sharding_of(args: ConsistencyLensTrainingArguments) -> str | None:
-    """What spreads weights over processes, by the arguments or by accelerate's launcher; None if nothing does."""
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "FSDP"
-    plugin = args.deepspeed_plugin
-    if is_deepspeed_zero3_enabled() or (plugin is not None and plugin.hf_ds_config.is_zero3()):
-        return "ZeRO-3"
-    return None
-
-
-def recomputed_by_fsdp(args: ConsistencyLensTrainingArguments) -> bool:
-    """Whether FSDP itself is to run blocks again in the backward pass."""
-    by_launcher = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
-    config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
-    by_arguments = bool(config.get("activation_checkpointing"))
-    return sharding_of(args) == "FSDP" and (by_launcher or by_arguments)

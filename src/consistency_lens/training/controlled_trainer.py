@@ -110,8 +110,6 @@ class ControlledTrainer(CheckpointedTrainer):
         else:
             whole_run: Any = super().create_scheduler(num_training_steps, optimizer)
             factor = whole_run.lr_lambdas[0]
-            for group in optimizer.param_groups:  # as they were before transformers' own schedule began
-                group["lr"] = group["initial_lr"]
         unfreezing = self.unfreezing(num_training_steps)
 
         def factor_of(group: str) -> Callable[[int], float]:

@@ -11,20 +11,26 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
+from ..attention import AUTO
 from ..data.expected_rows import ExpectedRows, expected_rows
-from ..data.subject_loading import LoadedSubject, check_loading, load_tokenizer, not_loaded, pinned_revision
+from ..data.sources import dataset_of
+from ..data.subject_loading import LoadedSubject, load_tokenizer, not_loaded, pinned_revision
 from ..data.text_source import Reader
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import ResolvedSchedule, Schedule
 from .arguments import ConsistencyLensTrainingArguments
-from .memory_estimate import Memory, memory_estimates, num_bytes, unique
+from .combinations import check_recipe
+from .group_settings import of_group
+from .memory_estimate import Memory, memory_estimates, num_bytes, quantised_bytes, unique
 from .parameter_groups import parameter_groups
 from .recipe import check_length, layer_to_read, make_lens, read_checked_summaries
 from .recipe_arguments import RecipeArguments
 from .resuming import checkpoint_to_resume
 from .run_names import name_run
+from .sharding_arguments import check_sharding
 from .timetable import Timetable
 from .trainer import check_settings
+from .unfreezing import Unfreezing
 
 # what each objective is weighed by
 SETTINGS = {
@@ -33,7 +39,7 @@ SETTINGS = {
     "policy_gradient": ("policy_weight", "mse_weight", "lm_weight"),
 }
 LENS_FILES = ("config.json", "model.safetensors", "provenance.json", "training_arguments.json", "tokenizer.json")
-RUN_FILES = ("metrics.json", "samples.jsonl", "run.json", "log_history.json", "README.md")
+RUN_FILES = ("metrics.json", "samples.jsonl", "run.json", "log_history.json", "tracked_run.json", "README.md")
 BYTES_PER_TOKEN, BYTES_PER_ROW = 4, 12  # of a cached context, and of its position and document
 
 
@@ -66,12 +72,13 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class RateGroup:
-    """A parameter group of the optimizer."""
+    """A parameter group of the optimizer, and the step (from 1) from which on it trains."""
 
     name: str
     parameters: int
     learning_rate: float
     weight_decay: float
+    first_step: int
 
 
 @dataclass(frozen=True)
@@ -125,12 +132,16 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     """
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
-    subject = load_empty_subject(args.model, args.revision, args.dtype)
+    check_recipe(args, training_args)
+    check_sharding(training_args, training_args.share_weights)
+    # the best attention that is to be had is looked for in loading; here one that is asked for by name is tried
+    named = None if args.attention == AUTO else args.attention
+    subject = load_empty_subject(args.model, args.revision, args.dtype, named)
     check_length(args, subject)
     layer = layer_to_read(args, subject)
     lens = make_lens(args, subject, layer)
     check_settings(lens, training_args)
-    name_run(training_args, args.dataset, args.model, layer, resume)
+    name_run(training_args, dataset_of(args), args.model, layer, resume)
     output_dir = Path(str(training_args.output_dir))
     summaries = read_checked_summaries(args, training_args)
     folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"
@@ -143,7 +154,8 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     if total <= 0:
         total = max(1, round_up(training_args.num_train_epochs * steps_per_epoch))
     timetable = Timetable(training_args, steps_per_epoch, total)
-    memory = memory_estimates(lens, training_args, processes, args.max_length)
+    stored = quantised_bytes(lens.subject.model, args.quantization)
+    memory = memory_estimates(lens, training_args, processes, args.max_length, stored)
     return DryRun(
         model=args.model,
         layer=lens.config.layer,
@@ -160,29 +172,30 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
         total_steps=total,
         stages=planned_stages(timetable, rows_per_step),
         subject_tokens=subject_tokens(args, training_args, rows, rows_per_step),
-        rates=rate_groups(lens, training_args),
+        rates=rate_groups(lens, timetable),
         files=list(planned_files(args, training_args, lens, rows, memory[0].optimizer, steps_per_epoch, total)),
         resumes_from=resume,
     )
 
 
-def load_empty_subject(model: str, revision: str | None, dtype: str) -> LoadedSubject:
+def load_empty_subject(model: str, revision: str | None, dtype: str, attention: str | None = None) -> LoadedSubject:
     """A subject without weights: its architecture from the configuration, and its tokenizer.
 
     Raises:
         ValueError: as `load_subject_and_tokenizer`, but for what the weights tell.
     """
-    check_loading(dtype, None, None, None)
     revision = pinned_revision(model, revision)
     tokenizer = load_tokenizer(model, revision)
     try:
         config = AutoConfig.from_pretrained(model, revision=revision)
         # the buffers are real, for some are read while a lens is made
         with init_empty_weights(include_buffers=False):
-            empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            empty: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), attn_implementation=attention
+            )
         empty.tie_weights()  # each was emptied by itself
     except (ImportError, OSError, ValueError) as error:
-        raise not_loaded(model, error) from error
+        raise not_loaded(model, error, attention) from error
     return LoadedSubject(empty.eval().requires_grad_(False), tokenizer, revision)
 
 
@@ -261,10 +274,22 @@ def rate_factors(timetable: Timetable, index: int, start: int, end: int) -> list
     return [(step + 1, scheduler.lr_lambdas[0](step)) for step in steps]
 
 
-def rate_groups(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> list[RateGroup]:
-    """The parameter groups that the optimizer will have."""
+def rate_groups(lens: ConsistencyLensModel, timetable: Timetable) -> list[RateGroup]:
+    """The parameter groups that the optimizer will have.
+
+    Raises:
+        ValueError: if one would never train.
+    """
+    args = timetable.args
+    starts = Unfreezing.resolve(args.unfreeze or [], timetable.steps_per_epoch, timetable.total_steps).starts
     return [
-        RateGroup(group["name"], sum(p.numel() for p in group["params"]), group["lr"], group["weight_decay"])
+        RateGroup(
+            group["name"],
+            sum(parameter.numel() for parameter in group["params"]),
+            group["lr"],
+            group["weight_decay"],
+            1 + (of_group(starts, group["name"]) or (0, 0))[0],
+        )
         for group in parameter_groups(lens, args)
     ]
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..lens_clone import LensClone
 from ..modeling_consistency_lens import ConsistencyLensModel
@@ -25,6 +26,8 @@ STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 # Adam in 8 bits: two moments of a byte, with a float32 scale of each 256 values; small tensors keep float32 moments.
 BYTES_IN_8_BITS, SMALLEST_IN_8_BITS = 2 * (1 + 4 / 256), 4096
 ADAM_BYTES, FLOAT32_BYTES, HALF_BYTES = 8, 4, 2
+# A quantised matrix: bytes of an entry, and entries that share a float32 scale (in 8 bits those of a row).
+IN_4_BITS, ENTRIES_OF_A_SCALE = 0.5, 64
 # Held for each logit in float32 beside the logits themselves: log-probabilities and a gradient.
 COPIES_OF_LOGITS = 3
 
@@ -35,9 +38,9 @@ class Memory:
 
     Attributes:
         strategy: "1 process", "ddp", "fsdp2", "zero2" or "zero3".
-        weights: of subject, decoder, encoder and the reference that warm start leaves; what they share counts once.
+        weights: of subject, decoder and encoder, what they share once; of the reference and of running averages.
         gradients: of the trained tensors, and DDP's second copy of them.
-        optimizer: its states, and float32 master weights where the strategy keeps some.
+        optimizer: its states, and the copy of the trained tensors that DeepSpeed keeps.
         activations: the most that any stage keeps for its backward pass, logits and key-value caches included.
     """
 
@@ -62,6 +65,22 @@ def num_bytes(tensors: Iterable[Tensor], stored: Mapping[int, int] | None = None
     """Bytes of the tensors, each counted once; `stored` has those of quantised ones, by the tensor's id."""
     known = stored or {}
     return sum(known.get(id(t), t.numel() * t.element_size()) for t in unique(tensors))
+
+
+def quantised_bytes(subject: PreTrainedModel, quantization: str | None) -> dict[int, int]:
+    """Bytes of each weight that bitsandbytes would quantise, scales included, by the tensor's id.
+
+    All linear layers but the unembedding are quantised.
+    """
+    if quantization is None:
+        return {}
+    head = subject.get_output_embeddings()
+    layers = [m for m in subject.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    if quantization == "8bit":
+        outputs = {id(m.weight): m.out_features if isinstance(m, nn.Linear) else m.nf for m in layers}
+        return {id(m.weight): m.weight.numel() + FLOAT32_BYTES * outputs[id(m.weight)] for m in layers}
+    entry = IN_4_BITS + FLOAT32_BYTES / ENTRIES_OF_A_SCALE
+    return {id(m.weight): round(m.weight.numel() * entry) for m in layers}
 
 
 def all_tensors(module: nn.Module) -> list[Tensor]:
@@ -118,39 +137,34 @@ def memory_estimates(
         stored: bytes of quantised tensors, by the tensor's id.
     """
     subject, trained = all_tensors(lens.subject.model), trained_parameters(lens)
-    weights = num_bytes([*subject, *all_tensors(lens)], stored) + reference_bytes(lens, args)
+    copies = copies_bytes(lens, args)
+    apart = sum(
+        num_bytes(tensors, stored) for tensors in (subject, all_tensors(lens.decoder), all_tensors(lens.encoder))
+    )
+    weights = apart if args.share_weights == "false" else num_bytes([*subject, *all_tensors(lens)], stored)
     gradients, states = num_bytes(trained), optimizer_bytes(lens, args)
     activations = max(activation_bytes(lens, args, index, max_length) for index in range(len(args.parsed_stages())))
     if processes == 1:
-        return [Memory("1 process", weights, gradients, states, activations)]
-    estimates = [Memory("ddp", weights, 2 * gradients, states, activations)]
-    # sharded tensors cannot be shared between trees
-    shards = num_bytes(all_tensors(lens.decoder), stored) + num_bytes(all_tensors(lens.encoder), stored)
-    whole_subject = num_bytes(subject, stored) + reference_bytes(lens, args)
-    estimates.append(
-        Memory(
-            "fsdp2",
-            whole_subject + shards // processes,
-            gradients // processes,
-            states // processes,
-            activations,
-        )
-    )
-    half = args.bf16 or args.fp16
-    # DeepSpeed trains halves, and keeps float32 beside them in the optimizer
-    saved = num_bytes(trained) - HALF_BYTES * sum(p.numel() for p in trained) if half else 0
-    masters = FLOAT32_BYTES * sum(p.numel() for p in trained) if half else 0
-    part = (gradients - saved) // processes, (states + masters) // processes
-    estimates.append(Memory("zero2", weights - saved, *part, activations))
-    estimates.append(Memory("zero3", whole_subject + (shards - saved) // processes, *part, activations))
-    return estimates
+        return [Memory("1 process", weights + copies, gradients, states, activations)]
+    # what is spread cannot be shared between trees
+    part, own = (apart + copies) // processes, gradients // processes
+    # DeepSpeed works on a flat copy of what it trains
+    flat = (states + FLOAT32_BYTES * sum(p.numel() for p in trained)) // processes
+    return [
+        Memory("ddp", weights + copies, 2 * gradients, states, activations),
+        Memory("fsdp2", part, own, states // processes, activations),
+        Memory("zero2", weights + copies, own, flat, activations),
+        Memory("zero3", part, own, flat, activations),
+    ]
 
 
-def reference_bytes(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> int:
-    """Bytes of the decoder as warm start leaves it, its trained tensors, where text is held close to that."""
+def copies_bytes(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> int:
+    """Bytes of the decoder as warm start leaves it, its trained tensors, where text is held close to that; and of the
+    running averages of all trained tensors."""
+    averages = num_bytes(trained_parameters(lens)) if args.ema_decay else 0
     later = any(stage.objective != "warm_start" for stage in args.parsed_stages())
     kept = later and args.lm_reference == "warm_start" and args.has_weight("lm")
-    return num_bytes(trained_parameters(lens.decoder)) if kept else 0
+    return averages + (num_bytes(trained_parameters(lens.decoder)) if kept else 0)
 
 
 def activation_bytes(

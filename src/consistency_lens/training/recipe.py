@@ -17,7 +17,7 @@ from transformers import set_seed
 from .. import __version__
 from ..atomic_write import write_json
 from ..data.activation_source import rows_at
-from ..data.sources import Reader, SplitRows, layer_of, open_rows
+from ..data.sources import Reader, SplitRows, dataset_of, layer_of, open_rows
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
 from ..data.summaries import SummaryRows, read_summaries
 from ..evaluation.arguments import EvaluationArguments
@@ -132,7 +132,7 @@ def train_and_evaluate(
     layer = layer_to_read(args, subject)
     lens = make_lens(args, subject, layer)
     check_settings(lens, training_args)
-    name_run(training_args, args.dataset, args.model, layer, resume)
+    name_run(training_args, dataset_of(args), args.model, layer, resume)
     output_dir = Path(str(training_args.output_dir))
     if spread:
         subject.model.to(training_args.device)  # type: ignore[arg-type]  # here it is still whole, and read

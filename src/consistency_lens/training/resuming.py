@@ -22,7 +22,7 @@ FREE = (
     "include_", "metric_for_best", "greater_is_better", "load_best", "dataloader_num", "dataloader_pin", "debug",
     "dataloader_prefetch", "dataloader_persistent", "skip_memory", "torch_empty_cache", "ddp_", "max_nonfinite_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "cache_dir", "num_samples",
-    "sample_steps", "interim_", "tracked_", "keep_best",
+    "sample_steps", "interim_", "tracked_", "keep_best", "early_stopping",
 )  # fmt: skip
 
 
