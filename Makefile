@@ -12,6 +12,9 @@ THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 
+# deepspeed compiles what it needs when it is used; installing it needs no compiler.
+export DS_BUILD_OPS = 0
+
 # Everything is said, threads too: accelerate warns of each default, and its default for a CPU is one thread.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)

@@ -96,17 +96,6 @@ def test_a_lens_that_is_not_finite_is_named_and_is_the_worst(tmp_path, caplog):
     assert any("step 2: not evaluated: evaluation: " in record.message for record in caplog.records)
 
 
-def test_sharded_weights_are_said_once_and_left_out(tmp_path, caplog):
-    trainer = evaluated_trainer(tmp_path)
-    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, EvaluateLens))
-    # a stand-in for FSDP, which a single CPU process does not start
-    callback.trainer = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
-    with caplog.at_level(logging.WARNING):
-        trainer.train()
-    assert len([record for record in caplog.records if "only the loss" in record.message]) == 1
-    assert entries(trainer, "eval_fve") == []
-
-
 def test_only_single_numbers_are_logged():
     controls = {name: {"fve": 0.5, "kl_recovered": 0.25} for name in ("mean", "shuffled")}
     metrics = {"fve": 0.5, "rows": 3, "seconds": 1.0, "samples_per_second": 3.0, "ci95": {"fve": [0, 1]}}

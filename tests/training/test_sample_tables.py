@@ -139,18 +139,6 @@ class TestLoggers:
 
 
 class TestWhereItStaysSilent:
-    def test_sharded_weights(self, tmp_path, caplog):
-        trainer = trainer_with_tables(tmp_path, max_steps=2, stages=["warm_start"])
-        (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, SampleTables))
-        # a stand-in for FSDP, which a single CPU process does not start
-        callback.trainer = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False, args=trainer.args)
-        with caplog.at_level(logging.WARNING):
-            trainer.train()
-        assert [record.message for record in caplog.records if "sample tables" in record.message] == [
-            "sample tables: off, as FSDP or DeepSpeed spreads the weights over processes"
-        ]
-        assert not (tmp_path / "run" / SAMPLE_TABLES_FILE).exists()
-
     def test_a_lens_that_is_not_finite(self, tmp_path, caplog):
         trainer = trainer_with_tables(tmp_path, max_steps=2, stages=["warm_start"])
         with torch.no_grad():

@@ -134,11 +134,13 @@ class FullyShardedWeights(SpreadWeights):
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         self.plugin: Any = accelerator.state.fsdp_plugin
+        self._lens: ConsistencyLensModel | None = None
 
     def prepare_trained(self, lens: ConsistencyLensModel) -> None:
         """Names the blocks to cut at, and a precision under which activations keep their own."""
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
+        self._lens = lens
         lens._no_split_modules = {type(block).__name__ for block in lens.decoder.residual_stream().blocks}
         if self.accelerator.mixed_precision == "bf16":
             # autocast, which is on as well, casts what a layer computes in; inputs and outputs stay as they are
@@ -157,8 +159,18 @@ class FullyShardedWeights(SpreadWeights):
             fully_shard(block, **settings)
         fully_shard(model, **settings)
 
+    def own_parts(self, model: TrainedTensorsModel) -> dict[str, Tensor]:
+        """The trained tensors as FSDP2 keeps them; after a pass without gradients some are still gathered."""
+        from torch.distributed.fsdp import FSDPModule
+
+        # a decoder's embeddings are cut along with the lens that it belongs to
+        for module in (*(self._lens or model).modules(), *model.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return model.trained_tensors()
+
     def gather(self, model: TrainedTensorsModel, keep: bool) -> dict[str, Tensor]:
-        return self.put_together(own_parts(model), keep)
+        return self.put_together(self.own_parts(model), keep)
 
     def put_together(self, parts: Mapping[str, Any], keep: bool) -> dict[str, Any]:
         """Tensors and other values, the tensors whole and on the CPU; see `gather`."""
@@ -170,7 +182,7 @@ class FullyShardedWeights(SpreadWeights):
         return kept
 
     def fill(self, model: TrainedTensorsModel, whole: Mapping[str, Tensor]) -> None:
-        parts = own_parts(model)
+        parts = self.own_parts(model)
         model.load_trained_tensors({name: cut_like(tensor, parts[name]) for name, tensor in whole.items()})
 
     def save_optimizer(self, optimizer: Any, engine: Any, folder: Path, keep: bool) -> None:
@@ -194,8 +206,8 @@ class FullyShardedWeights(SpreadWeights):
 
     @torch.no_grad()
     def copy(self, source: TrainedTensorsModel, target: TrainedTensorsModel) -> None:
-        parts = own_parts(source)
-        for name, tensor in own_parts(target).items():
+        parts = self.own_parts(source)
+        for name, tensor in self.own_parts(target).items():
             tensor.copy_(parts[name])
 
 
@@ -279,16 +291,6 @@ def give_own_tensors(lens: ConsistencyLensModel) -> None:
         if any(id(tensor) in taken for tensor in clone.base.parameters()):
             clone.base = copy.deepcopy(clone.base)
         taken |= {id(tensor) for tensor in clone.base.parameters()}
-
-
-def own_parts(model: TrainedTensorsModel) -> dict[str, Tensor]:
-    """The trained tensors as FSDP2 keeps them; after a pass without gradients some are still gathered."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model.trained_tensors()
 
 
 def whole_tensor(tensor: Tensor, device: torch.device) -> Tensor:
