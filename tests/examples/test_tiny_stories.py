@@ -100,9 +100,11 @@ def test_the_best_recipe_needs_no_change_but_the_model(subject, tmp_path, reques
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_has_known_keys_and_stages_that_fit(path):
     classes = (RecipeArguments, ConsistencyLensTrainingArguments)
-    recipe, training = parse_arguments(classes, ["--config", str(path)], sections=RECIPE_SECTIONS)
+    arguments = ["--config", str(path), "--use_cpu", "true"]
+    recipe, training = parse_arguments(classes, arguments, sections=RECIPE_SECTIONS)
     assert recipe.model == yaml.safe_load(path.read_text())["model"]
-    training.stage_starts(steps_per_epoch=100, total_steps=training.max_steps)
+    epochs = round(100 * training.num_train_epochs)
+    training.stage_starts(steps_per_epoch=100, total_steps=training.max_steps if training.max_steps > 0 else epochs)
 
 
 def test_the_python_of_the_readme_runs_as_written(tmp_path, story_model):

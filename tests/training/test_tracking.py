@@ -90,7 +90,7 @@ def test_an_id_in_the_environment_wins(tmp_path, monkeypatch):
                 "SLURM_JOB_NAME": "lens",
                 "SLURM_RESTART_COUNT": "1",
             },
-            {"job_id": "7", "nodes": "n[1-2]", "job_name": "a", "restarts": "1"},
+            {"job_id": "7", "nodes": "n[1-2]", "job_name": "lens", "restarts": "1"},
         ),
         ({"LSB_JOBID": "8", "LSB_HOSTS": "a a b"}, {"job_id": "8", "nodes": "a a b"}),
         ({"PBS_JOBID": "9.server"}, {"job_id": "9.server"}),
