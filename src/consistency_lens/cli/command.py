@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 DONE, FAILED, MISTAKE, NOT_VERIFIED = 0, 1, 2, 3
 # They report every request, or at every import what they could not load.
 TALKATIVE = ("httpx", "httpx2", "bitsandbytes")
+# DeepSpeed warns of it wherever it is installed, used or not.
+NO_NEWS = "Setting accelerator to CPU"
 
 
 def run_command(
@@ -29,6 +31,8 @@ def run_command(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # a filter, for DeepSpeed sets its level itself when it is imported
+    logging.getLogger("DeepSpeed").addFilter(lambda record: NO_NEWS not in record.getMessage())
     transformers.utils.logging.set_verbosity_warning()
     codes: dict[type[BaseException], int] = {**(failures or {}), ValueError: MISTAKE, OSError: FAILED}
     try:
