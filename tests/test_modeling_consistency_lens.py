@@ -83,7 +83,7 @@ class TestSoftGeneration:
     def test_prefix_run_once_equals_a_run_for_each_row(self, family):
         decoder = tiny_lens(family, **PROMPTS).decoder
         prefix, _ = decoder.prompt()
-        once = decoder.prefix_cache(prefix, 3)
+        once, _ = decoder.prefix_cache(prefix, 3)
         rows = decoder.base(inputs_embeds=prefix.expand(3, -1, -1), use_cache=True).past_key_values
         assert len(once.layers) == NUM_LAYERS
         for layer, expected in zip(once.layers, rows.layers, strict=True):

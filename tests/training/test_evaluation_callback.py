@@ -1,6 +1,4 @@
-import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
