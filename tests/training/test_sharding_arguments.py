@@ -72,6 +72,11 @@ def test_nothing_is_spread_on_a_cpu(tmp_path, monkeypatch):
     assert spread_by(args) is None
 
 
+def test_the_precision_of_the_launcher_is_that_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert arguments(tmp_path).bf16
+
+
 def tensors(*models):
     return [{id(parameter) for parameter in model.parameters()} for model in models]
 
