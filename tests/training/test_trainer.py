@@ -287,6 +287,16 @@ def test_bf16_trains_in_full_precision_weights(tmp_path):
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in parameters(trainer).values())
 
 
+def test_a_lens_trained_in_bf16_is_measured_in_its_own_precision(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1, bf16=True, stages=["warm_start"])
+    trainer.train()
+    trainer.end_autocast()
+    computed_in = set()
+    trainer.lens.encoder.output_map.register_forward_hook(lambda module, inputs, output: computed_in.add(output.dtype))
+    trainer.lens.encode(trainer.lens.decode(trainer.lens.mean[None]).token_ids)
+    assert computed_in == {torch.float32}
+
+
 def test_checkpointing_gives_the_same_loss(tmp_path):
     plain = tiny_trainer(tmp_path / "a", max_steps=2, stages=["gumbel"], lm_reference="subject")
     plain.train()

@@ -1,5 +1,6 @@
 """The training arguments: everything of `transformers.TrainingArguments`, and what a lens needs beside it."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +150,8 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     )
 
     def __post_init__(self) -> None:
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not self.fp16:
+            self.bf16 = True  # what the launcher says holds; DeepSpeed wants to hear it twice
         super().__post_init__()
         self.remove_unused_columns = False  # the collator reads columns that `forward` does not name
         if self.ddp_find_unused_parameters is None:

@@ -1,5 +1,6 @@
 """How the processes of a run may hold its weights: the setting, and what cannot be asked for."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,12 @@ def check_sharding(args: TrainingArguments, share_weights: str) -> None:
     """
     if share_weights not in SHARE_WEIGHTS:
         raise ValueError(f"share_weights must be one of {', '.join(SHARE_WEIGHTS)}, got {share_weights!r}")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > args.world_size:
+        raise ValueError(
+            f"use_cpu: {launched} processes were launched, but no GPU was found, and each would train by itself; set "
+            "it to true"
+        )
     strategy = spread_by(args)
     if strategy is not None and share_weights == "true":
         raise ValueError(

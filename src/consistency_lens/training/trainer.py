@@ -233,6 +233,10 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self._since = (0, 0, time.perf_counter())
         super().log(logs, start_time)
 
+    def end_autocast(self) -> None:
+        """Takes off the lens the autocast that training in bf16 has put around it: what is loaded has none."""
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+
     def step_was_dropped(self) -> bool:
         """Whether DeepSpeed, which takes its steps by itself, has left the last one out for its gradients."""
         return self.accelerator.optimizer_step_was_skipped
