@@ -83,15 +83,10 @@ class TestSoftGeneration:
     def test_prefix_run_once_equals_a_run_for_each_row(self, family):
         decoder = tiny_lens(family, **PROMPTS).decoder
         prefix, _ = decoder.prompt()
-<<<<<<< HEAD
         once, last = decoder.prefix_cache(prefix, 3)
         output = decoder.base.get_decoder()(inputs_embeds=prefix.expand(3, -1, -1), use_cache=True)
         rows = output.past_key_values
         torch.testing.assert_close(last.expand(3, -1), output.last_hidden_state[:, -1], **CLOSE)
-=======
-        once, _ = decoder.prefix_cache(prefix, 3)
-        rows = decoder.base(inputs_embeds=prefix.expand(3, -1, -1), use_cache=True).past_key_values
->>>>>>> f7467ffbbca149badfc2c09a3415fb5d8ebd75b5
         assert len(once.layers) == NUM_LAYERS
         for layer, expected in zip(once.layers, rows.layers, strict=True):
             torch.testing.assert_close(layer.keys, expected.keys, **CLOSE)
