@@ -76,6 +76,14 @@ class ConsistencyLensTrainer(ControlledTrainer):
         self._since = (0, 0, time.perf_counter())  # samples and tokens handled, and when counting began
         self._training_since: float | None = None
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; stages, and what text is held close to, are those of this training alone."""
+        self._objectives.clear()
+        self._reference = None
+        if self.warm_start_end is not None:
+            self.warm_start_end.start()
+        return super().train(*args, **kwargs)
+
     # --- stages and schedules
 
     def steps_per_epoch(self) -> int | None:
@@ -196,6 +204,11 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self.remember({**losses.terms, **losses.metrics, **settings})
             self.count(inputs)
         return (loss, {}) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # made first, for it may keep a copy of the decoder: of its own tensors, not of the averages in their place
+        self.current_objective()
+        return super().evaluate(*args, **kwargs)
 
     def remember(self, values: dict[str, Any]) -> None:
         """Adds values to the running means that `log` reports; no host sync."""
