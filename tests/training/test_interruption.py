@@ -105,6 +105,22 @@ def test_a_run_that_is_asked_to_go_saves_at_the_end_of_the_step(tmp_path, handle
     assert not (tmp_path / "asked" / "run" / "interrupted.json").exists()
 
 
+def test_it_saves_all_that_it_needs_whatever_else_is_saved(tmp_path, handlers):
+    settings = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "fve"}
+    settings |= {"save_strategy": "best", "save_only_model": True, "resume_from_checkpoint": "auto"}
+    settings |= {"greater_is_better": True, "stages": ["warm_start"]}
+
+    def trainer(folder):
+        made = tiny_run(folder, **settings)
+        made.callback_handler.callbacks.insert(0, Readings())
+        return made
+
+    whole = train(trainer(tmp_path / "whole"))
+    with pytest.raises(RunInterrupted, match="at step 3; go on from .*checkpoint-3 "):
+        train(trainer(tmp_path / "asked"), Asked(3))
+    assert curve(train(trainer(tmp_path / "asked"))) == curve(whole)
+
+
 class AllAsked(TrainerCallback):
     """Sends a signal to the workers of the data loader too, as a launcher does that signals a group of processes."""
 

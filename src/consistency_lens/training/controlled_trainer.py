@@ -197,7 +197,9 @@ class ControlledTrainer(CheckpointedTrainer):
         if metric is not None and figure_name(metric) not in metrics:
             known = ", ".join(sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_")))
             raise ValueError(f"metric_for_best_model: no evaluation gives {metric!r}; it is one of {known}")
-        return super()._determine_best_metric(metrics, trial)
+        is_best = super()._determine_best_metric(metrics, trial)
+        # with save_strategy=best this decides on the checkpoint, though a run that is asked to go needs one
+        return is_best or self.control.should_save
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

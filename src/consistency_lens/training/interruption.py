@@ -111,7 +111,7 @@ class Interruption(TrainerCallback):
     ) -> None:
         self.due = self.agreed(args)
         if self.due and not ends_epoch(state):
-            self.stopping = control.should_save = True
+            self.stop(args, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,7 +120,12 @@ class Interruption(TrainerCallback):
             # the epoch is cut short; what belongs to its end is for the run that goes on
             control.should_log = control.should_evaluate = control.should_save = False
         elif self.due:
-            self.stopping = control.should_save = True
+            self.stop(args, control)
+
+    def stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Asks for a checkpoint that the run can go on from, and to stop when it is there."""
+        self.stopping = control.should_save = True
+        args.save_only_model = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # only now, for the checkpoint keeps what it says of stopping
