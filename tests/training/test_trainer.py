@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lens_runs import tiny_cache, tiny_lens, tiny_trainer
@@ -285,6 +286,27 @@ def test_bf16_trains_in_full_precision_weights(tmp_path):
     # the reference, too: at the first step behind warm start it is the decoder itself
     assert trainer.state.log_history[1]["lm"] == pytest.approx(0, abs=1e-6)
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in parameters(trainer).values())
+
+
+def test_a_lens_that_bf16_trained_says_the_same_when_it_is_loaded_again(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, bf16=True, stages=["warm_start"])
+    trainer.train()
+    trainer.save_model()
+    lens = trainer.lens.eval()
+    loaded = type(lens).from_pretrained(trainer.args.output_dir, base_model=lens.subject.model)
+    read = torch.tensor(np.stack([row["activation"] for row in trainer.eval_dataset]))
+    ids = lens.decode_ids(read)
+    assert torch.equal(ids, loaded.decode_ids(read))
+    assert torch.equal(lens.read_ids(ids), loaded.read_ids(ids))
+
+
+@pytest.mark.parametrize("settings", [{}, {"dataloader_drop_last": True}], ids=["all", "drop_last"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_epoch_has_the_steps_that_it_takes(tmp_path, settings, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1, "max_steps": -1, **settings}
+    trainer = tiny_trainer(tmp_path, stages=["warm_start"], **settings)
+    trainer.train()
+    assert trainer.steps_per_epoch() == trainer.state.global_step
 
 
 def test_checkpointing_gives_the_same_loss(tmp_path):

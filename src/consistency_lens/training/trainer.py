@@ -21,7 +21,7 @@ from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
 from .objectives import Objective, Reference, Step, SubjectReference, make_objective
 from .sharding_arguments import check_sharding
-from .timetable import Timetable
+from .timetable import Timetable, steps_in_epoch
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,11 @@ class ConsistencyLensTrainer(ControlledTrainer):
     args: ConsistencyLensTrainingArguments
 
     def __init__(self, model: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, **kwargs: Any):
-        check_lens(model, args)
+        check_settings(model, args)
         check_rows(kwargs.get("train_dataset"), args)
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
         self.label_names = []
-        check_settings(model, args)
         compile_clones(model, self.accelerator.state.dynamo_plugin)
         if isinstance(self.train_dataset, StreamedActivations):
             self.add_callback(OrderOfEpoch(lambda: self.stream_sampler))
@@ -82,7 +81,11 @@ class ConsistencyLensTrainer(ControlledTrainer):
         self._reference = None
         if self.warm_start_end is not None:
             self.warm_start_end.start()
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        if not self.weights.spread:
+            # takes the autocast of the training off, so that the lens says what it says when it is loaded again
+            self.accelerator.unwrap_model(self.lens, keep_fp32_wrapper=False)
+        return result
 
     # --- stages and schedules
 
@@ -92,8 +95,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
             rows = len(self.train_dataset)  # type: ignore[arg-type]
         except TypeError:
             return None
-        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return max(1, rows // batch if self.args.dataloader_drop_last else -(-rows // batch))
+        return steps_in_epoch(rows, self.args, self.args.world_size)
 
     def timetable(self, total_steps: int | None = None) -> Timetable:
         """The stages as they lie now, after those that ended early."""
@@ -254,8 +256,10 @@ def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgu
     """Checks that the arguments fit the lens.
 
     Raises:
-        ValueError: for a length penalty on texts that cannot stop, or settings of groups that the lens does not train.
+        ValueError: for settings that cannot go together, a length penalty on texts that cannot stop, or settings of
+            groups that the lens does not train.
     """
+    check_lens(lens, args)
     check_sharding(args, args.share_weights)
     check_control(lens, args)
     if args.length_penalty > 0 and lens.config.decoder.stop_token_id is None:
