@@ -156,6 +156,24 @@ def test_sigusr1_and_a_signal_in_the_last_step(tmp_path, handlers):
     assert [path.name for path in checkpoints_in(tmp_path / "run")][-1] == "checkpoint-9"
 
 
+class AskedLast(TrainerCallback):
+    """Sends the process a signal in the evaluation behind the last step."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_the_last_evaluation_loses_nothing(tmp_path, handlers):
+    settings = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"stages": ["warm_start"], "resume_from_checkpoint": "auto"}
+    with pytest.raises(RunInterrupted, match="outside the training"):
+        train(tiny_run(tmp_path, **settings), AskedLast())
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
+    # had it begun anew, it would be asked again
+    assert train(tiny_run(tmp_path, **settings), AskedLast()).state.global_step == 2
+
+
 def test_before_the_training_a_signal_ends_the_run_at_once(tmp_path, handlers):
     trainer = tiny_run(tmp_path)
     with pytest.raises(RunInterrupted, match="outside the training"), interruptible(trainer.args):
