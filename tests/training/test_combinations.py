@@ -71,6 +71,8 @@ def launched(monkeypatch):
         ),
         ({}, {"torch_compile": True}, "ZeRO-3", "torch_compile: compiles weights .*, got ZeRO-3; set it to false"),
         ({}, {"bf16_full_eval": True}, None, "bf16_full_eval: would round the trained tensors.*; set bf16 instead"),
+        ({}, {"ema_decay": 0.9}, "FSDP", "ema_decay: cannot average tensors that FSDP spreads over processes; set it"),
+        ({}, {"ema_decay": 0.9, "save_only_model": True}, None, "save_only_model: its checkpoints leave out the aver"),
         ({}, {"fp16_full_eval": True}, None, "fp16_full_eval: would round the trained tensors.*; set fp16 instead"),
     ],
 )  # fmt: skip
@@ -93,6 +95,7 @@ def test_combinations_that_a_recipe_cannot_have(
     ("settings", "message"),
     [
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
+        ({"output_dir": None, "resume_from_checkpoint": "auto"}, "resume_from_checkpoint: got auto, but without out"),
         (
             {"load_best_model_at_end": True, "metric_for_best_model": "fve", "eval_strategy": "steps",
              "eval_steps": 5, "save_strategy": "epoch"},

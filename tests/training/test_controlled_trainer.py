@@ -304,6 +304,32 @@ def test_averages_of_half_precision_are_refused(tmp_path):
         trainer.train()
 
 
+# --- the reference that warm start leaves
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"unfreeze": ["decoder_base 4s"]}, {"ema_decay": 0.9, "eval_strategy": "steps", "eval_steps": 2}],
+    ids=["unfreezing", "averages"],
+)
+def test_the_reference_is_the_decoder_as_it_was_when_its_stage_began(tmp_path, settings):
+    trainer = tiny_trainer(tmp_path, FULL, stages=["warm_start 2s", "gumbel"], **settings)
+    kept = KeepTensors(trainer)
+    trainer.train()
+    for name, tensor in trainer._reference.named_parameters():
+        assert torch.equal(tensor, kept.steps[2][f"decoder.{name}"]), name
+
+
+def test_a_second_training_leaves_a_reference_of_its_own(tmp_path):
+    trainer = tiny_trainer(tmp_path, FULL, stages=["warm_start 2s", "gumbel"], max_steps=3)
+    trainer.train()
+    kept = KeepTensors(trainer)
+    trainer.train()
+    for name, tensor in trainer._reference.named_parameters():
+        assert torch.equal(tensor, kept.steps[2][f"decoder.{name}"]), name
+    assert trainer.objective_at(1).reference is trainer._reference
+
+
 # --- best checkpoints and early stopping
 
 

@@ -105,6 +105,22 @@ def test_a_run_that_is_asked_to_go_saves_at_the_end_of_the_step(tmp_path, handle
     assert not (tmp_path / "asked" / "run" / "interrupted.json").exists()
 
 
+def test_it_saves_all_that_it_needs_whatever_else_is_saved(tmp_path, handlers):
+    settings = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "fve"}
+    settings |= {"save_strategy": "best", "save_only_model": True, "resume_from_checkpoint": "auto"}
+    settings |= {"greater_is_better": True, "stages": ["warm_start"]}
+
+    def trainer(folder):
+        made = tiny_run(folder, **settings)
+        made.callback_handler.callbacks.insert(0, Readings())
+        return made
+
+    whole = train(trainer(tmp_path / "whole"))
+    with pytest.raises(RunInterrupted, match="at step 3; go on from .*checkpoint-3 "):
+        train(trainer(tmp_path / "asked"), Asked(3))
+    assert curve(train(trainer(tmp_path / "asked"))) == curve(whole)
+
+
 class AllAsked(TrainerCallback):
     """Sends a signal to the workers of the data loader too, as a launcher does that signals a group of processes."""
 
@@ -138,6 +154,24 @@ def test_sigusr1_and_a_signal_in_the_last_step(tmp_path, handlers):
         train(trainer, Asked(9, signal.SIGUSR1))
     assert left(tmp_path) == {"step": 9, "signal": "SIGUSR1", "checkpoint": None}
     assert [path.name for path in checkpoints_in(tmp_path / "run")][-1] == "checkpoint-9"
+
+
+class AskedLast(TrainerCallback):
+    """Sends the process a signal in the evaluation behind the last step."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_the_last_evaluation_loses_nothing(tmp_path, handlers):
+    settings = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"stages": ["warm_start"], "resume_from_checkpoint": "auto"}
+    with pytest.raises(RunInterrupted, match="outside the training"):
+        train(tiny_run(tmp_path, **settings), AskedLast())
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
+    # had it begun anew, it would be asked again
+    assert train(tiny_run(tmp_path, **settings), AskedLast()).state.global_step == 2
 
 
 def test_before_the_training_a_signal_ends_the_run_at_once(tmp_path, handlers):

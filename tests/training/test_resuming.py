@@ -223,6 +223,26 @@ def test_a_new_start_among_old_checkpoints_is_warned_of(three, caplog):
     assert "has checkpoints of an earlier run, up to checkpoint-10" in caplog.text
 
 
+def test_going_back_among_later_checkpoints_is_warned_of(three, caplog):
+    newest = str(Path(three.output_dir) / "checkpoint-10")
+    assert resume(three, newest) == newest and caplog.text == ""
+    resume(three, str(Path(three.output_dir) / "checkpoint-8"))
+    assert "has checkpoints after checkpoint-8, up to checkpoint-10, which true and auto would take" in caplog.text
+
+
+def test_a_scheduler_that_watches_figures_is_kept(tmp_path):
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, "save_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "stages": ["warm_start"], "max_steps": 7}
+    settings |= {"learning_rate": 0.3}  # so that it gets worse
+    whole = tiny_run(tmp_path, **settings)
+    whole.train()
+    assert len({entry["learning_rate"] for entry in curve(whole) if "loss" in entry}) > 1
+    for step in (1, 5):
+        resumed = tiny_run(tmp_path, **settings)
+        resumed.train(str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert curve(resumed) == curve(whole)
+
+
 def test_what_is_not_whole_goes_when_there_is_a_newer_whole_one(tmp_path, whole):
     copied(whole, tmp_path, 2, 6, 10)
     for step in (2, 10):

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from lens_runs import tiny_cache, tiny_lens, tiny_trainer
@@ -286,14 +287,25 @@ def test_bf16_trains_in_full_precision_weights(tmp_path):
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in parameters(trainer).values())
 
 
-def test_a_lens_trained_in_bf16_is_measured_in_its_own_precision(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=1, bf16=True, stages=["warm_start"])
+def test_a_lens_that_bf16_trained_says_the_same_when_it_is_loaded_again(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, bf16=True, stages=["warm_start"])
     trainer.train()
-    trainer.end_autocast()
-    computed_in = set()
-    trainer.lens.encoder.output_map.register_forward_hook(lambda module, inputs, output: computed_in.add(output.dtype))
-    trainer.lens.encode(trainer.lens.decode(trainer.lens.mean[None]).token_ids)
-    assert computed_in == {torch.float32}
+    trainer.save_model()
+    lens = trainer.lens.eval()
+    loaded = type(lens).from_pretrained(trainer.args.output_dir, base_model=lens.subject.model)
+    read = torch.tensor(np.stack([row["activation"] for row in trainer.eval_dataset]))
+    ids = lens.decode_ids(read)
+    assert torch.equal(ids, loaded.decode_ids(read))
+    assert torch.equal(lens.read_ids(ids), loaded.read_ids(ids))
+
+
+@pytest.mark.parametrize("settings", [{}, {"dataloader_drop_last": True}], ids=["all", "drop_last"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_epoch_has_the_steps_that_it_takes(tmp_path, settings, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1, "max_steps": -1, **settings}
+    trainer = tiny_trainer(tmp_path, stages=["warm_start"], **settings)
+    trainer.train()
+    assert trainer.steps_per_epoch() == trainer.state.global_step
 
 
 def test_checkpointing_gives_the_same_loss(tmp_path):

@@ -1,6 +1,7 @@
 """Optimizer, scheduler, random and other states on disk without pickle: tensors in safetensors, the rest in JSON."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -104,7 +105,9 @@ def read_optimizer(optimizer: Any, folder: Path) -> dict[str, Any]:
 def save_scheduler(scheduler: Any, folder: Path) -> None:
     """Writes a learning-rate scheduler's counters (its functions are rebuilt from the arguments)."""
     state = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
-    write_json(folder / SCHEDULER_JSON, state)
+    # what is infinite is so in a new scheduler too: the best figure before there is any
+    finite = {k: v for k, v in state.items() if not isinstance(v, float) or math.isfinite(v)}
+    write_json(folder / SCHEDULER_JSON, finite)
 
 
 def load_scheduler(scheduler: Any, folder: Path) -> None:

@@ -71,6 +71,14 @@ def check_training(args: ConsistencyLensTrainingArguments) -> None:
             f"torch_compile: compiles weights that lie whole in each process, got {spread or 'DeepSpeed'}; set it "
             "to false, or train with DDP"
         )
+    engine = "DeepSpeed" if args.deepspeed_plugin is not None else spread
+    if engine is not None and args.ema_decay > 0:
+        raise ValueError(f"ema_decay: cannot average tensors that {engine} spreads over processes; set it to 0")
+    for name in ("unfreeze", "group_max_grad_norm"):
+        if engine == "DeepSpeed" and getattr(args, name):
+            raise ValueError(f"{name}: DeepSpeed clips and steps by itself, for all groups at once; leave it out")
+    if args.save_only_model and args.ema_decay > 0:
+        raise ValueError("save_only_model: its checkpoints leave out the averages of ema_decay; set one of them off")
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
             raise ValueError(

@@ -46,22 +46,12 @@ class ControlledTrainer(CheckpointedTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self.lens = model
         self.rates: dict[str, float] = {}
-        self.check_sharded()
         if args.ema_decay > 0:
             self.averages = Averages(model, args.ema_decay)
             self.add_callback(self.averages)
         if args.early_stopping_patience > 0:
             self.add_callback(EarlyStopping(lambda: self.timetable().bounds()[-1][0]))
         self.add_callback(DescribeMachine)
-
-    def check_sharded(self) -> None:
-        """ValueError for settings that need whole tensors, or gradients between backward pass and step."""
-        engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.ema_decay > 0:
-            raise ValueError(f"ema_decay: cannot average tensors that {engine} spreads over processes; set it to 0")
-        for name in ("unfreeze", "group_max_grad_norm"):
-            if self.is_deepspeed_enabled and getattr(self.args, name):
-                raise ValueError(f"{name}: DeepSpeed clips and steps by itself, for all groups at once; leave it out")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; True goes on from the newest checkpoint that is whole."""
@@ -197,7 +187,9 @@ class ControlledTrainer(CheckpointedTrainer):
         if metric is not None and figure_name(metric) not in metrics:
             known = ", ".join(sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_")))
             raise ValueError(f"metric_for_best_model: no evaluation gives {metric!r}; it is one of {known}")
-        return super()._determine_best_metric(metrics, trial)
+        is_best = super()._determine_best_metric(metrics, trial)
+        # with save_strategy=best this decides on the checkpoint, though a run that is asked to go needs one
+        return is_best or self.control.should_save
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

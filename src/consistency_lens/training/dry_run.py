@@ -28,7 +28,7 @@ from .recipe_arguments import RecipeArguments
 from .resuming import checkpoint_to_resume
 from .run_names import name_run
 from .sharding_arguments import check_sharding
-from .timetable import Timetable
+from .timetable import Timetable, steps_in_epoch
 from .trainer import check_settings
 from .unfreezing import Unfreezing
 
@@ -149,7 +149,7 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     rows = expected_rows(args, reader, folder, training_args.seed)
     processes = args.dry_run_processes or training_args.world_size
     rows_per_step = training_args.train_batch_size * processes * training_args.gradient_accumulation_steps
-    steps_per_epoch = max(1, -(-(rows.train + len(summaries or ())) // rows_per_step))
+    steps_per_epoch = steps_in_epoch(rows.train + len(summaries or ()), training_args, processes)
     total = training_args.max_steps
     if total <= 0:
         total = max(1, round_up(training_args.num_train_epochs * steps_per_epoch))

@@ -67,6 +67,7 @@ class Interruption(TrainerCallback):
         self.process = os.getpid()
         self.group: Any = None
         self.step = 0
+        self.saved = 0
         self.checkpoint: str | None = None
 
     def handle(self, number: int, _frame: Any) -> None:
@@ -111,7 +112,7 @@ class Interruption(TrainerCallback):
     ) -> None:
         self.due = self.agreed(args)
         if self.due and not ends_epoch(state):
-            self.stopping = control.should_save = True
+            self.stop(args, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,10 +120,17 @@ class Interruption(TrainerCallback):
         if self.checkpoint is not None:
             # the epoch is cut short; what belongs to its end is for the run that goes on
             control.should_log = control.should_evaluate = control.should_save = False
-        elif self.due:
-            self.stopping = control.should_save = True
+        elif self.due or (self.saved != state.global_step and self.agreed(args)):
+            # the signal may have come in an evaluation behind the last step of all
+            self.stop(args, control)
+
+    def stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Asks for a checkpoint that the run can go on from, and to stop when it is there."""
+        self.stopping = control.should_save = True
+        args.save_only_model = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved = state.global_step
         # only now, for the checkpoint keeps what it says of stopping
         if self.stopping and not control.should_training_stop:
             control.should_training_stop = True

@@ -31,5 +31,7 @@ class SubjectReference:
 def freeze_copy(decoder: LensDecoder) -> LensDecoder:
     """A frozen copy of a decoder: trained tensors copied, frozen ones shared."""
     memo: dict[int, Any] = {id(item): item for item in state_beside_weights(decoder.base)}
-    memo |= {id(t): t for t in decoder.parameters() if not t.requires_grad}
+    # not by `requires_grad`, which a group that is yet to be unfrozen lacks
+    trained = {id(tensor) for tensor in decoder.trained_tensors().values()}
+    memo |= {id(t): t for t in decoder.parameters() if id(t) not in trained}
     return copy.deepcopy(decoder, memo).requires_grad_(False).eval()

@@ -159,7 +159,6 @@ def train_and_evaluate(
     interruption.raise_if_received()
     lens.eval()
     trainer.save_model()
-    trainer.end_autocast()
     clock.lap("training")
     metrics: dict[str, Any] = {}
     samples: list[Sample] = []

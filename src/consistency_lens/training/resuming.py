@@ -56,6 +56,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         raise ValueError(
             f"resume_from_checkpoint: {str(wanted)!r} is not whole ({tear}); pass true for the newest that is"
         )
+    warn_of_later(args, Path(wanted), output_dir)
     return str(wanted)
 
 
@@ -84,6 +85,20 @@ def warn_of_others(args: TrainingArguments, output_dir: Path) -> None:
             "--resume_from_checkpoint true to go on from there, or another output_dir",
             output_dir,
             before[-1].name,
+        )
+
+
+def warn_of_later(args: TrainingArguments, resumed: Path, output_dir: Path) -> None:
+    """As `warn_of_others`, of a run that goes back to an earlier checkpoint of its own."""
+    *_, newest = [None, *checkpoints_in(output_dir)]
+    same_run = resumed.resolve().parent == output_dir.resolve()
+    if newest is not None and same_run and newest.resolve() != resumed.resolve() and args.process_index == 0:
+        logger.warning(
+            "%s has checkpoints after %s, up to %s, which true and auto would take for this run's; remove them, or "
+            "pass another output_dir",
+            output_dir,
+            resumed.name,
+            newest.name,
         )
 
 

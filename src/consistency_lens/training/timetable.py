@@ -7,6 +7,13 @@ from ..schedules import Schedule
 from .arguments import ConsistencyLensTrainingArguments
 
 
+def steps_in_epoch(rows: int, args: ConsistencyLensTrainingArguments, processes: int) -> int:
+    """Optimizer steps in one pass over that many training rows; the last may have fewer micro-batches."""
+    together = args.train_batch_size * processes
+    batches = rows // together if args.dataloader_drop_last else -(-rows // together)
+    return max(1, -(-batches // args.gradient_accumulation_steps))
+
+
 @dataclass(frozen=True)
 class Timetable:
     """The stages of a run in optimizer steps.

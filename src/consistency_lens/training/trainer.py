@@ -22,7 +22,7 @@ from .controlled_trainer import ControlledTrainer, check_control
 from .lm_reference import Reference, SubjectReference
 from .objectives import Objective, Step, make_objective
 from .sharding_arguments import check_sharding
-from .timetable import Timetable
+from .timetable import Timetable, steps_in_epoch
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,11 @@ class ConsistencyLensTrainer(ControlledTrainer):
     args: ConsistencyLensTrainingArguments
 
     def __init__(self, model: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, **kwargs: Any):
-        check_lens(model, args)
+        check_settings(model, args)
         check_rows(kwargs.get("train_dataset"), args)
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
         self.label_names = []
-        check_settings(model, args)
         compile_clones(model, self.accelerator.state.dynamo_plugin)
         if isinstance(self.train_dataset, StreamedActivations):
             self.add_callback(OrderOfEpoch(lambda: self.stream_sampler))
@@ -77,6 +76,18 @@ class ConsistencyLensTrainer(ControlledTrainer):
         self._since = (0, 0, time.perf_counter())  # samples and tokens handled, and when counting began
         self._training_since: float | None = None
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; stages, and what text is held close to, are those of this training alone."""
+        self._objectives.clear()
+        self._reference = None
+        if self.warm_start_end is not None:
+            self.warm_start_end.start()
+        result = super().train(*args, **kwargs)
+        if not self.weights.spread:
+            # takes the autocast of the training off, so that the lens says what it says when it is loaded again
+            self.accelerator.unwrap_model(self.lens, keep_fp32_wrapper=False)
+        return result
+
     # --- stages and schedules
 
     def steps_per_epoch(self) -> int | None:
@@ -85,8 +96,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
             rows = len(self.train_dataset)  # type: ignore[arg-type]
         except TypeError:
             return None
-        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return max(1, rows // batch if self.args.dataloader_drop_last else -(-rows // batch))
+        return steps_in_epoch(rows, self.args, self.args.world_size)
 
     def timetable(self, total_steps: int | None = None) -> Timetable:
         """The stages as they lie now, after those that ended early."""
@@ -198,6 +208,11 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self.count(inputs)
         return (loss, {}) if return_outputs else loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # made first, for it may keep a copy of the decoder: of its own tensors, not of the averages in their place
+        self.current_objective()
+        return super().evaluate(*args, **kwargs)
+
     def remember(self, values: dict[str, Any]) -> None:
         """Adds values to the running means that `log` reports; no host sync."""
         for name, value in values.items():
@@ -233,10 +248,6 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self._since = (0, 0, time.perf_counter())
         super().log(logs, start_time)
 
-    def end_autocast(self) -> None:
-        """Takes off the lens the autocast that training in bf16 has put around it: what is loaded has none."""
-        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-
     def step_was_dropped(self) -> bool:
         """Whether DeepSpeed, which takes its steps by itself, has left the last one out for its gradients."""
         return self.accelerator.optimizer_step_was_skipped
@@ -246,8 +257,10 @@ def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgu
     """Checks that the arguments fit the lens.
 
     Raises:
-        ValueError: for a length penalty on texts that cannot stop, or settings of groups that the lens does not train.
+        ValueError: for settings that cannot go together, a length penalty on texts that cannot stop, or settings of
+            groups that the lens does not train.
     """
+    check_lens(lens, args)
     check_sharding(args, args.share_weights)
     check_control(lens, args)
     if args.length_penalty > 0 and lens.config.decoder.stop_token_id is None:

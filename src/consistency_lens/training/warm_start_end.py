@@ -55,6 +55,10 @@ class WarmStartEnd(TrainerCallback):
         self.check_steps = check_steps
         self.patience = patience
         self.all_read = all_read
+        self.start()
+
+    def start(self) -> None:
+        """Forgets all readings."""
         self.ends: dict[int, int] = {}
         self.stage = -1
         self.best = -float("inf")
