@@ -68,7 +68,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
 
     stages: list[str] = field(
         default_factory=lambda: ["warm_start 50%", "gumbel"],
-        metadata={"help": "Objectives in order with their durations, e.g. 'warm_start 60%' gumbel."},
+        metadata={"help": "Objectives in order with their durations, e.g. 'warm_start 60%%' gumbel."},
     )
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the encoder; the decoder's if unset. Well above it is good."}
@@ -79,7 +79,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     learning_rate_schedule: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Factor on every learning rate, one schedule for each stage, e.g. 'cosine 1 -> 0.1 warmup 5%'. "
+            "help": "Factor on every learning rate, one schedule for each stage, e.g. 'cosine 1 -> 0.1 warmup 5%%'. "
             "Unset: lr_scheduler_type over the whole run."
         },
     )
