@@ -36,6 +36,8 @@ MEASURED = {"metric_for_best_model": "fve", "eval_strategy": "steps", "eval_step
         ({"kl_weight": ["1", "2", "3"]}, "kl_weight: got 3 schedules for 2 stages"),
         ({"stages": ["warm_start 60x", "gumbel"]}, "^stages: not a duration"),
         ({"unfreeze": ["base 9x"]}, "^unfreeze: not a duration"),
+        ({"num_train_epochs": 0}, "^num_train_epochs must be above 0, got 0"),
+        ({"save_strategy": "best"}, "^save_strategy: needs metric_for_best_model"),
         ({"learning_rate": -1e-3}, "^learning_rate must be 0 or more, got -0.001"),
         ({"encoder_learning_rate": float("nan")}, "^encoder_learning_rate must be 0 or more, got nan"),
         ({"stages": ["warm_start 60%", "gumbel 40%"]}, "the last runs to the end"),

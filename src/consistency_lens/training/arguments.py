@@ -192,6 +192,8 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         """ValueError for a number that is out of range."""
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}; a group of one has no advantage")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps")
         for name in ("learning_rate", "encoder_learning_rate", "projection_learning_rate"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -98,7 +98,8 @@ class ControlArguments(TrainingArguments):
     def needs_metric(self) -> list[str]:
         """The settings in use that look at `metric_for_best_model`."""
         names = ("keep_best", "early_stopping_patience", "load_best_model_at_end")
-        return [name for name in names if getattr(self, name)]
+        best = ["save_strategy"] if self.save_strategy == SaveStrategy.BEST else []
+        return [name for name in names if getattr(self, name)] + best
 
     def check_metric_settings(self) -> None:
         """ValueError for best checkpoints or early stopping without what they need."""
