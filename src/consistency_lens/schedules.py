@@ -70,6 +70,14 @@ def parse_duration(duration: str | int, steps_per_epoch: int | None, total_steps
     return round(Fraction(match["epochs"]) * steps_per_epoch)
 
 
+def check_duration(setting: str, duration: str | int) -> None:
+    """ValueError, which names the setting, for what is no duration: a mistake shows before there is any data."""
+    try:
+        _match_duration(duration)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
+
+
 def _match_duration(duration: str | int) -> re.Match[str]:
     match = _DURATION.fullmatch(str(duration).strip())
     if match is None:

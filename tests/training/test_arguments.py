@@ -1,6 +1,7 @@
 import pytest
 
 from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
+from consistency_lens.training.recipe_arguments import RecipeArguments
 
 
 def arguments(tmp_path, **settings):
@@ -17,8 +18,8 @@ MEASURED = {"metric_for_best_model": "fve", "eval_strategy": "steps", "eval_step
         ({"stages": ["warm up"]}, "stages: each is"),
         ({"stages": ["warm_start", "gumbel"]}, "needs a duration"),
         ({"stages": ["gumbel"], "lm_reference": "warm_start"}, "needs a warm_start stage"),
-        ({"tau": "linear 1 to 0"}, "not a schedule"),
-        ({"kl_weight": "soon"}, "not a schedule"),
+        ({"tau": "linear 1 to 0"}, "^tau: not a schedule"),
+        ({"kl_weight": "soon"}, "^kl_weight: not a schedule"),
         ({"lm_reference": "gpt"}, "lm_reference must be one of"),
         ({"lm_direction": "up"}, "lm_direction must be one of"),
         ({"delta_residual": "yes"}, "delta_residual must be one of"),
@@ -33,7 +34,12 @@ MEASURED = {"metric_for_best_model": "fve", "eval_strategy": "steps", "eval_step
         ({"lm_estimator": "k3", "lm_direction": "forward"}, "set lm_direction to reverse"),
         ({"tau": "linear 1 -> 0"}, "tau must stay positive"),
         ({"kl_weight": ["1", "2", "3"]}, "kl_weight: got 3 schedules for 2 stages"),
-        ({"stages": ["warm_start 60x", "gumbel"]}, "not a duration"),
+        ({"stages": ["warm_start 60x", "gumbel"]}, "^stages: not a duration"),
+        ({"unfreeze": ["base 9x"]}, "^unfreeze: not a duration"),
+        ({"num_train_epochs": 0}, "^num_train_epochs must be above 0, got 0"),
+        ({"save_strategy": "best"}, "^save_strategy: needs metric_for_best_model"),
+        ({"learning_rate": -1e-3}, "^learning_rate must be 0 or more, got -0.001"),
+        ({"encoder_learning_rate": float("nan")}, "^encoder_learning_rate must be 0 or more, got nan"),
         ({"stages": ["warm_start 60%", "gumbel 40%"]}, "the last runs to the end"),
         ({"stages": [""]}, "stages: each is"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 500}, "set metric_for_best_model"),
@@ -93,3 +99,16 @@ def test_the_temperature_may_warm_up_from_above_zero(tmp_path):
     assert arguments(tmp_path, tau="constant 1 warmup 10s from 2").tau == ["constant 1 warmup 10s from 2"]
     with pytest.raises(ValueError, match="tau must stay positive, in a warmup too"):
         arguments(tmp_path, tau="constant 1 warmup 10s")
+
+
+@pytest.mark.parametrize("which", ["true", "auto"])
+def test_a_run_without_a_folder_has_no_newest_checkpoint(which):
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: .* pass that of the run as output_dir"):
+        ConsistencyLensTrainingArguments(use_cpu=True, resume_from_checkpoint=which)
+    named = ConsistencyLensTrainingArguments(use_cpu=True, resume_from_checkpoint="outputs/run/checkpoint-1")
+    assert named.resume_from_checkpoint == "outputs/run/checkpoint-1"
+
+
+def test_clones_are_trained_in_one_of_three_ways():
+    with pytest.raises(ValueError, match="^clones must be one of full, lora, frozen, got 'loora'$"):
+        RecipeArguments(model="gpt2", clones="loora")

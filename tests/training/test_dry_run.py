@@ -285,3 +285,20 @@ def test_groups_that_stand_still_at_first_and_averages_are_told(subject_folder, 
     assert starts["decoder_base"] == 3 and {step for name, step in starts.items() if name != "decoder_base"} == {1}
     plain = plan(subject_folder, tmp_path)
     assert still.memory[0].weights - plain.memory[0].weights == still.memory[0].gradients
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"save_steps": 2}, ["2", "4", "6", "7"]),
+        ({"save_steps": 0}, ["7"]),
+        ({"save_steps": 2, "save_total_limit": 2}, ["6", "7"]),
+        ({"save_steps": 2, "keep_best": 2}, ["<best 1>", "<best 2>", "7"]),
+        ({"save_steps": 2, "keep_best": 4, "save_total_limit": 2}, ["<best 1>", "<best 2>", "6", "7"]),
+    ],
+)
+def test_the_checkpoints_are_those_that_stay(subject_folder, tmp_path, changes, expected):
+    settings = {"metric_for_best_model": "fve", "eval_strategy": "steps", "eval_steps": 2, **changes}
+    planned = plan(subject_folder, tmp_path / "run", max_steps=7, save_strategy="steps", **settings)
+    found = [file.path.name for file in planned.files if "checkpoint-" in file.path.name]
+    assert found == [f"checkpoint-{name}" for name in expected]

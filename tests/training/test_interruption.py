@@ -91,9 +91,8 @@ class Readings(TrainerCallback):
 def test_a_run_that_is_asked_to_go_saves_at_the_end_of_the_step(tmp_path, handlers, step, settings):
     settings = {"max_steps": 11, "resume_from_checkpoint": "auto", **settings}
     whole = train(tiny_run(tmp_path / "whole", **settings), Readings())
-    with pytest.raises(
-        RunInterrupted, match=f"interrupted by SIGTERM at step {step}; go on from .*checkpoint-{step} "
-    ):
+    message = f"interrupted by SIGTERM at step {step}; go on with --resume_from_checkpoint .*checkpoint-{step}$"
+    with pytest.raises(RunInterrupted, match=message):
         train(tiny_run(tmp_path / "asked", **settings), Readings(), Asked(step))
     checkpoint = tmp_path / "asked" / "run" / f"checkpoint-{step}"
     assert left(tmp_path / "asked") == {"step": step, "signal": "SIGTERM", "checkpoint": str(checkpoint)}

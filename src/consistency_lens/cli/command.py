@@ -1,7 +1,9 @@
 """What all commands do alike: logging, a console, and errors as one line and an exit code."""
 
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,8 @@ DONE, FAILED, MISTAKE, NOT_VERIFIED = 0, 1, 2, 3
 TALKATIVE = ("httpx", "httpx2", "bitsandbytes")
 # DeepSpeed warns of it wherever it is installed, used or not.
 NO_NEWS = "Setting accelerator to CPU"
+# Seconds that the first of several processes has to say what went wrong, and its launcher to end the others.
+FIRST_SPEAKS = 10.0
 
 
 def run_command(
@@ -39,6 +43,8 @@ def run_command(
         return work(Console(width=None if sys.stdout.isatty() else 150)) or DONE
     except tuple(codes) as error:
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        if int(os.environ.get("RANK") or 0) > 0:  # mostly all of them make the same mistake; alone it is told late
+            time.sleep(FIRST_SPEAKS)
         message = f"{'error' if code == MISTAKE else 'failed'}: {str(error) or type(error).__name__}"
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
         return code

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .pipeline import Step, clear, settings_file
+from .pipeline import Step
+from .step_results import clear, settings_file
 
 # Beside this file, for who installs the package has no examples; examples/slurm/train.sbatch is a link to it.
 TRAIN_SCRIPT = Path(__file__).with_name("train.sbatch")

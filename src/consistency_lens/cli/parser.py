@@ -58,9 +58,9 @@ def parse_given(
         ValueError: for a value of another kind.
     """
     parser = make_parser(dataclasses)
-    parser.set_defaults(**dict.fromkeys(known_names(dataclasses), MISSING))
     parser.set_defaults(**{key: as_flag(value) for key, value in config.items()})
-    values, rest = parse_known(parser, argv)
+    # the parser's own defaults stay what --help tells
+    values, rest = parse_known(parser, argv, dict.fromkeys(known_names(dataclasses) - set(config), MISSING))
     return {name: value for name, value in vars(values).items() if value is not MISSING and name != "config"}, rest
 
 
@@ -81,14 +81,19 @@ def make_parser(dataclasses: Sequence[Any], prog: str | None = None) -> "HfArgum
     return parser
 
 
-def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_known(
+    parser: argparse.ArgumentParser, argv: Sequence[str], values: Mapping[str, Any] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """The values of known flags, and the parts of the line that belong to none.
+
+    Args:
+        values: of arguments that are not given; the parser's defaults for those that are not in it.
 
     Raises:
         ValueError: for a value of another kind.
     """
     try:
-        return parser.parse_known_args(argv)
+        return parser.parse_known_args(argv, argparse.Namespace(**(values or {})))
     except argparse.ArgumentError as error:
         flag = (error.argument_name or "flags").partition("/")[0]  # every flag has a spelling with hyphens too
         raise ValueError(f"{flag}: {error.message.rstrip('.')}; see --help") from error

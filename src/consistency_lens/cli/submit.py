@@ -112,7 +112,8 @@ def print_commands(
     """The command of each step, and the settings that it would read."""
     import yaml
 
-    from .jobs import command_here, sbatch_command, settings_file
+    from .jobs import command_here, sbatch_command
+    from .step_results import settings_file
 
     before: str | None = None
     for step in steps:

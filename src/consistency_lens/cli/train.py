@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A run that SIGTERM or SIGUSR1 interrupts is done too: it prints how to go on. With `--dry_run` it prints what the
     run would be, and does nothing.
     """
-    from ..training.callbacks import NonfiniteGradientsError
+    from ..training.nonfinite import NonfiniteGradientsError
     from .command import DONE, FAILED, run_command
     from .parser import RECIPE_SECTIONS, parse_arguments
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..schedules import Schedule, parse_duration
+from ..schedules import Schedule, check_duration, parse_duration
 from .control_arguments import ControlArguments
 from .sharding_arguments import ShardingArguments
 from .unfreezing import Unfreezing
@@ -50,7 +50,7 @@ class Stage:
                 f"stages: each is '<objective> [duration]' with objective one of {', '.join(OBJECTIVES)}, got {text!r}"
             )
         for duration in rest:
-            parse_duration(duration, steps_per_epoch=1, total_steps=1)  # a mistake shows before there is any data
+            check_duration("stages", duration)
         return cls(objective, rest[0] if rest else None)
 
 
@@ -69,7 +69,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
 
     stages: list[str] = field(
         default_factory=lambda: ["warm_start 50%", "gumbel"],
-        metadata={"help": "Objectives in order with their durations, e.g. 'warm_start 60%' gumbel."},
+        metadata={"help": "Objectives in order with their durations, e.g. 'warm_start 60%%' gumbel."},
     )
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the encoder; the decoder's if unset. Well above it is good."}
@@ -80,7 +80,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     learning_rate_schedule: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Factor on every learning rate, one schedule for each stage, e.g. 'cosine 1 -> 0.1 warmup 5%'. "
+            "help": "Factor on every learning rate, one schedule for each stage, e.g. 'cosine 1 -> 0.1 warmup 5%%'. "
             "Unset: lr_scheduler_type over the whole run."
         },
     )
@@ -173,7 +173,11 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
             wanted = (count,) if name == "learning_rate_schedule" else (1, count)
             if len(texts) not in wanted:
                 raise ValueError(f"{name}: got {len(texts)} schedules for {count} stages; give one each")
-            for parsed in map(Schedule.parse, texts):
+            try:
+                schedules = [Schedule.parse(text) for text in texts]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            for parsed in schedules:
                 if name == "tau" and parsed.lowest() <= 0:
                     raise ValueError(
                         f"tau must stay positive, in a warmup too ('warmup 9s from 2'), got {texts}; 0.1 to 2 is usual"
@@ -191,6 +195,11 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         """ValueError for a number that is out of range."""
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {self.group_size}; a group of one has no advantage")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps")
+        for name in ("learning_rate", "encoder_learning_rate", "projection_learning_rate"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("own_share", "shorter_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.streaming import StreamSampler
+from .nonfinite import NonfiniteGradientsError
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +64,6 @@ class LensProgress(ProgressCallback):
         if "eval_fve" in logs:
             figures = ", ".join(f"{label} {logs[name]:.3f}" for name, label in EVALUATED.items() if name in logs)
             self.training_bar.write(f"step {state.global_step}, held out: {figures}")
-
-
-class NonfiniteGradientsError(RuntimeError):
-    """Raised when a run does nothing but skip steps."""
 
 
 class SkipNonfiniteSteps(TrainerCallback):

@@ -74,6 +74,11 @@ class ControlArguments(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(SMALLER_IS_BETTER)
         super().__post_init__()
+        if not self.output_dir_given and str(self.resume_from_checkpoint).lower() in ("true", "auto"):
+            raise ValueError(
+                f"resume_from_checkpoint: got {self.resume_from_checkpoint}, but without output_dir every run has a "
+                "folder of its own; pass that of the run as output_dir, or the path of a checkpoint"
+            )
         self.check_groups()
         self.check_metric_settings()
         if not 0 <= self.ema_decay < 1:
@@ -98,7 +103,8 @@ class ControlArguments(TrainingArguments):
     def needs_metric(self) -> list[str]:
         """The settings in use that look at `metric_for_best_model`."""
         names = ("keep_best", "early_stopping_patience", "load_best_model_at_end")
-        return [name for name in names if getattr(self, name)]
+        best = ["save_strategy"] if self.save_strategy == SaveStrategy.BEST else []
+        return [name for name in names if getattr(self, name)] + best
 
     def check_metric_settings(self) -> None:
         """ValueError for best checkpoints or early stopping without what they need."""

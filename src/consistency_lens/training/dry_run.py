@@ -329,20 +329,28 @@ def planned_files(
         size = None if rows.is_cached else round((rows.train + rows.held_out) * row)
         yield PlannedFile(rows.cache, size, rows.is_cached)
     weights = num_bytes(lens.trained_tensors().values())
-    for step in checkpoint_steps(training_args, steps_per_epoch, total_steps):
-        path = output_dir / f"checkpoint-{step}"
+    for name in checkpoint_names(training_args, steps_per_epoch, total_steps):
+        path = output_dir / name
         yield PlannedFile(path, weights + states, path.is_dir())
     for name in (*LENS_FILES, *RUN_FILES):
         path = output_dir / name
         yield PlannedFile(path, weights if name == "model.safetensors" else None, path.is_file())
 
 
+def checkpoint_names(args: ConsistencyLensTrainingArguments, steps_per_epoch: int, total_steps: int) -> list[str]:
+    """The checkpoints that are there in the end, at most: which are the best will only be known then."""
+    steps = checkpoint_steps(args, steps_per_epoch, total_steps)
+    last = args.save_total_limit or (1 if args.keep_best else len(steps))
+    best = min(args.keep_best, len(steps[:-last]))
+    return [*(f"checkpoint-<best {rank}>" for rank in range(1, best + 1)), *(f"checkpoint-{n}" for n in steps[-last:])]
+
+
 def checkpoint_steps(args: ConsistencyLensTrainingArguments, steps_per_epoch: int, total_steps: int) -> list[int]:
-    """The steps whose checkpoints are there in the end."""
+    """The steps that end with a checkpoint."""
     if args.save_strategy not in ("steps", "epoch"):
         return []
     every = steps_per_epoch
     if args.save_strategy == "steps":
         every = int(args.save_steps) if args.save_steps >= 1 else round_up(args.save_steps * total_steps)
-    steps = sorted({*range(every, total_steps + 1, every), total_steps})
-    return steps[-args.save_total_limit :] if args.save_total_limit else steps
+    # without a number of steps the end alone is saved
+    return sorted({*range(every, total_steps + 1, every), total_steps}) if every else [total_steps]

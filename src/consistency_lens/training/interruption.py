@@ -44,8 +44,8 @@ class RunInterrupted(KeyboardInterrupt):
         """One line for the user."""
         if self.checkpoint is not None:
             return (
-                f"interrupted by {self.signal_name} at step {self.step}; go on from {self.checkpoint} with "
-                "--resume_from_checkpoint true"
+                f"interrupted by {self.signal_name} at step {self.step}; go on with "
+                f"--resume_from_checkpoint {self.checkpoint}"
             )
         return f"interrupted by {self.signal_name} outside the training; go on with --resume_from_checkpoint auto"
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..configuration_consistency_lens import TRAINING_MODES
 from ..data.sources import SourceArguments
 from ..evaluation.arguments import CHECKS
 from ..evaluation.controls import check_names
@@ -75,6 +76,8 @@ class RecipeArguments(SourceArguments):
         if not self.model:
             raise ValueError("model: got none; pass the subject's Hub id or folder, e.g. --model gpt2")
         super().__post_init__()
+        if self.clones not in TRAINING_MODES:
+            raise ValueError(f"clones must be one of {', '.join(TRAINING_MODES)}, got {self.clones!r}")
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:

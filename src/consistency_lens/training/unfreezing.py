@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..schedules import parse_duration
+from ..schedules import check_duration, parse_duration
 from .group_settings import check_group, of_group
 
 SETTING = "unfreeze"
@@ -30,7 +30,7 @@ class Unfreeze:
             raise ValueError(f"{SETTING}: each is {GRAMMAR}; got {text!r}")
         check_group(SETTING, words[0])
         for duration in words[1::2]:
-            parse_duration(duration, steps_per_epoch=1, total_steps=1)  # a mistake shows before there is any data
+            check_duration(SETTING, duration)
         return cls(words[0], words[1], *words[3:])
 
 
