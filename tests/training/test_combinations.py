@@ -63,7 +63,7 @@ def launched(monkeypatch):
         ),
         (
             {}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, None,
-            "activation_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights;",
+            "gradient_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights;",
         ),
         (
             {}, {"torch_compile": True}, "FSDP",
@@ -185,6 +185,6 @@ def test_an_architecture_that_cannot_recompute_is_named(tmp_path):
     lens.decoder.base.supports_gradient_checkpointing = False
     args = training_arguments(tmp_path, activation_checkpointing=True)
     with pytest.raises(
-        ValueError, match="activation_checkpointing: LlamaForCausalLM cannot recompute its blocks; set"
+        ValueError, match="gradient_checkpointing: LlamaForCausalLM cannot recompute its blocks; set"
     ):
         ConsistencyLensTrainer(model=lens, args=args)

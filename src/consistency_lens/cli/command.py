@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,8 @@ def run_command(
         logging.getLogger(name).setLevel(logging.ERROR)
     # a filter, for DeepSpeed sets its level itself when it is imported
     logging.getLogger("DeepSpeed").addFilter(lambda record: NO_NEWS not in record.getMessage())
+    # the newer name is not in all versions that we take
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     transformers.utils.logging.set_verbosity_warning()
     codes: dict[type[BaseException], int] = {**(failures or {}), ValueError: MISTAKE, OSError: FAILED}
     try:

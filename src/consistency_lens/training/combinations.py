@@ -49,7 +49,7 @@ def check_lens(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgument
         check_quantised(args, "the subject is quantised")
     if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
         raise ValueError(
-            f"activation_checkpointing: {type(base).__name__} cannot recompute its blocks; set it to false"
+            f"gradient_checkpointing: {type(base).__name__} cannot recompute its blocks; set it to false"
         )
 
 
@@ -63,7 +63,7 @@ def check_training(args: ConsistencyLensTrainingArguments) -> None:
     settings = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"):
         raise ValueError(
-            "activation_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights; "
+            "gradient_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights; "
             "leave it out"
         )
     if args.torch_compile and (spread is not None or args.deepspeed_plugin is not None):

@@ -65,11 +65,6 @@ class ControlArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.output_dir_given = self.output_dir is not None
-        if not self.output_dir_given and str(self.resume_from_checkpoint).lower() in ("true", "auto"):
-            raise ValueError(
-                f"resume_from_checkpoint: got {self.resume_from_checkpoint}, but without output_dir each start has a "
-                "folder of its own; set output_dir"
-            )
         self.output_dir = OUTPUTS if self.output_dir is None else self.output_dir
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(SMALLER_IS_BETTER)
