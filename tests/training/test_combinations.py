@@ -184,7 +184,5 @@ def test_an_architecture_that_cannot_recompute_is_named(tmp_path):
     lens = tiny_lens(subject, tokenizer, cache)
     lens.decoder.base.supports_gradient_checkpointing = False
     args = training_arguments(tmp_path, activation_checkpointing=True)
-    with pytest.raises(
-        ValueError, match="gradient_checkpointing: LlamaForCausalLM cannot recompute its blocks; set"
-    ):
+    with pytest.raises(ValueError, match="gradient_checkpointing: LlamaForCausalLM cannot recompute its blocks; set"):
         ConsistencyLensTrainer(model=lens, args=args)

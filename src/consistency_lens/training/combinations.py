@@ -48,9 +48,7 @@ def check_lens(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgument
     if is_quantised(base):
         check_quantised(args, "the subject is quantised")
     if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
-        raise ValueError(
-            f"gradient_checkpointing: {type(base).__name__} cannot recompute its blocks; set it to false"
-        )
+        raise ValueError(f"gradient_checkpointing: {type(base).__name__} cannot recompute its blocks; set it to false")
 
 
 def check_training(args: ConsistencyLensTrainingArguments) -> None:
