@@ -193,7 +193,7 @@ def test_sampling_serves_where_there_is_no_text(subject_folder, tmp_path):
         ({"min_position": 40, "max_length": 60}, "min_position"),
         ({"model": "no/such/folder"}, "cannot load"),
         ({"dataset": "nowhere.txt"}, "no text file"),
-        ({"clones": "half"}, "training must be one of"),
+        ({"clones": "half"}, "clones must be one of"),
         ({"stages": "gumbel"}, "needs a warm_start stage"),
         ({"group_size": 1, "stages": "policy_gradient"}, "group_size must be at least 2"),
     ],
