@@ -23,7 +23,7 @@ def use(strategy: str, folder: Path) -> dict[str, Any]:
     """Does what `accelerate launch` would for a strategy, before any training arguments are made.
 
     Args:
-        strategy: "ddp", "fsdp2", "zero2" or "zero3".
+        strategy: "ddp", "fsdp2", "zero2", "zero3" or "zero3_offload".
         folder: for a configuration of DeepSpeed.
 
     Returns:
@@ -37,7 +37,9 @@ def use(strategy: str, folder: Path) -> dict[str, Any]:
         os.environ |= FSDP2
     else:
         # without thresholds, or tensors as small as these would be left whole
-        zero = {"stage": int(strategy[-1]), "stage3_param_persistence_threshold": 0}
+        zero: dict[str, Any] = {"stage": int(strategy[4]), "stage3_param_persistence_threshold": 0}
+        if strategy.endswith("_offload"):
+            zero |= {f"offload_{what}": {"device": "cpu"} for what in ("param", "optimizer")}
         config = folder / f"{strategy}.json"
         config.write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(AUTO, "auto")}))
         os.environ |= {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config), "DS_ACCELERATOR": "cpu"}

@@ -151,6 +151,14 @@ def test_every_strategy_trains_resumes_and_skips(tmp_path, clones):
             check_spread(tmp_path, strategy, "ddp", models)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
+def test_weights_and_moments_may_lie_in_the_memory_of_the_cpu(tmp_path):
+    alone(tmp_path, "one", LORA, **SHORT)
+    launch(tmp_path, [Run("zero3_offload", "zero3_offload", LORA, SHORT)])
+    check_agreement(tmp_path, "zero3_offload", "one")
+
+
 PROMPTS = {"decoder_prompt": "w3 <embed> w4", "encoder_prompt": "w5 <text>", "injection_layers": 1}
 # name -> clones, arguments on one process, what the two processes have beside them
 CASES = {
