@@ -240,6 +240,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
             seconds = (time.perf_counter() - since) / self.args.world_size
             logs |= {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
             logs |= {"peak_memory_gb": peak_memory_bytes(self.args.device) / 1e9}
+            # of the step that was taken; after one that DeepSpeed has dropped, `Trainer` logs that of the next
+            logs["learning_rate"] = next(iter(self.rates.values()))
             logs |= {f"learning_rate_{group}": rate for group, rate in self.rates.items()}
             logs["skipped_steps"] = self.skipper.skipped
             logs["stage"] = 1 + self.timetable().stage_at(self.state.global_step - 1)[0]
