@@ -1,7 +1,7 @@
 """The acceptance gates of a tuned lens: pure functions of its KPIs, and their place in a lens's provenance.
 
-The numbers are the plan's. A gate is judged by the figures themselves; their intervals stand beside them. Gate B cannot
-pass without answers, nor in a model of fewer than five layers, where nothing can be four layers earlier.
+The numbers are the plan's. A gate is judged by the figures themselves; their intervals stand beside them. Gate B asks
+for answers, and for layers: in a model of four, hardly anything can be four layers earlier.
 """
 
 import json

@@ -83,7 +83,8 @@ class KPIs:
     last_layer_temperature: float
     """That temperature."""
     rank1_coverage_gain: Estimate | None
-    """Share of layers with the answer on top under the tuned lens, less that under the norm lens: mean over prompts."""
+    """Share of layers with the answer on top under the tuned lens, less that under the norm lens; mean over prompts
+    with an answer."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan's block, and beside it the intervals and what stands next to it."""
@@ -173,13 +174,13 @@ def _kl_part(reading: PromptReading) -> _KLPart:
 def _kl_statistics(parts: Sequence[_KLPart]) -> Array:
     """The six medians of ΔKL, and the last layer's mean KL at its best temperature."""
     deltas = np.concatenate([of.deltas for of in parts], axis=1)
-    last_layer = sum(of.last_layer for of in parts)[_best_temperature(parts)] / deltas.shape[1]
+    last_layer = np.sum([of.last_layer for of in parts], axis=0)[_best_temperature(parts)] / deltas.shape[1]
     return np.append(np.median(deltas, axis=1), last_layer)
 
 
 def _best_temperature(parts: Sequence[_KLPart]) -> int:
     """The index of the temperature at which the last layer's KL, over all positions, is least."""
-    return int(np.argmin(sum(of.last_layer for of in parts)))
+    return int(np.argmin(np.sum([of.last_layer for of in parts], axis=0)))
 
 
 def _answer_part(reading: PromptReading) -> Array | None:

@@ -94,7 +94,7 @@ def read_suite(path: str | Path | None = None) -> list[Prompt]:
             return suite_of_texts([line for line in text.splitlines() if line.strip()], str(path))
         entries = json.loads(text) if path.suffix == ".json" else [json.loads(row) for row in text.splitlines() if row]
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"suite: {str(path)!r} cannot be read ({error}); see the default suite for its form") from error
+        raise ValueError(f"suite: {str(path)!r} cannot be read ({error}); mend it") from error
     if not isinstance(entries, list):
         raise ValueError(f"suite: {str(path)!r} must hold a list of prompts, got {type(entries).__name__}")
     return checked([_prompt(number, entry) for number, entry in enumerate(entries, start=1)], str(path))
