@@ -8,7 +8,7 @@ stands beside are whole.
 import hashlib
 import json
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -95,7 +95,7 @@ def open_token_blocks(folder: Path) -> TokenBlocks:
     for split in SPLITS:
         shape = (description["tokens"][split] // description["seq_len"], description["seq_len"])
         try:
-            parts[split] = np.load(folder / f"{split}.npy", mmap_mode="r")
+            parts[split] = np.lib.format.open_memmap(folder / f"{split}.npy", mode="r")
         except (OSError, ValueError) as error:
             raise ValueError(f"blocks: cannot read {split}.npy in {str(folder)!r} ({error}); delete it") from error
         if parts[split].shape != shape:
@@ -238,7 +238,7 @@ def _write_blocks(
         )
         total = sum(writer.max_blocks for writer in writers.values()) * seq_len
         with tqdm(total=total, desc="packing", unit="token", unit_scale=True, disable=not progress) as bar:
-            for sequence in source.sequences:
+            for sequence in stack.enter_context(closing(source.sequences)):
                 writers[sequence.split].add(sequence)
                 bar.update(sum(writer.tokens for writer in writers.values()) - bar.n)
                 if all(writer.is_full for writer in writers.values()):

@@ -1,6 +1,6 @@
 """Documents as tokens, in order and one at a time, from wherever a tuned lens is fitted: what `token_blocks` packs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -39,7 +39,8 @@ class TokenSequence(NamedTuple):
 class TokenStream(NamedTuple):
     """Where tokens come from."""
 
-    sequences: Iterator[TokenSequence]
+    sequences: Generator[TokenSequence]
+    """To be closed after use."""
     facts: dict[str, Any]
     """What provenance says of the source."""
 
@@ -75,9 +76,9 @@ def open_token_stream(
         origin = corpus_origin(args.dataset, tokenizer, name)
         facts = {"repo_id": origin.name, "revision": origin.revision, "corpus": origin.facts}
         facts |= {"name": origin.facts["dataset_config"], "split": origin.facts["dataset_split"]}
-        told = "tokenized before, with the model's tokenizer, BOS and EOS around each document"
+        told = "tokenized before with model tokenizer, by consistency-lens tokenize"
         return TokenStream(corpus_sequences(args.dataset, wanted), facts | {"sample_description": told})
-    commit = None if Path(args.dataset).exists() else hub_commit(args.dataset, args.dataset_revision)
+    commit = None if Path(args.dataset).exists() else pinned_commit(args.dataset, args.dataset_revision)
     dataset = stream_dataset(args.dataset, args.dataset_config, args.dataset_split, commit)
     facts = {
         "repo_id": args.dataset,
@@ -90,7 +91,7 @@ def open_token_stream(
     return TokenStream(text_sequences(dataset, args, tokenizer, wanted), facts)
 
 
-def hub_commit(dataset: str, revision: str | None) -> str | None:
+def pinned_commit(dataset: str, revision: str | None) -> str | None:
     """The commit that a data set on the Hub is at.
 
     Raises:
@@ -109,7 +110,7 @@ def text_sequences(
     args: TokenArguments,
     tokenizer: PreTrainedTokenizerBase,
     wanted: Callable[[str], bool],
-) -> Iterator[TokenSequence]:
+) -> Generator[TokenSequence]:
     """Each text with the control tokens that the tokenizer itself adds; empty ones are left out.
 
     A word in it that looks like a control token, such as `</s>`, is read as the characters that it is made of.
@@ -119,18 +120,21 @@ def text_sequences(
         HubError: if the Hub fails.
     """
     separator_lines = 0
-    for texts in _text_batches(dataset, args):
-        documents = [(document_hash(text), text) for text in texts]
-        sided = [(_side(document, args.validation_fraction), document, text) for document, text in documents]
-        chosen = [found for found in sided if wanted(found[0])]
-        if not chosen:
-            continue
-        separator_lines += sum(lines_with_separator(text) for _, _, text in chosen)
-        # not verbose, for it warns of every text beyond the model's context
-        tokens = tokenizer([text for _, _, text in chosen], split_special_tokens=True, verbose=False)["input_ids"]
-        for (side, document, _), ids in zip(chosen, tokens, strict=True):
-            yield TokenSequence(side, document, np.array(ids, dtype=np.int32))
-    warn_of_separators(separator_lines, args.dataset)
+    try:
+        for texts in _text_batches(dataset, args):
+            documents = [(document_hash(text), text) for text in texts]
+            sided = [(_side(document, args.validation_fraction), document, text) for document, text in documents]
+            chosen = [found for found in sided if wanted(found[0])]
+            if not chosen:
+                continue
+            texts = [text for _, _, text in chosen]
+            separator_lines += sum(lines_with_separator(text) for text in texts)
+            # not verbose, for it warns of every text beyond the model's context
+            tokens = tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
+            for (side, document, _), ids in zip(chosen, tokens, strict=True):
+                yield TokenSequence(side, document, np.array(ids, dtype=np.int32))
+    finally:  # of text that is longer than the budget, too
+        warn_of_separators(separator_lines, args.dataset)
 
 
 def _text_batches(dataset: Dataset | IterableDataset, args: TokenArguments) -> Iterator[list[str]]:
@@ -165,13 +169,13 @@ def _reading(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every loader raises its own kinds
-        if Path(source).exists():
+        if isinstance(error, ValueError) or Path(source).exists():
             raise ValueError(f"dataset: cannot read {source!r} ({cause_of(error)}); mend or replace it") from error
         with asking_hub(source):
             raise
 
 
-def corpus_sequences(path: str, wanted: Callable[[str], bool]) -> Iterator[TokenSequence]:
+def corpus_sequences(path: str, wanted: Callable[[str], bool]) -> Generator[TokenSequence]:
     """The sequences of a folder that `consistency-lens tokenize` made, first those to train on.
 
     Raises:
@@ -187,7 +191,7 @@ def corpus_sequences(path: str, wanted: Callable[[str], bool]) -> Iterator[Token
 
 def sampled_sequences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, fraction: float
-) -> Iterator[TokenSequence]:
+) -> Generator[TokenSequence]:
     """Documents that the model writes, each once; ends when it has no new one to give.
 
     Args:
