@@ -32,14 +32,14 @@ GATE_COLUMNS = ("gate", "asks for", "")
 LAYER_COLUMNS = (
     "layer",
     "KL norm",
-    "calibrated",
-    "tuned",
+    "KL calibrated",
+    "KL tuned",
     "cos norm",
-    "tuned",
+    "cos tuned",
     "rank norm",
-    "tuned",
+    "rank tuned",
     "top-1 norm",
-    "tuned",
+    "top-1 tuned",
 )
 LAYER_CAPTION = (
     "KL(P_final ‖ P_layer) in bits, cosine of the logits with the final ones, rank of the answer: medians over the "

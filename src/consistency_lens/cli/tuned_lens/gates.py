@@ -22,8 +22,9 @@ class GatesArguments:
     revision: str | None = field(
         default=None, metadata={"help": "Its commit, tag or branch; default: the one that the lens was fitted at."}
     )
-    suite: str | None = field(
-        default=None, metadata={"help": "File of prompts (.json, .jsonl, or a line each); default: the 20 that ship."}
+    suite: str = field(
+        default="default",
+        metadata={"help": "default, stories, or a file of prompts (.json, .jsonl, or a text with one a line)."},
     )
     gates: list[str] = field(
         default_factory=lambda: ["A", "B", "C", "D"],
@@ -78,7 +79,7 @@ def judge_and_show(args: GatesArguments, console: "Console") -> int:
     opened = open_lens(folder, args.model, args.revision, args.dtype, args.device)
     assert opened.lens is not None
     judgement, beside = judge_lens(
-        opened.lens, suite, args.suite or "default", args.num_bootstrap, args.seed, progress=not args.disable_tqdm
+        opened.lens, suite, args.suite, args.num_bootstrap, args.seed, progress=not args.disable_tqdm
     )
     blocks = judgement.as_dict()
     write_json(folder / GATES_FILE, {"arguments": asdict(args), **blocks, **beside})

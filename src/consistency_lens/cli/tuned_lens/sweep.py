@@ -24,8 +24,9 @@ class SweepArguments:
         default="auto",
         metadata={"help": "auto: with the tuned lens if there is one; require: not without it; off: norm lens alone."},
     )
-    suite: str | None = field(
-        default=None, metadata={"help": "File of prompts (.json, .jsonl, or a line each); default: the 20 that ship."}
+    suite: str = field(
+        default="default",
+        metadata={"help": "default, stories, or a file of prompts (.json, .jsonl, or a text with one a line)."},
     )
     prompt: list[str] | None = field(default=None, metadata={"help": "Prompts in place of a suite."})
     output_dir: str | None = field(
@@ -45,7 +46,7 @@ class SweepArguments:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model: got none; pass a Hub id or folder, e.g. --model gpt2")
-        if self.suite is not None and self.prompt is not None:
+        if self.suite != "default" and self.prompt is not None:
             raise ValueError(f"prompt: got prompts and the suite {self.suite!r}; pass one of them")
         if self.num_bootstrap < 1:
             raise ValueError(f"num_bootstrap must be at least 1, got {self.num_bootstrap}")
@@ -81,7 +82,7 @@ def sweep_and_show(args: SweepArguments, console: "Console") -> None:
 
     lens_folder = find_lens(args.model, args.tuned, args.lens)
     suite = read_suite(args.suite) if args.prompt is None else suite_of_texts(args.prompt)
-    suite_name = "default" if args.suite is None and args.prompt is None else args.suite or "command line"
+    suite_name = args.suite if args.prompt is None else "command line"
     folder = Path(args.output_dir or Path("outputs", "sweeps", clean_model_name(args.model)))
     opened = open_lens(lens_folder, args.model, args.revision, args.dtype, args.device)
     run = sweep(
