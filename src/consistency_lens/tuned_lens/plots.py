@@ -30,9 +30,9 @@ class LensStyle(NamedTuple):
 
 LENSES = {
     "norm": LensStyle("norm lens", "#D55E00", "--", "s"),
-    "norm_calibrated": LensStyle("norm lens, calibrated", "#AA4499", ":", "^"),
     "tuned": LensStyle("tuned lens", "#0072B2", "-", "o"),
 }
+CALIBRATED = LensStyle("norm lens, calibrated", "#AA4499", ":", "^")
 MILESTONES = (10, 5, 1)
 GATE_A_BITS, GATE_D_BITS = (0.2, 0.3, 0.3), -0.1
 QUARTILES = (25, 50, 75)
@@ -46,11 +46,17 @@ OVER_POSITIONS = "line: median over all positions; band: their middle half"
 OVER_PROMPTS = "line: median over prompts; band: their middle half"
 
 
-def kl_figure(records: LensRecords, title: str = "") -> "Figure":
+def kl_figure(records: LensRecords, title: str = "", calibrated: Sequence[float] | None = None) -> "Figure":
     """KL(P_final || P_layer) in bits against depth, over all positions of all prompts, and above it the layers where
-    the answer first comes into the top 10, 5 and 1 (see `median_crossing`)."""
+    the answer first comes into the top 10, 5 and 1 (see `median_crossing`).
+
+    Args:
+        records: of each lens.
+        title: above the figure.
+        calibrated: median KL of the norm lens at its own fitted temperatures, (L,) bits, which is in no records.
+    """
     figure = new_figure(SIZE, title)
-    draw_kl(figure, records)
+    draw_kl(figure, records, calibrated)
     return figure
 
 
@@ -85,11 +91,12 @@ def delta_kl_figure(records: LensRecords, title: str = "") -> "Figure":
     return figure
 
 
-def overview_figure(records: LensRecords, title: str = "") -> "Figure":
-    """All four in one; where the records lack what one of them shows, a note stands in its place."""
+def overview_figure(records: LensRecords, title: str = "", calibrated: Sequence[float] | None = None) -> "Figure":
+    """All four in one, with the arguments of `kl_figure`; where the records lack what one of them shows, a note stands
+    in its place."""
     figure = new_figure(OVERVIEW_SIZE, title)
     panels: Any = figure.subfigures(2, 2, wspace=0.03, hspace=0.03)
-    draw_kl(panels[0, 0], records)
+    draw_kl(panels[0, 0], records, calibrated)
     draw_cos(panels[1, 0], records)
     if has_answers(records):
         draw_rank(panels[0, 1], records)
@@ -180,19 +187,18 @@ def new_figure(size: tuple[float, float], title: str) -> "Figure":
     return figure
 
 
-def draw_kl(figure: "FigureBase", records: LensRecords) -> None:
+def draw_kl(figure: "FigureBase", records: LensRecords, calibrated: Sequence[float] | None) -> None:
     """The KL of each lens, and above it the crossings in a strip of their own, where nothing can cover them."""
-    crossings = {
-        name: [median_crossing(of, rank) for rank in MILESTONES]
-        for name, of in records.items()
-        if name != "norm_calibrated"  # a temperature changes no rank
-    }
     if has_answers(records):
         strip, main = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3.2))
-        draw_crossings(strip, main, crossings)
+        draw_crossings(
+            strip, main, {name: [median_crossing(of, rank) for rank in MILESTONES] for name, of in records.items()}
+        )
     else:
         strip = main = figure.subplots()
     draw_lines(main, records, "kl_from_final_bits")
+    if calibrated is not None:
+        draw_line(main, CALIBRATED, np.arange(len(calibrated)), np.array(calibrated))
     main.set_ylabel(KL_LABEL)
     main.set_ylim(bottom=0)
     finish(figure, main, strip, "How far each layer's reading is from the model's prediction", OVER_POSITIONS)
@@ -222,7 +228,7 @@ def draw_rank(figure: "FigureBase", records: LensRecords) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axes = figure.subplots()
-    draw_lines(axes, {name: of for name, of in records.items() if name != "norm_calibrated"}, "answer_rank")
+    draw_lines(axes, records, "answer_rank")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
@@ -244,7 +250,7 @@ def draw_delta_kl(figure: "FigureBase", records: LensRecords) -> None:
     colour = LENSES["tuned"].colour
     axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0, label="10th to 90th percentile")
     axes.fill_between(layers, first, third, color=colour, alpha=0.3, linewidth=0, label="25th to 75th")
-    axes.plot(layers, median, color=colour, marker=marker_of("tuned", layers), markersize=4, label="median")
+    draw_line(axes, LENSES["tuned"], layers, median, label="median")
     axes.axhline(0, color="black", linewidth=0.8)
     depths = [layer_at_depth(percent, int(layers[-1]) + 1) for percent in DEPTHS]
     gates = ((GATE_A_BITS, "black", "gate A: median at least"), (GATE_D_BITS, "#CC3311", "gate D: never below"))
@@ -270,17 +276,20 @@ def draw_note(figure: "FigureBase", text: str) -> None:
 def draw_lines(axes: "Axes", records: LensRecords, column: str) -> None:
     """One median line with a band between the quartiles for each lens."""
     for name, of in records.items():
-        style = LENSES[name]
         layers, (first, median, third) = percentiles_by_layer(of, column)
-        axes.fill_between(layers, first, third, color=style.colour, alpha=0.18, linewidth=0)
-        axes.plot(
-            layers, median, color=style.colour, linestyle=style.line, marker=marker_of(name, layers), markersize=4,
-            label=style.label,
-        )  # fmt: skip
+        axes.fill_between(layers, first, third, color=LENSES[name].colour, alpha=0.18, linewidth=0)
+        draw_line(axes, LENSES[name], layers, median)
 
 
-def marker_of(name: str, layers: np.ndarray) -> str:
-    return LENSES[name].marker if len(layers) <= MARKED_LAYERS else ""
+def draw_line(
+    axes: "Axes", style: LensStyle, layers: np.ndarray, values: np.ndarray, label: str | None = None
+) -> None:
+    """A line in a lens's style, with markers where they do not run together."""
+    marker = style.marker if len(layers) <= MARKED_LAYERS else ""
+    axes.plot(
+        layers, values, color=style.colour, linestyle=style.line, marker=marker, markersize=4,
+        label=label or style.label,
+    )  # fmt: skip
 
 
 def spread(count: int) -> list[float]:

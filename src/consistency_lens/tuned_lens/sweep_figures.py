@@ -4,9 +4,10 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..atomic_write import atomic_file, write_text
 from ..optional_packages import require
@@ -104,8 +105,9 @@ def draw_sweep(sweep: SweepFiles, folder: Path, format: str = "png", prompt_id: 
     records = read_sweep(sweep)
     prompt_id = prompt_ids(records["norm"])[0] if prompt_id is None else prompt_id
     grid_of(records["norm"], prompt_id)  # an unknown prompt is told before anything is written
-    title = model_of(sweep)
-    figures, notes = possible_figures(records, sweep)
+    run = read_run(sweep)
+    title = run.get("model_id") or sweep.name
+    figures, notes = possible_figures(records, sweep, calibrated_kl(run))
     files = []
     for name, draw in figures.items():
         files.append(write_figure(folder / f"{sweep.name}-{name}.{format}", draw(records, title)))
@@ -118,10 +120,14 @@ def draw_sweep(sweep: SweepFiles, folder: Path, format: str = "png", prompt_id: 
 
 
 def possible_figures(
-    records: LensRecords, sweep: SweepFiles
+    records: LensRecords, sweep: SweepFiles, calibrated: Sequence[float] | None = None
 ) -> tuple[dict[str, Callable[[LensRecords, str], "Figure"]], list[str]]:
     """The figures that these records can give, by the end of their file names; and notes on the others."""
-    figures: dict[str, Callable[[LensRecords, str], Figure]] = {"kl": kl_figure, "cos": cos_figure}
+    figures: dict[str, Callable[[LensRecords, str], Figure]] = {
+        "kl": partial(kl_figure, calibrated=calibrated),
+        "cos": cos_figure,
+        "overview": partial(overview_figure, calibrated=calibrated),
+    }
     notes = []
     if has_answers(records):
         figures["rank"] = rank_figure
@@ -131,14 +137,20 @@ def possible_figures(
         figures["delta-kl"] = delta_kl_figure
     else:
         notes.append(f"No records of a tuned lens at {sweep.tuned}: the norm lens alone is drawn")
-    return figures | {"overview": overview_figure}, notes
+    return figures, notes
 
 
-def model_of(sweep: SweepFiles) -> str:
-    """The model that the run JSON names; the sweep's own name where there is none."""
-    if not sweep.run.is_file():
-        return sweep.name
-    return str(json.loads(sweep.run.read_text(encoding="utf-8")).get("model_id") or sweep.name)
+def read_run(sweep: SweepFiles) -> dict[str, Any]:
+    """The run JSON; empty where there is none, for the records can be drawn without it."""
+    return json.loads(sweep.run.read_text(encoding="utf-8")) if sweep.run.is_file() else {}
+
+
+def calibrated_kl(run: Mapping[str, Any]) -> list[float] | None:
+    """Median KL in bits at each layer of the norm lens with fitted temperatures; None where a run has no tuned lens,
+    with which they are fitted."""
+    if "tuned" not in run.get("lenses", ()):
+        return None
+    return [layer["calibrated_norm"]["kl_from_final_bits"] for layer in run["layers"]]
 
 
 def write_figure(path: Path, figure: "Figure") -> Path:
