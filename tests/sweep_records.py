@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from consistency_lens.tuned_lens.plot_records import Record
+from consistency_lens.tuned_lens.records import Record
 
 WORDS = ["<|begin|>", " The", " capital", " of", " Germany", " is", " called", " Ber", "lin", "\n", ",", " a"]
 ANSWER = (11, " Berlin")
@@ -58,7 +58,8 @@ def made_up(lens: str, layers: int = 4, tokens: int = 5, prompts: int = 3, answe
                         answer=ANSWER[1] if answers else None, answer_id=ANSWER[0] if answers else None,
                         answer_rank=ranks[layer] if at_end else None,
                         answer_probability=0.5 / ranks[layer] if at_end else None,
-                        is_answer=ranks[layer] == 1 if at_end else None, kl_from_final_bits=kl, kl_to_final_bits=0.8 * kl,
+                        is_answer=ranks[layer] == 1 if at_end else None,
+                        kl_from_final_bits=kl, kl_to_final_bits=0.8 * kl,
                         cos_to_final=math.cos(1.4 * left * (1 if lens == "norm" else 0.6) * noise),
                         **{f"first_rank_le_{rank}": first(ranks, rank) if answers else None for rank in (10, 5, 1)},
                     )

@@ -7,7 +7,6 @@ import pytest
 from sweep_records import made_up, write_csv
 
 from consistency_lens.cli.main import main
-from consistency_lens.tuned_lens.plot_records import read_records
 from consistency_lens.tuned_lens.plots import kl_figure
 from consistency_lens.tuned_lens.sweep_figures import (
     calibrated_kl,
@@ -56,16 +55,13 @@ class TestCommand:
         assert "<title>me/tiny-model: prompt-0</title>" in page
         assert json.loads((sweep / "plots" / "tiny-plot-arguments.json").read_text())["records"] == str(sweep)
 
-    def test_prefix_format_prompt_and_folder(self, sweep, capsys):
-        flags = {"records": sweep / "tiny", "format": "pdf", "prompt": "prompt-1", "output_dir": sweep / "out"}
-        assert plot(capsys, *(part for name, value in flags.items() for part in (f"--{name}", value)))[0] == 0
-        assert {"tiny-heatmap-prompt-1.pdf", "tiny-heatmap-prompt-1.html"} <= set(names(sweep / "out"))
-
-    def test_without_the_tuned_twin_the_norm_lens_alone_is_drawn(self, sweep, capsys):
+    def test_prefix_format_prompt_and_folder_and_no_tuned_twin(self, sweep, capsys):
         (sweep / "tiny-records-tuned.csv").unlink()
-        code, shown = plot(capsys, "--records", sweep)
+        flags = {"records": sweep / "tiny", "format": "pdf", "prompt": "prompt-1", "output_dir": sweep / "out"}
+        code, shown = plot(capsys, *(part for name, value in flags.items() for part in (f"--{name}", value)))
         assert code == 0 and "the norm lens alone is drawn" in shown
-        assert "tiny-delta-kl.png" not in names(sweep / "plots") and "tiny-kl.png" in names(sweep / "plots")
+        ends = ["kl.pdf", "cos.pdf", "rank.pdf", "overview.pdf", "heatmap-prompt-1.pdf", "heatmap-prompt-1.html"]
+        assert names(sweep / "out") == sorted(f"tiny-{end}" for end in [*ends, "plot-arguments.json"])
 
     def test_a_folder_without_records(self, tmp_path, capsys):
         code, shown = plot(capsys, "--records", tmp_path)
@@ -103,9 +99,6 @@ class TestCommand:
 
 
 class TestFiles:
-    def test_records_come_back_as_they_were(self, sweep):
-        assert read_records(sweep / "tiny-records.csv") == made_up("norm", layers=3, tokens=3, prompts=2)
-
     def test_an_unknown_lens(self, sweep):
         write_csv(sweep / "tiny-records-tuned.csv", made_up("prism", layers=3, tokens=3, prompts=2))
         with pytest.raises(ValueError, match="the column 'lens' says 'prism', known are norm"):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .plot_records import Record
 from .plots import LENSES, LensRecords, new_figure
+from .records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

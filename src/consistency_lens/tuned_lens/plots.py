@@ -8,7 +8,10 @@ import numpy as np
 
 from ..optional_packages import require
 from .depth import DEPTHS, layer_at_depth
-from .plot_records import Record
+from .gates import LEAST_DELTA_BITS, WORST_DELTA_BITS
+from .kpis import RANKS
+from .readings import NORM, TUNED
+from .records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,17 +32,15 @@ class LensStyle(NamedTuple):
 
 
 LENSES = {
-    "norm": LensStyle("norm lens", "#D55E00", "--", "s"),
-    "tuned": LensStyle("tuned lens", "#0072B2", "-", "o"),
+    NORM: LensStyle("norm lens", "#D55E00", "--", "s"),
+    TUNED: LensStyle("tuned lens", "#0072B2", "-", "o"),
 }
 CALIBRATED = LensStyle("norm lens, calibrated", "#AA4499", ":", "^")
-MILESTONES = (10, 5, 1)
-GATE_A_BITS, GATE_D_BITS = (0.2, 0.3, 0.3), -0.1
 QUARTILES = (25, 50, 75)
 GAIN_PERCENTILES = (10, 25, 50, 75, 90)
 MARKED_LAYERS = 24  # with more, the markers of a line run together
 SIZE, OVERVIEW_SIZE = (7.2, 4.6), (13.5, 9.2)  # inches
-GREY = "#666666"
+GREY, RED = "#666666", "#CC3311"
 LAYER_LABEL = "layer (output of block, counted from 0)"
 KL_LABEL = r"KL$(P_{\mathrm{final}}\,\Vert\,P_{\mathrm{layer}})$, bits"
 OVER_POSITIONS = "line: median over all positions; band: their middle half"
@@ -102,7 +103,7 @@ def overview_figure(records: LensRecords, title: str = "", calibrated: Sequence[
         draw_rank(panels[0, 1], records)
     else:
         draw_note(panels[0, 1], "no prompt has an answer")
-    if {"norm", "tuned"} <= records.keys():
+    if {NORM, TUNED} <= records.keys():
         draw_delta_kl(panels[1, 1], records)
     else:
         draw_note(panels[1, 1], f"records of the {' and '.join(LENSES[name].label for name in records)} alone")
@@ -145,11 +146,11 @@ def kl_gains(records: LensRecords) -> dict[int, list[float]]:
     Raises:
         ValueError: see `delta_kl_figure`.
     """
-    missing = [name for name in ("norm", "tuned") if name not in records]
+    missing = [name for name in (NORM, TUNED) if name not in records]
     if missing:
         raise ValueError(f"delta_kl: no records of the {LENSES[missing[0]].label}; sweep with both lenses")
     norm, tuned = (
-        {(r.prompt_id, r.layer, r.position): r.kl_from_final_bits for r in records[name]} for name in ("norm", "tuned")
+        {(r.prompt_id, r.layer, r.position): r.kl_from_final_bits for r in records[name]} for name in (NORM, TUNED)
     )
     if norm.keys() != tuned.keys():
         prompt, layer, position = min(norm.keys() ^ tuned.keys())
@@ -192,7 +193,7 @@ def draw_kl(figure: "FigureBase", records: LensRecords, calibrated: Sequence[flo
     if has_answers(records):
         strip, main = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3.2))
         draw_crossings(
-            strip, main, {name: [median_crossing(of, rank) for rank in MILESTONES] for name, of in records.items()}
+            strip, main, {name: [median_crossing(of, rank) for rank in RANKS] for name, of in records.items()}
         )
     else:
         strip = main = figure.subplots()
@@ -212,8 +213,8 @@ def draw_crossings(strip: "Axes", main: "Axes", crossings: Mapping[str, Sequence
             if layer is not None:
                 strip.plot(layer, row + shift, style.marker, color=style.colour, markersize=6, clip_on=False)
                 main.axvline(layer, color=style.colour, linestyle=style.line, linewidth=0.8, alpha=0.45, zorder=0)
-    strip.set_yticks(range(len(MILESTONES)), [f"answer in top {rank}" for rank in MILESTONES])
-    strip.set_ylim(len(MILESTONES) - 0.5, -0.5)
+    strip.set_yticks(range(len(RANKS)), [f"answer in top {rank}" for rank in RANKS])
+    strip.set_ylim(len(RANKS) - 0.5, -0.5)
     strip.tick_params(axis="y", length=0)
     strip.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     for row, marks in enumerate(zip(*crossings.values(), strict=True)):
@@ -247,13 +248,16 @@ def draw_delta_kl(figure: "FigureBase", records: LensRecords) -> None:
     """Median and bands of the gain; the thresholds stand at the gates' layers, named on the upper edge."""
     layers, (low, first, median, third, high) = stacked(kl_gains(records), GAIN_PERCENTILES)
     axes = figure.subplots()
-    colour = LENSES["tuned"].colour
+    colour = LENSES[TUNED].colour
     axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0, label="10th to 90th percentile")
     axes.fill_between(layers, first, third, color=colour, alpha=0.3, linewidth=0, label="25th to 75th")
-    draw_line(axes, LENSES["tuned"], layers, median, label="median")
+    draw_line(axes, LENSES[TUNED], layers, median, label="median")
     axes.axhline(0, color="black", linewidth=0.8)
     depths = [layer_at_depth(percent, int(layers[-1]) + 1) for percent in DEPTHS]
-    gates = ((GATE_A_BITS, "black", "gate A: median at least"), (GATE_D_BITS, "#CC3311", "gate D: never below"))
+    gates = (
+        (LEAST_DELTA_BITS, "black", "gate A: median at least"),
+        (WORST_DELTA_BITS, "#CC3311", "gate D: never below"),
+    )
     for bits, mark_colour, label in gates:
         thresholds = np.broadcast_to(bits, len(depths))
         axes.plot(depths, thresholds, "_", color=mark_colour, markersize=14, markeredgewidth=2, label=label)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..atomic_write import atomic_file, write_text
 from ..optional_packages import require
 from .heatmap import grid_of, heatmap_figure, heatmap_html, prompt_ids
-from .plot_records import Record, read_records
 from .plots import (
     LENSES,
     LensRecords,
@@ -23,11 +22,13 @@ from .plots import (
     overview_figure,
     rank_figure,
 )
+from .readings import NORM, TUNED
+from .records import Record, file_names, read_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECORDS, TUNED_RECORDS = "-records.csv", "-records-tuned.csv"
+RECORDS, TUNED_RECORDS = (file_names("", lens)[0] for lens in (NORM, TUNED))  # how their names end
 DPI = 150
 # Drawn twice, a figure has the same bytes: no date, and no random names in SVG.
 NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -87,7 +88,7 @@ def read_sweep(sweep: SweepFiles) -> dict[str, list[Record]]:
     unknown = next((name for name in lenses if name not in LENSES), None)
     if unknown is not None:
         raise ValueError(f"records: the column 'lens' says {unknown!r}, known are {', '.join(LENSES)}; sweep again")
-    if "norm" not in lenses:
+    if NORM not in lenses:
         raise ValueError(f"records: {str(sweep.norm)!r} has no rows of the norm lens; sweep again")
     return {name: lenses[name] for name in LENSES if name in lenses}
 
@@ -103,8 +104,8 @@ def draw_sweep(sweep: SweepFiles, folder: Path, format: str = "png", prompt_id: 
     """
     require("matplotlib", extra="plots", needed_for="tuned-lens plot")
     records = read_sweep(sweep)
-    prompt_id = prompt_ids(records["norm"])[0] if prompt_id is None else prompt_id
-    grid_of(records["norm"], prompt_id)  # an unknown prompt is told before anything is written
+    prompt_id = prompt_ids(records[NORM])[0] if prompt_id is None else prompt_id
+    grid_of(records[NORM], prompt_id)  # an unknown prompt is told before anything is written
     run = read_run(sweep)
     title = run.get("model_id") or sweep.name
     figures, notes = possible_figures(records, sweep, calibrated_kl(run))
@@ -133,7 +134,7 @@ def possible_figures(
         figures["rank"] = rank_figure
     else:
         notes.append("No prompt has an answer: there is no figure of its rank")
-    if "tuned" in records:
+    if TUNED in records:
         figures["delta-kl"] = delta_kl_figure
     else:
         notes.append(f"No records of a tuned lens at {sweep.tuned}: the norm lens alone is drawn")
@@ -148,7 +149,7 @@ def read_run(sweep: SweepFiles) -> dict[str, Any]:
 def calibrated_kl(run: Mapping[str, Any]) -> list[float] | None:
     """Median KL in bits at each layer of the norm lens with fitted temperatures; None where a run has no tuned lens,
     with which they are fitted."""
-    if "tuned" not in run.get("lenses", ()):
+    if TUNED not in run.get("lenses", ()):
         return None
     return [layer["calibrated_norm"]["kl_from_final_bits"] for layer in run["layers"]]
 
