@@ -79,6 +79,12 @@ class TestLines:
         assert axes.get_yscale() == "log"
         assert lines(axes)["norm lens"][1].tolist() == [100, 8, 1]
 
+    def test_an_answer_that_is_always_on_top_leaves_a_labelled_axis(self):
+        figure = rank_figure({"norm": answered("a", ranks=(1, 1, 1))})
+        figure.draw_without_rendering()
+        ticks = {label.get_text() for label in figure.axes[0].get_yticklabels()}
+        assert {"1", "10"} <= ticks and figure.axes[0].get_ylim()[1] > 10
+
     def test_positions_before_the_last_have_no_rank(self):
         records = [*answered("a"), record(prompt_id="a", position=-1)]
         assert lines(rank_figure({"norm": records}).axes[0])["norm lens"][1].tolist() == [100, 8, 1]
@@ -221,9 +227,9 @@ def test_no_answers_are_an_error_of_the_rank_figure(lenses):
 
 
 def test_a_title_is_no_formula(lenses):
-    figure = kl_figure(lenses, "costs $5 and $6_")
+    figure = kl_figure(lenses, "costs $x^{$")
     figure.draw_without_rendering()
-    assert figure.get_suptitle() == "costs $5 and $6_"
+    assert figure.get_suptitle() == "costs $x^{$"
 
 
 def test_pyplot_is_not_touched(lenses):

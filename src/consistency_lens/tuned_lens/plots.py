@@ -231,7 +231,7 @@ def draw_rank(figure: "FigureBase", records: LensRecords) -> None:
     axes = figure.subplots()
     draw_lines(axes, records, "answer_rank")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.8)
+    axes.set_ylim(0.8, max(12.0, axes.get_ylim()[1]))  # at least one decade, or no tick has a label
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
     axes.set_ylabel("rank of the answer (1 = top)")
     finish(figure, axes, axes, "Where the answer stands, at the prompts' last tokens", OVER_PROMPTS)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -160,7 +161,9 @@ def write_figure(path: Path, figure: "Figure") -> Path:
 
     image = io.BytesIO()
     format = path.suffix[1:]
-    with matplotlib.rc_context({"svg.hashsalt": "consistency-lens"}):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "consistency-lens"}):
+        # each character that no installed font has is a box in the figure, and would be a line here
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(image, format=format, dpi=DPI, metadata=NO_DATE[format])
     with atomic_file(path) as file:
         file.write(image.getvalue())
