@@ -53,14 +53,14 @@ class TestVisible:
             ("\u00a0\u3000\u2028", "⟨U+00A0⟩⟨U+3000⟩⟨U+2028⟩"),
             ("\ud800", "⟨U+D800⟩"),
             ("שלום 東京 é 🙂", "שלום␣東京␣é␣🙂"),
-            ("", ""),
+            ("", "⟨empty⟩"),
         ],
     )
     def test_every_character_can_be_seen(self, token, shown):
         assert visible(token) == shown
 
     def test_plain_spaces_may_stay(self):
-        assert visible("two words\n", spaces=False) == "two words⏎"
+        assert visible("two words\n", spaces=False) == "two words⏎" and visible("", spaces=False) == ""
 
 
 class TestFigure:

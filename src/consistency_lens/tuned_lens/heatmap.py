@@ -21,6 +21,7 @@ QUANTITIES: Mapping[Quantity, str] = {
     "entropy": "entropy of the reading, bits",
     "probability": "probability of the top token",
 }
+EMPTY = "⟨empty⟩"  # a token that decodes to nothing, such as the lone word boundary of SentencePiece
 NAMED = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 # Control characters, marks that change the direction of text, separators but the space, halves of a pair, and what
 # Unicode does not define: they show nothing of their own, or move their neighbours.
@@ -151,6 +152,8 @@ def significant(value: float) -> float:
 
 def visible(text: str, spaces: bool = True) -> str:
     """A token whose every character can be seen and stays in its place; `spaces=False` leaves plain spaces."""
+    if spaces and not text:
+        return EMPTY
     shown = []
     for character in text:
         if character in NAMED and (spaces or character != " "):

@@ -221,7 +221,7 @@ def draw_crossings(strip: "Axes", main: "Axes", crossings: Mapping[str, Sequence
         if all(layer is None for layer in marks):
             strip.annotate(
                 "not in most of the prompts", (0.5, row), xycoords=("axes fraction", "data"),
-                ha="center", va="center", color=GREY, fontsize="small", backgroundcolor="white",
+                ha="center", va="center", color=GREY, fontsize="small", bbox={"color": "white", "pad": 1},
             )  # fmt: skip
 
 
