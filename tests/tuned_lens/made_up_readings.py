@@ -1,0 +1,26 @@
+"""Prompts as two lenses would read them, with differences that are known."""
+
+import numpy as np
+
+from consistency_lens.tuned_lens.kpis import TEMPERATURES, PromptReading, compute_kpis
+
+LAYERS = 9  # depths 25, 50, 75 are layers 2, 4, 6
+ONE = int(np.argmin(np.abs(TEMPERATURES - 1)))
+
+
+def reading(
+    name="a", positions=3, delta=(0.0, 0.0, 0.0), calibrated=0.0, norm_rank=None, tuned_rank=None, last=0.0, best=ONE
+):
+    """A prompt whose lenses differ by `delta` bits at the three depths, and nowhere else."""
+    tuned_kl = np.ones((LAYERS, positions))
+    norm_kl = tuned_kl.copy()
+    norm_kl[[2, 4, 6]] += np.array(delta)[:, None]
+    last_layer_kl = np.full((positions, len(TEMPERATURES)), last + 1.0)
+    last_layer_kl[:, best] = last
+    ranks = [None if rank is None else np.array(rank) for rank in (norm_rank, tuned_rank)]
+    return PromptReading(name, norm_kl, norm_kl - calibrated, tuned_kl, last_layer_kl, *ranks)
+
+
+def kpis(*readings, **arguments):
+    """Their KPIs, with few resamples."""
+    return compute_kpis(readings, **{"num_resamples": 40, **arguments})
