@@ -38,7 +38,7 @@ class MuonWithAdamW(Optimizer):
         return [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both; a closure is evaluated once, before."""
         loss = None
         if closure is not None:
