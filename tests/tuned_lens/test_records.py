@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 from tiny_lenses import tiny_tokenizer
-from tiny_models import NUM_LAYERS, VOCAB_SIZE, tiny_model
+from tiny_models import NUM_LAYERS, VOCAB_SIZE
+from tiny_tuned_lenses import tiny_tuned_lens
 
 from consistency_lens.tuned_lens import readings
 from consistency_lens.tuned_lens.kpis import TEMPERATURES
-from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.readings import NORM, TUNED, read_prompt
 from consistency_lens.tuned_lens.records import (
     COLUMNS,
@@ -25,17 +25,6 @@ from consistency_lens.tuned_lens.records import (
 from consistency_lens.tuned_lens.suite import Prompt, TokenisedPrompt, tokenise_suite
 
 TEXT, ANSWER = "w5 w9 w11 w40 w7", "w23"
-
-
-def tiny_tuned_lens(family="llama", seed=1, **model):
-    """A lens whose translators are not the identity, and whose norm lens is calibrated."""
-    lens = TunedLens.for_model(tiny_model(family, **model), tiny_tokenizer())
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lens.translators.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        lens.norm_temperature[:-1] += 0.5
-    return lens
 
 
 def tokens(text=TEXT, answer=ANSWER):

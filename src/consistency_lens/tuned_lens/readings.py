@@ -7,8 +7,8 @@ Shapes: L layers, S tokens of a prompt, d width, V vocabulary, K top tokens, G t
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -73,6 +73,12 @@ class PromptResult:
     """KL(the model's own output || last layer) by the lens's name, (S,)."""
     last_layer_kl_bits: Tensor
     """The same of the norm lens at each of `TEMPERATURES`, (S, G)."""
+
+    def without_top(self) -> Self:
+        """The same without the top tokens, which are most of it."""
+        none = torch.empty(0)
+        lenses = {name: replace(of, top_ids=none, top_probabilities=none) for name, of in self.lenses.items()}
+        return replace(self, lenses=lenses)
 
     def for_kpis(self) -> PromptReading:
         """As far as it goes into the KPIs; there has to be a tuned lens."""
