@@ -1,0 +1,63 @@
+"""The files of a tuned lens as others may read them: the same content, but no place on the publisher's disk."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..hub.cache_push import is_path, public_name
+from .content_checks import TunedLensFolder
+from .index import LOCAL, MODEL_PATTERN
+
+# A path from the root inside a longer text; addresses such as https://... and Hub ids are none.
+ABSOLUTE_PATH = r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)*(?P<last>[^\s/'\",;]+)/?"
+LOCAL_KEY = "local"
+
+
+def index_name(provenance: Mapping[str, Any]) -> str:
+    """How INDEX.json names the model: by its Hub id, or `local/<clean name>` for one that is in a folder.
+
+    Raises:
+        ValueError: if that cannot be the name of a folder.
+    """
+    on_hub = provenance.get("model_commit") is not None and not is_local(provenance, "model_id")
+    name = provenance["model_id"] if on_hub else f"{LOCAL}/{public_name(str(provenance['clean_model_name']))}"
+    if not re.fullmatch(MODEL_PATTERN, name):
+        raise ValueError(f"path: the model's name {name!r} cannot be that of a folder; rename the model's own folder")
+    return name
+
+
+def is_local(provenance: Mapping[str, Any], key: str) -> bool:
+    """Whether `model_id` or `dataset.repo_id` is of something that is, or was where it was published, on no Hub."""
+    part, _, name = key.rpartition(".")
+    value = (provenance.get(part) or {}).get(name) if part else provenance.get(name)
+    return key in provenance.get(LOCAL_KEY, ()) or (value is not None and is_path(str(value)))
+
+
+def public_json(folder: TunedLensFolder) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Configuration and provenance without local paths, and what stands for the paths that were named as such.
+
+    The provenance's `local` lists the keys whose names are of local files or folders: nobody should look for them on
+    the Hub.
+    """
+    config, provenance = folder.config, folder.provenance
+    dataset = provenance["dataset"]
+    named = [config.get("base_model_name_or_path"), provenance["model_id"], dataset.get("repo_id")]
+    stand_ins = {str(name): public_name(str(name)) for name in named if name and is_path(str(name))}
+    local = [key for key in ("model_id", "dataset.repo_id") if is_local(provenance, key)]
+    if provenance.get("model_commit") is None and "model_id" not in local:
+        local.insert(0, "model_id")
+    public = without_paths(provenance, stand_ins) | {LOCAL_KEY: local}
+    return without_paths(config, stand_ins), public, stand_ins
+
+
+def without_paths(value: Any, stand_ins: Mapping[str, str]) -> Any:
+    """JSON content with the last part alone of each absolute path, and stand-ins for the names that are given."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(item, stand_ins) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item, stand_ins) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name in sorted(stand_ins, key=len, reverse=True):
+        value = stand_ins[name] if value == name else value.replace(name, stand_ins[name]) if "/" in name else value
+    return re.sub(ABSOLUTE_PATH, lambda match: match["last"], value)
