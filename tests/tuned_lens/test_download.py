@@ -24,8 +24,10 @@ from consistency_lens.tuned_lens.verification import verify_tuned_lens
 REPO, TAG, NEXT = "user/tuned-lenses", "v2026.01.31", "v2026.02.01"
 MODEL, LOCAL = "org/tiny", "local/subject"
 FOLDER = f"tuned_lenses/{MODEL}"
+NEEDED = dict.fromkeys(["config.json", "model.safetensors", "provenance.json"], "0" * 64)
 ENTRY = {
-    "sha256": {}, "tl_version": TAG, "model_commit": None, "tokenizer_commit": None, "license": None, "licenses": {},
+    "sha256": NEEDED, "tl_version": TAG, "model_commit": None, "tokenizer_commit": None, "license": None,
+    "licenses": {},
     "acceptance": dict.fromkeys(["gate_A", "gate_B", "gate_C", "gate_D"], True),
 }  # fmt: skip
 
@@ -141,9 +143,7 @@ def test_a_tampered_file_is_refused_and_nothing_is_left(released, tmp_path, name
     content = bytearray(released.head.files[f"{FOLDER}/{name}"].content)
     content[len(content) // 2] ^= 1
     change(released, f"{FOLDER}/{name}", bytes(content))
-    with pytest.raises(
-        TunedLensVerificationError, match=f"{FOLDER}/{name} of '{REPO}' has sha256 .* as INDEX.json says"
-    ):
+    with pytest.raises(TunedLensVerificationError, match=f"{FOLDER}/{name} of '{REPO}' has sha256 .* INDEX.json says"):
         download(tmp_path / "lens")
     assert not [file for file in tmp_path.rglob("*") if "hub_cache" not in str(file)]
     download(tmp_path / "lens", revision=TAG)  # the release is as it was
@@ -201,11 +201,12 @@ def test_repositories_without_an_index_hold_no_lenses(hub, tmp_path):
     ("changes", "message"),
     [
         ({"path": "tuned_lenses/../../etc"}, "the path is 'tuned_lenses/../../etc'"),
-        ({"sha256": {"../x": "0" * 64}}, "'../x' is no file of a tuned lens"),
-        ({"sha256": {"sub/x": "0" * 64}}, "'sub/x' is no file"),
-        ({"sha256": {".x": "0" * 64}}, "'.x' is no file"),
-        ({"sha256": {"params.pt": "0" * 64}}, "'params.pt' is no file"),
-        ({"sha256": {"config.json": "0" * 63}}, "a checksum is no sha256"),
+        ({"sha256": NEEDED | {"../x": "0" * 64}}, "'../x' is no file of a tuned lens"),
+        ({"sha256": NEEDED | {"sub/x": "0" * 64}}, "'sub/x' is no file"),
+        ({"sha256": NEEDED | {".x": "0" * 64}}, "'.x' is no file"),
+        ({"sha256": NEEDED | {"params.pt": "0" * 64}}, "'params.pt' is no file"),
+        ({"sha256": NEEDED | {"config.json": "0" * 63}}, "a checksum is no sha256"),
+        ({"sha256": {"model.safetensors": "0" * 64}}, "it has no config.json"),
         ({"sha256": []}, "sha256 and licenses must be mappings"),
         ({"licenses": {"LICENSES/org/other/x": "0" * 64}}, "is no licence text of it"),
         ({"tl_version": "latest"}, "the version is 'latest'"),

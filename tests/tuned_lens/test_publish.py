@@ -105,6 +105,17 @@ def test_no_place_on_the_publishers_disk_and_no_token_is_in_what_is_uploaded(hub
     assert config["base_model_name_or_path"] == "subject"
 
 
+def test_of_what_the_model_wrote_itself_the_model_is_named(hub, lens, local):
+    file = lens / "provenance.json"
+    dataset = json.loads(file.read_text())["dataset"]
+    corpus = {"dataset": "../x/texts.txt", "files": [str(local.subject / "config.json")]}
+    change(lens, dataset=dataset | {"repo_id": f"samples of {local.subject}", "corpus": corpus})
+    publish(lens)
+    published = json.loads(files_of(hub)["tuned_lenses/local/subject/provenance.json"])["dataset"]
+    assert published["repo_id"] == "samples of subject"
+    assert published["corpus"] == {"dataset": "texts.txt", "files": ["config.json"]}
+
+
 @pytest.mark.parametrize(
     ("text", "public"),
     [

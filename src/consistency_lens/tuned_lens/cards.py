@@ -221,7 +221,7 @@ def _tokens(provenance: Mapping[str, Any]) -> str:
 
 def _dataset_link(provenance: Mapping[str, Any]) -> str:
     dataset = provenance["dataset"]
-    revision = None if is_local(provenance, "dataset.repo_id") else dataset.get("revision")
+    revision = None if is_local(provenance, "dataset.repo_id") else dataset.get("revision") or dataset.get("commit")
     parts = [part for part in (dataset.get("name"), dataset.get("split")) if part]
     return ", ".join([hub_link(dataset["repo_id"], revision, "datasets/"), *parts])
 

@@ -16,10 +16,9 @@ from ..hub_connection import first_line
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from .configuration_tuned_lens import TunedLensConfig
 from .gates import LEAST_DELTA_BITS, LEAST_SHARE_EARLIER, MOST_LAST_LAYER_BITS, WORST_DELTA_BITS
-from .index import GATES, PICKLED_SUFFIXES
+from .index import CONFIG_FILE, GATES, PICKLED_SUFFIXES
 from .kpis import COVERAGE, DELTA, EARLIER_SHARE, EARLINESS, LAST_LAYER
 
-CONFIG_FILE = "config.json"
 # What a release must name, so that the fit can be repeated (plan, 13.2).
 PINNED = ("model_id", "clean_model_name", "seed", "dataset", "budget", "capacity", "translator")
 PINNED_HASHES = ("weights_hash", "tokenizer_hash")

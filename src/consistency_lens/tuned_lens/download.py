@@ -90,12 +90,13 @@ def download_tuned_lens(
     found = list_tuned_lenses(repo, revision)
     if model is not None and model not in found.entries:
         raise ValueError(f"model: {repo!r} has {', '.join(found.entries) or 'none'}, not {model!r}; pass one of them")
-    chosen = found.entries if model is None else {model: found.entries[model]}
-    wanted = {name: digest for entry in chosen.values() for name, digest in entry.files.items()}
-    if model is not None:
-        # the texts of the licences are for the tree; the NOTICE in the folder links them
-        wanted = {f"{chosen[model].path}/{name}": digest for name, digest in chosen[model].sha256.items()}
-    root = f"{chosen[model].path}/" if model is not None else ""
+    if model is None:
+        chosen, root = found.entries, ""
+        wanted = {name: digest for entry in chosen.values() for name, digest in entry.files.items()}
+    else:
+        # the texts of the licences come with the tree alone; the NOTICE in the folder links them
+        chosen, root = {model: found.entries[model]}, f"{found.entries[model].path}/"
+        wanted = {f"{root}{name}": digest for name, digest in found.entries[model].sha256.items()}
     is_new = not _is_here(path, {name.removeprefix(root): digest for name, digest in wanted.items()})
     if is_new:
         _check_empty(path)

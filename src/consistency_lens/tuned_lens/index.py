@@ -12,8 +12,11 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
-INDEX_FILE = "INDEX.json"
+from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
+
+INDEX_FILE, CONFIG_FILE = "INDEX.json", "config.json"
 TREE, LICENSES = "tuned_lenses", "LICENSES"
+NEEDED = (CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE)
 LOCAL = "local"  # stands in the place of the organisation for models that are on no Hub
 GATES = ("gate_A", "gate_B", "gate_C", "gate_D")
 TAG_FORMAT = "v%Y.%m.%d"
@@ -92,6 +95,9 @@ def _problem(name: str, entry: Any) -> str | None:
         return f"the path is {entry['path']!r}, not {TREE}/<model>"
     if not isinstance(entry["sha256"], dict) or not isinstance(entry["licenses"], dict):
         return "sha256 and licenses must be mappings of files"
+    missing = [file for file in NEEDED if file not in entry["sha256"]]
+    if missing:
+        return f"it has no {missing[0]}"
     for file in entry["sha256"]:
         if not re.fullmatch(PART, file) or PurePosixPath(file).suffix in PICKLED_SUFFIXES:
             return f"{file!r} is no file of a tuned lens"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..hub.cache_push import is_path, public_name
@@ -11,6 +12,8 @@ from .index import LOCAL, MODEL_PATTERN
 # A path from the root inside a longer text; addresses such as https://... and Hub ids are none.
 ABSOLUTE_PATH = r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)*(?P<last>[^\s/'\",;]+)/?"
 LOCAL_KEY = "local"
+
+LONGEST_PATH = 250  # characters; what is longer is prose
 
 
 def index_name(provenance: Mapping[str, Any]) -> str:
@@ -40,9 +43,12 @@ def public_json(folder: TunedLensFolder) -> tuple[dict[str, Any], dict[str, Any]
     the Hub.
     """
     config, provenance = folder.config, folder.provenance
-    dataset = provenance["dataset"]
-    named = [config.get("base_model_name_or_path"), provenance["model_id"], dataset.get("repo_id")]
-    stand_ins = {str(name): public_name(str(name)) for name in named if name and is_path(str(name))}
+    models = {str(config["base_model_name_or_path"]), str(provenance["model_id"])}
+    stand_ins = {name: public_name(name) for name in models if is_path(name)}
+    text = str(provenance["dataset"]["repo_id"])
+    # of "samples of <model>", the model has its stand-in already
+    if is_path(text) and not any(name in text for name in stand_ins):
+        stand_ins[text] = public_name(text)
     local = [key for key in ("model_id", "dataset.repo_id") if is_local(provenance, key)]
     if provenance.get("model_commit") is None and "model_id" not in local:
         local.insert(0, "model_id")
@@ -51,13 +57,19 @@ def public_json(folder: TunedLensFolder) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def without_paths(value: Any, stand_ins: Mapping[str, str]) -> Any:
-    """JSON content with the last part alone of each absolute path, and stand-ins for the names that are given."""
+    """JSON content with the last part alone of each local path, and stand-ins for the names that are given."""
     if isinstance(value, Mapping):
         return {key: without_paths(item, stand_ins) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item, stand_ins) for item in value]
-    if not isinstance(value, str):
-        return value
+    return _without_paths(value, stand_ins) if isinstance(value, str) else value
+
+
+def _without_paths(text: str, stand_ins: Mapping[str, str]) -> str:
+    if text in stand_ins:
+        return stand_ins[text]
+    if "/" in text and len(text) < LONGEST_PATH and (text.startswith(("./", "../", "~/")) or Path(text).exists()):
+        return public_name(text)
     for name in sorted(stand_ins, key=len, reverse=True):
-        value = stand_ins[name] if value == name else value.replace(name, stand_ins[name]) if "/" in name else value
-    return re.sub(ABSOLUTE_PATH, lambda match: match["last"], value)
+        text = text.replace(name, stand_ins[name]) if "/" in name else text
+    return re.sub(ABSOLUTE_PATH, lambda match: match["last"], text)

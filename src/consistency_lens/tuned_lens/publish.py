@@ -12,10 +12,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..hub_connection import asking_hub
+from ..lens_artifact import PROVENANCE_FILE
 from .cards import write_dataset_card
 from .content_checks import TunedLensFolder, content_checks, find_tuned_lenses, read_tuned_lens
 from .download import TunedLensRepository, fetch_checked, list_tuned_lenses
-from .index import INDEX_FILE, IndexEntry, TunedLensVerificationError, index_text, release_tag
+from .index import CONFIG_FILE, INDEX_FILE, IndexEntry, TunedLensVerificationError, index_text, release_tag
 from .public_files import index_name, is_local
 from .staging import stage_lens
 from .upstream_license import upstream_license
@@ -139,7 +140,7 @@ def _provenances(before: TunedLensRepository | None, folder: Path) -> dict[str, 
     if before is None:
         return found
     for name, entry in before.entries.items():
-        for file in ("config.json", "provenance.json"):
+        for file in (CONFIG_FILE, PROVENANCE_FILE):
             fetch_checked(before, f"{entry.path}/{file}", entry.sha256[file], folder)
         found[name] = read_tuned_lens(folder / entry.path).provenance
     return found

@@ -5,7 +5,7 @@ lens's own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,9 +94,9 @@ def decode_at_random(lens: TunedLens, subject: LoadedSubject) -> Decoded:
     generator = torch.Generator().manual_seed(SEED)
     translated = torch.randperm(lens.num_layers - 1, generator=generator)[:NUM_LAYERS].sort().values.tolist()
     layers = [*translated, lens.num_layers - 1]
-    residuals, final = _read(lens, layers, _documents(subject))
-    chosen = torch.randperm(len(final), generator=generator)[:NUM_POSITIONS]
-    residuals, final = residuals[:, chosen], final[chosen]
+    documents = _documents(subject)
+    chosen = torch.randperm(sum(map(len, documents)), generator=generator)[:NUM_POSITIONS]
+    residuals, final = _read(lens, layers, documents, set(chosen.tolist()))
 
     def bits_from_final(logits: Tensor) -> Tensor:
         return kl_divergence(final, logits) / math.log(2)
@@ -114,14 +114,21 @@ def _documents(subject: LoadedSubject) -> Sequence[Sequence[int]]:
     return documents["input_ids"][:]
 
 
-def _read(lens: TunedLens, layers: Sequence[int], documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Residuals (layers, N, d) at all N positions of some documents, and the model's own logits there (N, V)."""
-    residuals, logits = [], []
+def _read(
+    lens: TunedLens, layers: Sequence[int], documents: Sequence[Sequence[int]], chosen: Container[int]
+) -> tuple[Tensor, Tensor]:
+    """Residuals (layers, N, d) at N chosen positions, counted over all documents, and the model's logits there (N, V).
+
+    Only these are kept, for the logits of whole documents would be large.
+    """
+    residuals, logits, before = [], [], 0
     for document in documents:
         ids = torch.tensor([document])
+        own = [position for position in range(len(document)) if before + position in chosen]
+        before += len(document)
         outputs = lens.block_outputs(ids, layers)
-        residuals.append(torch.stack([output[0].to(lens.readout.device) for output in outputs]))
-        found = lens.subject_model(input_ids=ids.to(lens.subject_model.device), use_cache=False).logits[0]
+        residuals.append(torch.stack([output[0, own].to(lens.readout.device) for output in outputs]))
+        found = lens.subject_model(input_ids=ids.to(lens.subject_model.device), use_cache=False).logits[0, own]
         logits.append(found.to(lens.readout.device, torch.float32))
     return torch.cat(residuals, dim=1), torch.cat(logits)
 

@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed += not all(check.passed for check in checks)
             console.print(str(lens), markup=False, highlight=False, soft_wrap=True)
             console.print(checks_table(checks))
-        console.print(f"{len(lenses) - failed} of {len(lenses)} lenses passed")
+        untried = "" if args.model is not None else "; none was read with its model, pass --model for that"
+        console.print(f"{len(lenses) - failed} of {len(lenses)} lenses passed{untried}", highlight=False)
         return NOT_VERIFIED if failed else DONE
 
     return run_command(work)
