@@ -116,6 +116,16 @@ def test_of_what_the_model_wrote_itself_the_model_is_named(hub, lens, local):
     assert published["corpus"] == {"dataset": "texts.txt", "files": ["config.json"]}
 
 
+def test_a_model_that_was_in_a_folder_once_is_named_by_its_last_part(hub, lens):
+    config = json.loads((lens / "config.json").read_text())
+    (lens / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": "runs/gone"}))
+    change(lens, model_id="runs/gone", clean_model_name="gone")
+    publish(lens)
+    published = {name: content for name, content in files_of(hub).items() if not name.endswith(".safetensors")}
+    assert json.loads(published["tuned_lenses/local/gone/provenance.json"])["model_id"] == "gone"
+    assert not any(b"runs/gone" in content for content in published.values())
+
+
 @pytest.mark.parametrize(
     ("text", "public"),
     [

@@ -14,7 +14,7 @@ from .depth import DEPTHS
 from .gates import REQUIREMENTS
 from .index import LICENSES, TREE, IndexEntry
 from .kpis import COVERAGE, DELTA, EARLINESS, LAST_LAYER, RANKS
-from .public_files import is_local
+from .public_files import DATASET_KEY, MODEL_KEY, is_local
 from .upstream_license import UpstreamLicense
 
 TAGS = ("consistency-lens", "tuned-lens", "interpretability")
@@ -41,14 +41,14 @@ def write_notice(
     text = render(
         "tuned_lens_notice.txt.jinja",
         model=model,
-        local_model=is_local(provenance, "model_id"),
+        local_model=is_local(provenance, MODEL_KEY),
         commit=commit,
         tokenizer_commit=provenance.get("tokenizer_commit"),
         license=license.name,
         title=license.title,
         link=license.link,
         texts=[f"{_url(repo)}/blob/{tag}/{text}" for text in texts],
-        card=None if is_local(provenance, "model_id") else f"{HfApi().endpoint}/{model}/blob/{commit}/README.md",
+        card=None if is_local(provenance, MODEL_KEY) else f"{HfApi().endpoint}/{model}/blob/{commit}/README.md",
         dataset=provenance["dataset"]["repo_id"],
     )
     write_text(folder / NOTICE, text)
@@ -64,7 +64,7 @@ def write_lens_card(
     license: UpstreamLicense,
 ) -> None:
     """Writes `README.md` of one lens (plan, 13.4), whose weights lie in the folder already."""
-    local, commit = is_local(provenance, "model_id"), provenance.get("model_commit")
+    local, commit = is_local(provenance, MODEL_KEY), provenance.get("model_commit")
     card = ModelCardData(
         license=license.name, library_name="consistency-lens", tags=list(TAGS), base_model=None if local else model
     )
@@ -221,13 +221,13 @@ def _tokens(provenance: Mapping[str, Any]) -> str:
 
 def _dataset_link(provenance: Mapping[str, Any]) -> str:
     dataset = provenance["dataset"]
-    revision = None if is_local(provenance, "dataset.repo_id") else dataset.get("revision") or dataset.get("commit")
+    revision = None if is_local(provenance, DATASET_KEY) else dataset.get("revision") or dataset.get("commit")
     parts = [part for part in (dataset.get("name"), dataset.get("split")) if part]
     return ", ".join([hub_link(dataset["repo_id"], revision, "datasets/"), *parts])
 
 
 def _model_link(model: str, provenance: Mapping[str, Any]) -> str:
-    return hub_link(model, None if is_local(provenance, "model_id") else provenance["model_commit"])
+    return hub_link(model, None if is_local(provenance, MODEL_KEY) else provenance["model_commit"])
 
 
 def _url(repo: str) -> str:

@@ -12,6 +12,7 @@ from .index import LOCAL, MODEL_PATTERN
 # A path from the root inside a longer text; addresses such as https://... and Hub ids are none.
 ABSOLUTE_PATH = r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)*(?P<last>[^\s/'\",;]+)/?"
 LOCAL_KEY = "local"
+MODEL_KEY, DATASET_KEY = "model_id", "dataset.repo_id"
 
 LONGEST_PATH = 250  # characters; what is longer is prose
 
@@ -22,8 +23,9 @@ def index_name(provenance: Mapping[str, Any]) -> str:
     Raises:
         ValueError: if that cannot be the name of a folder.
     """
-    on_hub = provenance.get("model_commit") is not None and not is_local(provenance, "model_id")
-    name = provenance["model_id"] if on_hub else f"{LOCAL}/{public_name(str(provenance['clean_model_name']))}"
+    name = provenance["model_id"]
+    if is_local(provenance, MODEL_KEY):
+        name = f"{LOCAL}/{public_name(str(provenance['clean_model_name']))}"
     if not re.fullmatch(MODEL_PATTERN, name):
         raise ValueError(f"path: the model's name {name!r} cannot be that of a folder; rename the model's own folder")
     return name
@@ -31,9 +33,11 @@ def index_name(provenance: Mapping[str, Any]) -> str:
 
 def is_local(provenance: Mapping[str, Any], key: str) -> bool:
     """Whether `model_id` or `dataset.repo_id` is of something that is, or was where it was published, on no Hub."""
-    part, _, name = key.rpartition(".")
-    value = (provenance.get(part) or {}).get(name) if part else provenance.get(name)
-    return key in provenance.get(LOCAL_KEY, ()) or (value is not None and is_path(str(value)))
+    if key in provenance.get(LOCAL_KEY, ()):
+        return True
+    if key == MODEL_KEY:
+        return provenance.get("model_commit") is None or is_path(provenance["model_id"])
+    return is_path(str(provenance["dataset"]["repo_id"]))
 
 
 def public_json(folder: TunedLensFolder) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
@@ -43,15 +47,13 @@ def public_json(folder: TunedLensFolder) -> tuple[dict[str, Any], dict[str, Any]
     the Hub.
     """
     config, provenance = folder.config, folder.provenance
-    models = {str(config["base_model_name_or_path"]), str(provenance["model_id"])}
-    stand_ins = {name: public_name(name) for name in models if is_path(name)}
+    local = [key for key in (MODEL_KEY, DATASET_KEY) if is_local(provenance, key)]
+    models = {str(config["base_model_name_or_path"]), str(provenance["model_id"])} if MODEL_KEY in local else ()
+    stand_ins = {name: Path(name).expanduser().resolve().name for name in models}
     text = str(provenance["dataset"]["repo_id"])
     # of "samples of <model>", the model has its stand-in already
     if is_path(text) and not any(name in text for name in stand_ins):
         stand_ins[text] = public_name(text)
-    local = [key for key in ("model_id", "dataset.repo_id") if is_local(provenance, key)]
-    if provenance.get("model_commit") is None and "model_id" not in local:
-        local.insert(0, "model_id")
     public = without_paths(provenance, stand_ins) | {LOCAL_KEY: local}
     return without_paths(config, stand_ins), public, stand_ins
 

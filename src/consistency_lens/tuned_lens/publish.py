@@ -17,7 +17,7 @@ from .cards import write_dataset_card
 from .content_checks import TunedLensFolder, content_checks, find_tuned_lenses, read_tuned_lens
 from .download import TunedLensRepository, fetch_checked, list_tuned_lenses
 from .index import CONFIG_FILE, INDEX_FILE, IndexEntry, TunedLensVerificationError, index_text, release_tag
-from .public_files import index_name, is_local
+from .public_files import MODEL_KEY, index_name, is_local
 from .staging import stage_lens
 from .upstream_license import upstream_license
 
@@ -108,7 +108,7 @@ def _lenses_at(path: Path) -> dict[str, TunedLensFolder]:
 
 
 def _hub_commit(folder: TunedLensFolder) -> str | None:
-    return None if is_local(folder.provenance, "model_id") else folder.provenance["model_commit"]
+    return None if is_local(folder.provenance, MODEL_KEY) else folder.provenance["model_commit"]
 
 
 def _look_at(repo: str, tag: str, private: bool, dry_run: bool) -> TunedLensRepository | None:
