@@ -22,6 +22,12 @@ KPIS = {
     "rank1_coverage_gain": 0.11,
     "share_of_prompts_with_shift_first_rank_le_{10,5}_at_least_{4,2}": [0.1, 0.2],
     "prompts": 20,
+    "ci95": {
+        "median_delta_kl_bits@{25,50,75}%": [[0.3, 0.32], [0.4, 0.44], [0.5, 0.56]],
+        "earliness_shift_first_rank_le_{10,5,1}": [[0.0, 2.0], None, [0.0, 0.0]],
+        "last_layer_kl_after_temp_bits": [0.0, 1e-6],
+        "rank1_coverage_gain": [0.01, 0.2],
+    },
 }
 
 
@@ -79,6 +85,7 @@ def fit_lens(
         "model_commit": commit, "tokenizer_commit": commit,
         "weights_hash": weights_hash(model), "tokenizer_hash": tokenizer_hash(tiny_tokenizer()),
         "tokens_consumed": {"ridge": 512, "training": 0, "validation": 64},
+        "schedule": {"layers_per_step": 2, "positions_per_seq": 8, "steps_done": 7},
         "translator": {"rank": None, "temperature": True, "parameters": 1, "place": "after_norm"},
         "sha256": {"model.safetensors": file_hash(path / "model.safetensors")},
         "versions": {"consistency_lens": "0.1.0"},

@@ -80,7 +80,7 @@ def write_lens_card(
         link=_model_link(model, provenance),
         facts=_facts(folder, tag, config, provenance, license),
         prompts=_prompts(kpis),
-        kpis=markdown_table(("figure", "value"), _kpi_rows(kpis)),
+        kpis=markdown_table(("figure", "value", "95% interval"), _kpi_rows(kpis)),
         gates=markdown_table(
             ("gate", "asks for", ""),
             [(gate, wanted, PASSED[acceptance[f"gate_{gate}"]]) for gate, wanted in REQUIREMENTS.items()],
@@ -124,19 +124,27 @@ def _prompts(kpis: Mapping[str, Any]) -> str:
     return f"{count} of the suite {suite['name']}" if suite.get("name") else count
 
 
-def _kpi_rows(kpis: Mapping[str, Any]) -> list[tuple[str, str]]:
-    deltas = zip(DEPTHS, kpis[DELTA], strict=True)
-    shifts = zip(RANKS, kpis[EARLINESS], strict=True)
-    return [
-        *((f"median ΔKL at {depth} % depth, bits", _number(value, "+.3f")) for depth, value in deltas),
-        *((f"layers by which rank ≤ {rank} is earlier, median", _number(value, "+g")) for rank, value in shifts),
-        ("last layer: KL after temperature, bits", _number(kpis[LAST_LAYER], ".2g")),
-        ("gain in layers with the answer on top", _number(kpis[COVERAGE], "+.1%")),
+def _kpi_rows(kpis: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures with their intervals, for people."""
+    intervals = kpis.get("ci95") or {}
+    deltas = zip(DEPTHS, kpis[DELTA], intervals.get(DELTA, [None] * len(DEPTHS)), strict=True)
+    shifts = zip(RANKS, kpis[EARLINESS], intervals.get(EARLINESS, [None] * len(RANKS)), strict=True)
+    last, coverage = "last layer: KL after temperature, bits", "gain in layers with the answer on top"
+    figures = [
+        *((f"median ΔKL at {depth} % depth, bits", value, ends, "+.3f") for depth, value, ends in deltas),
+        *((f"layers by which rank ≤ {rank} is earlier, median", value, ends, "+g") for rank, value, ends in shifts),
+        (last, kpis[LAST_LAYER], intervals.get(LAST_LAYER), ".2g"),
+        (coverage, kpis[COVERAGE], intervals.get(COVERAGE), "+.1%"),
     ]
+    return [(label, _number(value, form), _interval(ends, form)) for label, value, ends, form in figures]
 
 
-def _number(value: float | None, shape: str) -> str:
-    return "not to be had" if value is None else format(value, shape)
+def _number(value: float | None, form: str) -> str:
+    return "not to be had" if value is None else format(value, form)
+
+
+def _interval(ends: Sequence[float] | None, form: str) -> str:
+    return "" if ends is None else " to ".join(format(end, form) for end in ends)
 
 
 def write_dataset_card(
@@ -170,7 +178,7 @@ def write_dataset_card(
             numbers=False,
         ),
         training=markdown_table(
-            ("model", "text", "tokens", "positions", "rank", "preconditioner", "seed"),
+            ("model", "text", "tokens", "positions", "rank", "KL steps", "preconditioner", "seed"),
             [_training_row(name, provenances[name]) for name in names],
             numbers=False,
         ),
@@ -195,6 +203,7 @@ def _training_row(name: str, provenance: Mapping[str, Any]) -> tuple[str, ...]:
         _tokens(provenance),
         f"{budget['positions_per_seq']} of {budget['seq_len']}",
         str(translator.get("rank") or "full"),
+        str((provenance.get("schedule") or {}).get("steps_done", 0)),
         (provenance.get("preconditioner") or {}).get("type", "none"),
         str(provenance["seed"]),
     )
