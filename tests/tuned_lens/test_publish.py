@@ -5,6 +5,7 @@ import re
 import shutil
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 
 from consistency_lens.data.activation_cache import file_hash
 from consistency_lens.hub_connection import HubError
+from consistency_lens.tuned_lens.gates import apply_to_provenance, judge
 from consistency_lens.tuned_lens.index import TunedLensVerificationError, read_index
+from consistency_lens.tuned_lens.kpis import TEMPERATURES, PromptReading, compute_kpis
 from consistency_lens.tuned_lens.public_files import without_paths
 from consistency_lens.tuned_lens.publish import publish_tuned_lens
 
@@ -375,6 +378,20 @@ def test_a_provenance_that_does_not_pin_what_it_must_is_refused(hub, lens, keys,
     with pytest.raises(TunedLensVerificationError, match=message):
         publish(lens)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_what_the_gates_write_is_taken_as_it_is(hub, lens, answers):
+    bits = np.array([[3.0], [2.0], [0.0]])
+    ranks = {"norm_rank": np.array([50, 20, 1]), "tuned_rank": np.array([9, 4, 1])} if answers else {}
+    kpis = compute_kpis([PromptReading("p", bits, bits, bits / 2, np.zeros((1, len(TEMPERATURES))), **ranks)])
+    gates = judge(kpis)
+    apply_to_provenance(lens, kpis, gates, {"name": "default"})
+    publish(lens)
+    files = files_of(hub)
+    assert json.loads(files["INDEX.json"])["local/subject"]["acceptance"] == gates.as_dict()
+    card = files["tuned_lenses/local/subject/README.md"].decode()
+    assert "On 1 prompts of the suite default" in card and "| median ΔKL at 25 % depth, bits | +1.500 |" in card
 
 
 def test_another_local_model_of_the_same_name_is_refused(hub, lens, tmp_path):
