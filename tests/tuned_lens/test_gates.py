@@ -8,7 +8,7 @@ import pytest
 from made_up_readings import kpis as kpis_of
 from made_up_readings import reading
 
-from consistency_lens.tuned_lens.gates import REQUIREMENTS, apply_to_provenance, check_letters, judge, judged
+from consistency_lens.tuned_lens.gates import REQUIREMENTS, Judgement, apply_to_provenance, check_letters, judge
 from consistency_lens.tuned_lens.kpis import Estimate, KPIs
 
 SUITE = {"name": "made up", "prompts": 10}
@@ -107,17 +107,21 @@ def test_the_requirements_say_the_numbers():
 
 
 class TestProvenance:
+    JUDGEMENT = Judgement(kpis(), judge(kpis()), SUITE)
+
     def test_gets_kpis_and_acceptance_and_keeps_the_rest(self, tmp_path):
         path = tmp_path / "provenance.json"
         path.write_text(json.dumps({"enabled": True, "kpis": None, "acceptance": None, "seed": 316}))
-        apply_to_provenance(tmp_path, kpis(), judge(kpis()), SUITE)
+        apply_to_provenance(tmp_path, self.JUDGEMENT)
         written = json.loads(path.read_text())
         assert list(written) == ["enabled", "kpis", "acceptance", "seed"] and written["seed"] == 316
-        assert written["acceptance"]["gate_A"] is True
+        assert written["acceptance"] == {"gate_A": True, "gate_B": True, "gate_C": True, "gate_D": True}
         assert written["kpis"]["median_delta_kl_bits@{25,50,75}%"] == [0.2, 0.3, 0.3]
         assert written["kpis"]["suite"] == SUITE
-        assert written == judged(written, kpis(), judge(kpis()), SUITE)
 
-    def test_that_is_not_there_is_an_error(self, tmp_path):
-        with pytest.raises(ValueError, match="pass the folder of a fitted lens"):
-            apply_to_provenance(tmp_path, kpis(), judge(kpis()), SUITE)
+    @pytest.mark.parametrize("content", [None, "{", "[]"])
+    def test_that_is_not_there_is_an_error(self, tmp_path, content):
+        if content is not None:
+            (tmp_path / "provenance.json").write_text(content)
+        with pytest.raises(ValueError, match="pass the folder of a fitted"):
+            apply_to_provenance(tmp_path, self.JUDGEMENT)

@@ -44,16 +44,18 @@ def write(folder, content, name="suite.json"):
     return path
 
 
-class TestDefaultSuite:
-    def test_has_20_prompts_factual_and_controls(self):
-        suite = read_suite()
+class TestSuitesThatShip:
+    @pytest.mark.parametrize("name", ["default", "stories"])
+    def test_have_20_prompts_factual_and_controls(self, name):
+        suite = read_suite(name)
         kinds = [prompt.kind for prompt in suite]
         assert (len(suite), kinds.count(FACTUAL), kinds.count(CONTROL)) == (20, 15, 5)
         assert all(bool(prompt.answer) == (prompt.kind == FACTUAL) for prompt in suite)
 
-    def test_is_known_by_its_hash(self):
-        assert suite_hash(read_suite()) == suite_hash(read_suite())
-        assert suite_hash(read_suite()) != suite_hash(read_suite()[::-1])
+    def test_are_known_by_their_hashes(self):
+        default = read_suite()
+        assert default == read_suite("default") != read_suite("stories")
+        assert suite_hash(default) == suite_hash(read_suite()) != suite_hash(default[::-1])
 
 
 class TestFiles:
@@ -95,7 +97,7 @@ class TestFiles:
     def test_what_is_no_json_or_not_there(self, tmp_path):
         with pytest.raises(ValueError, match="cannot be read"):
             read_suite(write(tmp_path, "[{"))
-        with pytest.raises(ValueError, match="no file at"):
+        with pytest.raises(ValueError, match="no file at .*; pass default or stories, or a .json"):
             read_suite(tmp_path / "none.json")
         for name in ("empty.txt", "empty.jsonl"):
             with pytest.raises(ValueError, match="has no prompts"):

@@ -1,7 +1,7 @@
 """The acceptance gates of a tuned lens: pure functions of its KPIs, and their place in a lens's provenance.
 
-The numbers are the plan's. A gate is judged by the figures themselves; their intervals stand beside them. Gate B cannot
-pass without answers, nor in a model of fewer than five layers, where nothing can be four layers earlier.
+The numbers are the plan's. A gate is judged by the figures themselves; their intervals stand beside them. Gate B asks
+for answers, and for layers: in a model of four, hardly anything can be four layers earlier.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_write import write_json
+from ..lens_artifact import PROVENANCE_FILE
 from .kpis import EARLIER_BY, KPIs
 
 LEAST_DELTA_BITS = (0.2, 0.3, 0.3)
@@ -26,7 +27,6 @@ REQUIREMENTS = {
     "C": f"the norm lens of the last layer, at its best temperature, within {MOST_LAST_LAYER_BITS:g} bits of the head",
     "D": f"no median ΔKL below {WORST_DELTA_BITS:g} bits",
 }
-PROVENANCE_FILE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,40 @@ def check_letters(required: Collection[str]) -> None:
             raise ValueError(f"gates: got {letter!r}; any of {', '.join(REQUIREMENTS)}")
 
 
-def judged(provenance: Mapping[str, Any], kpis: KPIs, gates: Gates, suite: Mapping[str, Any]) -> dict[str, Any]:
-    """A lens's provenance with what the gates found; `suite` says which prompts they were judged on."""
-    return {**provenance, "kpis": {**kpis.as_dict(), "suite": dict(suite)}, "acceptance": gates.as_dict()}
+@dataclass(frozen=True)
+class Judgement:
+    """KPIs and gates of a lens, and what they were judged on."""
+
+    kpis: KPIs
+    gates: Gates
+    suite: Mapping[str, Any]
+    """Its name, the number of its prompts and their hash."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan's blocks `kpis` and `acceptance`."""
+        return {"kpis": {**self.kpis.as_dict(), "suite": dict(self.suite)}, "acceptance": self.gates.as_dict()}
 
 
-def apply_to_provenance(folder: Path, kpis: KPIs, gates: Gates, suite: Mapping[str, Any]) -> None:
-    """Writes KPIs and acceptance into the provenance of a lens's folder, in place of those that are there.
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The provenance in a lens's folder.
 
     Raises:
-        ValueError: if the folder has no provenance that can be read.
+        ValueError: if there is none that can be read.
     """
     path = folder / PROVENANCE_FILE
     try:
         provenance = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"lens: {str(path)!r} is not to be read; pass the folder of a fitted lens") from error
-    write_json(path, judged(provenance, kpis, gates, suite))
+        raise ValueError(f"lens: cannot read {str(path)!r}; pass the folder of a fitted lens") from error
+    if not isinstance(provenance, dict):
+        raise ValueError(f"lens: {str(path)!r} is no provenance of a lens; pass the folder of a fitted one")
+    return provenance
+
+
+def apply_to_provenance(folder: Path, judgement: Judgement) -> None:
+    """Writes KPIs and acceptance into the provenance of a lens's folder, in place of those that are there.
+
+    Raises:
+        ValueError: if the folder has no provenance that can be read.
+    """
+    write_json(folder / PROVENANCE_FILE, read_provenance(folder) | judgement.as_dict())

@@ -83,7 +83,8 @@ class KPIs:
     last_layer_temperature: float
     """That temperature."""
     rank1_coverage_gain: Estimate | None
-    """Share of layers with the answer on top under the tuned lens, less that under the norm lens: mean over prompts."""
+    """Share of layers with the answer on top under the tuned lens, less that under the norm lens; mean over prompts
+    with an answer."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan's block, and beside it the intervals and what stands next to it."""
@@ -136,7 +137,7 @@ def compute_kpis(readings: Sequence[PromptReading], num_resamples: int = 1000, s
         earliness_shift=tuple(ranks[: len(RANKS)]),
         earlier_share=tuple(ranks[len(RANKS) : -1]),
         last_layer_kl_after_temp_bits=last_layer,
-        last_layer_temperature=float(TEMPERATURES[_best_temperature(kl)]),
+        last_layer_temperature=best_temperature([reading.last_layer_kl for reading in readings])[0],
         rank1_coverage_gain=ranks[-1],
     )
 
@@ -152,6 +153,17 @@ def earliness_shift(norm_rank: Array, tuned_rank: Array, most: int) -> int:
     norm, tuned = (first_layer_within(rank, most) for rank in (norm_rank, tuned_rank))
     never = len(norm_rank)
     return (never if norm is None else norm) - (never if tuned is None else tuned)
+
+
+def best_temperature(last_layer_kl: Sequence[Array]) -> tuple[float, float]:
+    """The one of `TEMPERATURES` at which the last layer's mean KL over all positions is least, and that KL.
+
+    Args:
+        last_layer_kl: (S, G) of each prompt.
+    """
+    mean = np.concatenate(last_layer_kl).mean(axis=0)
+    best = int(mean.argmin())
+    return float(TEMPERATURES[best]), float(mean[best])
 
 
 class _KLPart(NamedTuple):
@@ -173,13 +185,8 @@ def _kl_part(reading: PromptReading) -> _KLPart:
 def _kl_statistics(parts: Sequence[_KLPart]) -> Array:
     """The six medians of ΔKL, and the last layer's mean KL at its best temperature."""
     deltas = np.concatenate([of.deltas for of in parts], axis=1)
-    last_layer = sum(of.last_layer for of in parts)[_best_temperature(parts)] / deltas.shape[1]
+    last_layer = np.sum([of.last_layer for of in parts], axis=0).min() / deltas.shape[1]
     return np.append(np.median(deltas, axis=1), last_layer)
-
-
-def _best_temperature(parts: Sequence[_KLPart]) -> int:
-    """The index of the temperature at which the last layer's KL, over all positions, is least."""
-    return int(np.argmin(sum(of.last_layer for of in parts)))
 
 
 def _answer_part(reading: PromptReading) -> Array | None:

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 FACTUAL, CONTROL, FREE = "factual", "control", "free"
 KINDS = {FACTUAL: "has one right answer", CONTROL: "has none", FREE: "a text of the user's"}
-DEFAULT_SUITE = Path(__file__).parent / "suites" / "default.json"
+DEFAULT_SUITE = "default"
+# suites that ship with the package: "default", and "stories" for models that know children's stories alone
+SUITES = Path(__file__).parent / "suites"
 FIELDS = ("id", "text", "answer", "kind")
 SHOWN = 6  # prompts that a message names
 
@@ -74,27 +76,30 @@ class TokenisedPrompt:
         return len(self.answer_ids) == 1 if self.answer_ids else None
 
 
-def read_suite(path: str | Path | None = None) -> list[Prompt]:
+def read_suite(path: str | Path = DEFAULT_SUITE) -> list[Prompt]:
     """Reads a prompt suite.
 
     Args:
-        path: a `.json` list or `.jsonl` lines of objects with `text`, and if wanted `id` ("prompt-1", ...), `answer`
-            and `kind` ("factual" with an answer, else "control"); any other file is a text with a prompt a line.
-            None for the default suite: 15 factual prompts and 5 controls.
+        path: "default" or "stories", each of 15 factual prompts and 5 controls; or a file. A `.json` list or `.jsonl`
+            lines hold objects with `text` and, if wanted, `id` (else "prompt-1", ...), `answer` and `kind` (else
+            "factual" with an answer, "control" without); any other file is a text with a prompt a line.
 
     Raises:
         ValueError: if there is no such file, it cannot be read, it has no prompts, or one of them is wrong.
     """
-    path = DEFAULT_SUITE if path is None else Path(path)
+    shipped = {file.stem: file for file in sorted(SUITES.glob("*.json"))}
+    path = shipped.get(str(path), Path(path))
     if not path.is_file():
-        raise ValueError(f"suite: no file at {str(path)!r}; pass a .json, .jsonl or text file of prompts")
+        raise ValueError(
+            f"suite: no file at {str(path)!r}; pass {' or '.join(shipped)}, or a .json, .jsonl or text file of prompts"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix not in (".json", ".jsonl"):
             return suite_of_texts([line for line in text.splitlines() if line.strip()], str(path))
         entries = json.loads(text) if path.suffix == ".json" else [json.loads(row) for row in text.splitlines() if row]
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"suite: {str(path)!r} cannot be read ({error}); see the default suite for its form") from error
+        raise ValueError(f"suite: {str(path)!r} cannot be read ({error}); mend it") from error
     if not isinstance(entries, list):
         raise ValueError(f"suite: {str(path)!r} must hold a list of prompts, got {type(entries).__name__}")
     return checked([_prompt(number, entry) for number, entry in enumerate(entries, start=1)], str(path))

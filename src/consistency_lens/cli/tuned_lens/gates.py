@@ -1,0 +1,91 @@
+"""`consistency-lens tuned-lens gates`: the acceptance gates of a lens, judged and written into its provenance."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GATES_FILE = "gates.json"
+
+
+@dataclass
+class GatesArguments:
+    """Which lens is judged, on which prompts, and which gates have to pass."""
+
+    lens: str = field(default="", metadata={"help": "Folder of the tuned lens."})
+    model: str | None = field(
+        default=None, metadata={"help": "The model, where it is not to be found at the place that the lens names."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Its commit, tag or branch; default: the one that the lens was fitted at."}
+    )
+    suite: str = field(
+        default="default",
+        metadata={"help": "default, stories, or a file of prompts (.json, .jsonl, or a text with one a line)."},
+    )
+    gates: list[str] = field(
+        default_factory=lambda: ["A", "B", "C", "D"],
+        metadata={"help": "Those that have to pass, or the exit code is 3; all are judged and written."},
+    )
+    num_bootstrap: int = field(default=1000, metadata={"help": "Resamples that the intervals are taken from."})
+    seed: int = field(default=316, metadata={"help": "Of the resamples."})
+    device: str | None = field(
+        default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Precision of the weights; default: as the lens was fitted, else float32."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def __post_init__(self) -> None:
+        if not self.lens:
+            raise ValueError("lens: got none; pass the folder of a lens, e.g. --lens tuned_lenses/gpt2")
+        if self.num_bootstrap < 1:
+            raise ValueError(f"num_bootstrap must be at least 1, got {self.num_bootstrap}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Judges a lens; prints KPIs and gates. Returns 3 if a gate that has to pass does not."""
+    from ..command import run_command
+    from ..parser import parse_arguments
+
+    def work(console: "Console") -> int:
+        (args,) = parse_arguments((GatesArguments,), argv)
+        return judge_and_show(args, console)
+
+    return run_command(work)
+
+
+def judge_and_show(args: GatesArguments, console: "Console") -> int:
+    """The work of the command; the exit code.
+
+    Raises:
+        ValueError: for prompts, a model or a lens that are not to be had.
+    """
+    from ...atomic_write import write_json
+    from ...tuned_lens.gates import apply_to_provenance, check_letters, read_provenance
+    from ...tuned_lens.saved import open_lens
+    from ...tuned_lens.suite import read_suite
+    from ...tuned_lens.sweep import judge_lens
+    from ..command import DONE, NOT_VERIFIED
+    from .verdict import gates_shown
+
+    check_letters(args.gates)
+    folder, suite = Path(args.lens), read_suite(args.suite)
+    read_provenance(folder)  # the figures have to have a place before they are measured
+    opened = open_lens(folder, args.model, args.revision, args.dtype, args.device)
+    assert opened.lens is not None
+    judgement, beside = judge_lens(
+        opened.lens, suite, args.suite, args.num_bootstrap, args.seed, progress=not args.disable_tqdm
+    )
+    blocks = judgement.as_dict()
+    write_json(folder / GATES_FILE, {"arguments": asdict(args), **blocks, **beside})
+    apply_to_provenance(folder, judgement)
+    console.print(gates_shown(blocks["kpis"], blocks["acceptance"]))
+    failed = judgement.gates.failed(args.gates)
+    verdict = f"not passed: {', '.join(failed)}" if failed else f"passed: {', '.join(args.gates)}"
+    console.print(f"Written to {folder / 'provenance.json'}; {verdict}", markup=False, soft_wrap=True)
+    return NOT_VERIFIED if failed else DONE
