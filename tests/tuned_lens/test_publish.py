@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from consistency_lens.data.activation_cache import file_hash
 from consistency_lens.hub_connection import HubError
-from consistency_lens.tuned_lens.gates import apply_to_provenance, judge
+from consistency_lens.tuned_lens.gates import Judgement, apply_to_provenance, judge
 from consistency_lens.tuned_lens.index import TunedLensVerificationError, read_index
 from consistency_lens.tuned_lens.kpis import TEMPERATURES, PromptReading, compute_kpis
 from consistency_lens.tuned_lens.public_files import without_paths
@@ -386,7 +386,7 @@ def test_what_the_gates_write_is_taken_as_it_is(hub, lens, answers):
     ranks = {"norm_rank": np.array([50, 20, 1]), "tuned_rank": np.array([9, 4, 1])} if answers else {}
     kpis = compute_kpis([PromptReading("p", bits, bits, bits / 2, np.zeros((1, len(TEMPERATURES))), **ranks)])
     gates = judge(kpis)
-    apply_to_provenance(lens, kpis, gates, {"name": "default"})
+    apply_to_provenance(lens, Judgement(kpis, gates, {"name": "default"}))
     publish(lens)
     files = files_of(hub)
     assert json.loads(files["INDEX.json"])["local/subject"]["acceptance"] == gates.as_dict()
