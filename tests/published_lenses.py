@@ -86,7 +86,7 @@ def fit_lens(
         "weights_hash": weights_hash(model), "tokenizer_hash": tokenizer_hash(tiny_tokenizer()),
         "tokens_consumed": {"ridge": 512, "training": 0, "validation": 64},
         "schedule": {"layers_per_step": 2, "positions_per_seq": 8, "steps_done": 7},
-        "translator": {"rank": None, "temperature": True, "parameters": 1, "place": "after_norm"},
+        "translator": {"rank": "full", "temperature": True, "parameters": 1, "place": "after_norm"},
         "sha256": {"model.safetensors": file_hash(path / "model.safetensors")},
         "versions": {"consistency_lens": "0.1.0"},
     } | changes  # fmt: skip

@@ -175,6 +175,17 @@ def test_the_cards_say_what_was_recorded(hub, on_hub, lens):
     assert "The model is local" in files["tuned_lenses/local/subject/README.md"] and "The model is local" not in card
 
 
+def test_the_parameters_of_a_low_rank_are_those_of_its_factors(hub, lens):
+    config = json.loads((lens / "config.json").read_text())
+    (lens / "config.json").write_text(json.dumps(config | {"rank": 4}))
+    change(lens, translator={"rank": 4, "temperature": False})
+    publish(lens)
+    files = files_of(hub)
+    card = files["tuned_lenses/local/subject/README.md"].decode()
+    assert "| parameters | 576 = 2 x (2·32·4 + 32) |" in card and "| 2 of 3 layers, rank 4 |" in card
+    assert "Translators of the identity and a low rank, without a temperature" in files["README.md"].decode()
+
+
 # Licences
 
 
@@ -370,7 +381,7 @@ def test_weights_that_are_no_safetensors_are_refused(hub, lens):
         ({"model_commit": "main", "tokenizer_commit": "main"}, "provenance: 'main' is no commit"),
         ({"model_commit": COMMIT}, "names the commit of one of model and tokenizer alone"),
         ({"model_id": "org/other"}, "configuration: model: '.*' in config.json, 'org/other' in provenance.json"),
-        ({"translator": {"rank": 4}}, "configuration: rank: None in config.json, 4 in provenance.json"),
+        ({"translator": {"rank": 4}}, "configuration: rank: 'full' in config.json, 4 in provenance.json"),
     ],
 )
 def test_a_provenance_that_does_not_pin_what_it_must_is_refused(hub, lens, keys, message):

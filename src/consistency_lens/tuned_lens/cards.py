@@ -10,6 +10,7 @@ from ..atomic_write import write_text
 from ..evaluation.report import markdown_table
 from ..hub.cards import hub_link, render
 from ..lens_artifact import WEIGHTS_FILE
+from .content_checks import FULL
 from .depth import DEPTHS
 from .gates import REQUIREMENTS
 from .index import LICENSES, TREE, IndexEntry
@@ -97,7 +98,7 @@ def _facts(
     folder: Path, tag: str, config: Mapping[str, Any], provenance: Mapping[str, Any], license: UpstreamLicense
 ) -> list[tuple[str, str]]:
     translator, width, layers = provenance["translator"], config["width"], config["num_layers"]
-    rank = config["rank"]
+    rank = config["rank"]  # None where the provenance says full
     each = f"{width}² + {width}" if rank is None else f"2·{width}·{rank} + {width}"
     numbers = (layers - 1) * (width**2 + width if rank is None else 2 * width * rank + width)
     temperatures = ", a temperature each" if translator.get("temperature") else ""
@@ -202,7 +203,7 @@ def _training_row(name: str, provenance: Mapping[str, Any]) -> tuple[str, ...]:
         _dataset_link(provenance),
         _tokens(provenance),
         f"{budget['positions_per_seq']} of {budget['seq_len']}",
-        str(translator.get("rank") or "full"),
+        str(translator["rank"]),
         str((provenance.get("schedule") or {}).get("steps_done", 0)),
         (provenance.get("preconditioner") or {}).get("type", "none"),
         str(provenance["seed"]),
@@ -211,7 +212,7 @@ def _training_row(name: str, provenance: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _parts(provenance: Mapping[str, Any]) -> str:
     translator = provenance["translator"]
-    shape = "of full rank" if translator.get("rank") is None else "of the identity and a low rank"
+    shape = "of full rank" if translator["rank"] == FULL else "of the identity and a low rank"
     return f"{shape}, {'with' if translator.get('temperature') else 'without'} a temperature for each layer"
 
 

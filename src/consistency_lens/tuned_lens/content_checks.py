@@ -23,6 +23,7 @@ from .kpis import COVERAGE, DELTA, EARLIER_SHARE, EARLINESS, LAST_LAYER
 PINNED = ("model_id", "clean_model_name", "seed", "dataset", "budget", "capacity", "translator")
 PINNED_HASHES = ("weights_hash", "tokenizer_hash")
 DATASET_PINS = ("repo_id", "content_hash")
+FULL = "full"  # the rank of translators that are whole matrices, as the provenance has it
 BUDGET_PINS = ("tokens", "seq_len", "positions_per_seq")
 KPI_NAMES = (DELTA, EARLINESS, EARLIER_SHARE, LAST_LAYER, COVERAGE)
 
@@ -171,7 +172,7 @@ def _configuration_check(folder: TunedLensFolder) -> Check:
     pairs = {
         "model": (config.get("base_model_name_or_path"), provenance.get("model_id")),
         "revision": (config.get("base_model_revision"), provenance.get("model_commit")),
-        "rank": (config.get("rank"), translator.get("rank")),
+        "rank": (config.get("rank") or FULL, translator.get("rank")),
     }
     problems = [
         f"{name}: {one!r} in {CONFIG_FILE}, {other!r} in {PROVENANCE_FILE}"
