@@ -23,7 +23,9 @@ class FitArguments(TokenArguments):
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the subject on the Hub."})
     dtype: str = field(default="float32", metadata={"help": "Of the subject's weights.", "choices": DTYPES})
     device: str | None = field(default=None, metadata={"help": "Where the subject goes; unset: where the fit runs."})
-    device_map: str | None = field(default=None, metadata={"help": "auto spreads a subject that is larger than a GPU."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "auto spreads a subject that is larger than a GPU."}
+    )
     rank: str = field(
         default=AUTO,
         metadata={"help": "Of the translators: a number, full, or auto: clip(d/32, 64, 256), 256 from d = 4096 on."},

@@ -5,6 +5,7 @@ there.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -96,7 +97,7 @@ class TunedLensFitter:
 
     def _set(self, layer: int, moments: RidgeMoments, metric: Tensor | None) -> None:
         """Writes the solution of one layer into its translator, in the basis of the lens."""
-        translator = self.lens.translators[layer]
+        translator: Any = self.lens.translators[layer]
         basis = self.lens.preconditioner
         full = moments.solve(self.ridge)
         matrix = torch.eye(len(full.W)).to(full.W) if basis is None else basis.matrix()
@@ -116,7 +117,8 @@ class TunedLensFitter:
         lens = self.lens
         kept = concatenated(self._kept)
         translated = torch.stack([lens.translate(layer, hidden) for layer, hidden in enumerate(kept.hidden)])
-        for translator, value in zip(lens.translators, best_temperatures(translated, kept.teacher, self.head), strict=True):
+        translators: Any = lens.translators
+        for translator, value in zip(translators, best_temperatures(translated, kept.teacher, self.head), strict=True):
             translator.set_temperature(value)
         lens.norm_temperature[:-1] = best_temperatures(kept.hidden, kept.teacher, self.head)
 

@@ -90,7 +90,8 @@ def held_out_kl(
             plain = lens.readout.normalise(plain)
         for name in lenses:
             if name == "tuned":
-                hidden = torch.stack([lens.translate(layer, rows) for layer, rows in zip(layers, batch.hidden)])
+                pairs = zip(layers, batch.hidden, strict=True)
+                hidden = torch.stack([lens.translate(layer, hidden) for layer, hidden in pairs])
             else:
                 hidden = plain
             sums[name] += streamed_kl(hidden, temperatures[name], batch.teacher, head).sum(dim=1)

@@ -38,7 +38,7 @@ class MuonWithAdamW(Optimizer):
         return [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both; a closure is evaluated once, before."""
         loss = None
         if closure is not None:
@@ -62,18 +62,14 @@ class MuonWithAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` gave."""
-        first = 0
-        groups = list(state_dict["param_groups"])
+        first, groups = 0, list(state_dict["param_groups"])
         for part in self.parts:
             own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
-            count = sum(len(group["params"]) for group in own)
-            part.load_state_dict(
-                {
-                    "state": {i: state_dict["state"][first + i] for i in range(count) if first + i in state_dict["state"]},
-                    "param_groups": [{**group, "params": [i - first for i in group["params"]]} for group in own],
-                }
-            )
-            first += count
+            numbers = range(first, first + sum(len(group["params"]) for group in own))
+            state = {i - first: state_dict["state"][i] for i in numbers if i in state_dict["state"]}
+            own = [{**group, "params": [i - first for i in group["params"]]} for group in own]
+            part.load_state_dict({"state": state, "param_groups": own})
+            first = numbers.stop
         self.param_groups = self._groups()
 
 

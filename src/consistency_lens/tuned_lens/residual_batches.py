@@ -60,9 +60,7 @@ def position_bounds(position_range: Sequence[float], seq_len: int) -> tuple[int,
     """
     first, end = (math.floor(share * seq_len) for share in position_range)
     if not 0 <= first < end <= seq_len:
-        raise ValueError(
-            f"position_range: {list(position_range)} of {seq_len} tokens holds no position; try 0.6 0.95"
-        )
+        raise ValueError(f"position_range: {list(position_range)} of {seq_len} tokens holds no position; try 0.6 0.95")
     return first, end
 
 

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..atomic_write import write_json
 from ..checkpoints import states
@@ -21,7 +21,7 @@ from ..checkpoints.trainer import WholeCheckpointTrainer
 from .depth import DEPTHS, layer_at_depth
 from .fit_arguments import TunedLensTrainingArguments
 from .held_out import BITS, HeldOutKL, held_out_kl
-from .modeling_tuned_lens import FitOutput, TunedLens
+from .modeling_tuned_lens import TunedLens
 from .optimizer import make_optimizer
 from .residual_batches import make_head, position_bounds, read_batch, sampled_positions, vocabulary_budget
 from .streamed_kl import Head, Teacher, read_teacher, top_tokens
@@ -86,8 +86,10 @@ class TunedLensTrainer(WholeCheckpointTrainer):
             "positions_per_sequence", automatic.positions, self.bounds[1] - self.bounds[0]
         )
         self.tokens = 0
-        self._kl, self._passes = 0.0, 0  # since the last log
-        callbacks = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []
+        self._kl, self._passes = torch.zeros(()), 0  # since the last log
+        callbacks: list[TrainerCallback] = []
+        if args.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
             model=lens,
             args=args,
@@ -120,10 +122,10 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         layers = self.step_layers()
         batch = read_batch(self.lens, self.head, input_ids, positions, layers)
         teacher, head = self.narrowed(batch.teacher)
-        output: FitOutput = model(batch.hidden, layers, teacher, head)
-        kl = cast(Tensor, output.kl).mean()
+        output = model(batch.hidden, layers, teacher, head)
+        kl = output.kl.mean()
         self.tokens += input_ids.numel() * self.args.world_size
-        self._kl, self._passes = self._kl + kl.detach(), self._passes + 1
+        self._kl, self._passes = self._kl.to(kl) + kl.detach(), self._passes + 1
         return kl + self.args.smallness * output.smallness + self.args.smoothness * output.roughness
 
     def narrowed(self, teacher: Teacher) -> tuple[Teacher, Head]:
@@ -146,10 +148,9 @@ class TunedLensTrainer(WholeCheckpointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean KL since the last log, in both units, and the tokens that were read."""
         if "loss" in logs and self._passes:
-            mean = torch.as_tensor(self._kl / self._passes, device=self.args.device)
-            kl = self.accelerator.reduce(mean, reduction="mean").item()
+            kl = self.accelerator.reduce(self._kl / self._passes, reduction="mean").item()
             logs |= {"kl": kl, "kl_bits": kl * BITS, "tokens": self.tokens}
-            self._kl, self._passes = 0.0, 0
+            self._kl, self._passes = torch.zeros(()), 0
         super().log(logs, start_time)
 
     # --- held-out text
@@ -197,7 +198,7 @@ class TunedLensTrainer(WholeCheckpointTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
             folder = Path(output_dir)
-            states.save_optimizer(self.optimizer.state_dict(), folder)
+            states.save_optimizer(self.create_optimizer().state_dict(), folder)
             states.save_scheduler(self.lr_scheduler, folder)
             progress = {"step": self.state.global_step, "tokens": self.tokens, "passes": self._passes}
             write_json(folder / PROGRESS_FILE, progress | {"kl": float(self._kl)})
@@ -206,10 +207,12 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        self.optimizer.load_state_dict(states.read_optimizer(self.optimizer, folder))
+        optimizer = self.create_optimizer()
+        optimizer.load_state_dict(states.read_optimizer(optimizer, folder))
         states.load_scheduler(self.lr_scheduler, folder)
         progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-        self.tokens, self._kl, self._passes = progress["tokens"], progress["kl"], progress["passes"]
+        self.tokens, self._passes = progress["tokens"], progress["passes"]
+        self._kl = torch.tensor(progress["kl"])
 
     def _save_rng_state(self, output_dir: str) -> None:
         states.save_random_states(Path(output_dir), self.args.process_index)
