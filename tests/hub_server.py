@@ -209,7 +209,8 @@ class HubServer:
         except yaml.YAMLError as problem:
             return Reply({"errors": [{"message": str(problem)}], "warnings": []}, 400)
         wrong = [] if isinstance(metadata, dict) else [{"message": "the metadata must be a mapping"}]
-        if not wrong and metadata.get("license", "other") not in self.licenses:
+        named = (metadata or {}).get("license", "other")
+        if not wrong and not self.licenses.issuperset(named if isinstance(named, list) else [named]):
             wrong = [{"message": '"license" must be one of [apache-2.0, mit, ...]'}]
         return Reply({"errors": wrong, "warnings": []}, 400 if wrong else 200)
 
