@@ -12,6 +12,8 @@ from .modeling_consistency_lens import ConsistencyLensModel, LensDecoder, LensEn
 from .residual_stream import ResidualStream
 from .steering import Steering
 from .subject import Subject
+from .tuned_lens.configuration_tuned_lens import TunedLensConfig
+from .tuned_lens.modeling_tuned_lens import Trajectory, TunedLens
 
 __all__ = [
     "ConsistencyLensConfig",
@@ -25,4 +27,7 @@ __all__ = [
     "Steering",
     "Subject",
     "TokenExplanation",
+    "Trajectory",
+    "TunedLens",
+    "TunedLensConfig",
 ]

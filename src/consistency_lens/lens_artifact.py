@@ -80,6 +80,12 @@ class TrainedTensorsModel(PreTrainedModel):
     def initialize_weights(self, *args: Any, **kwargs: Any) -> None:
         """Draws nothing: every weight comes from the subject, from an identity or from an artifact."""
 
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; ValueError if the lens has none."""
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: this lens has none; set lens.tokenizer to the subject's tokenizer")
+        return self.tokenizer
+
     def trained_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor of everything an artifact must hold; a tensor with two names is listed once."""
         raise NotImplementedError

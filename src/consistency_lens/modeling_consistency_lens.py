@@ -345,12 +345,6 @@ class ConsistencyLensModel(TrainedTensorsModel):
         """
         return steer_text(self, prompt, edit, position, scale)
 
-    def require_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; ValueError if the lens has none."""
-        if self.tokenizer is None:
-            raise ValueError("tokenizer: this lens has none; set lens.tokenizer to the subject's tokenizer")
-        return self.tokenizer
-
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves the subject along with the lens (`.to`, `.cuda`, ...)."""
         for subject in self._subject:

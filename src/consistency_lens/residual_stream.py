@@ -103,6 +103,10 @@ class ResidualStream:
         with torch.no_grad():
             return functional_call(self.input_embedding, {"weight": ones}, (first_id,))[0, 0].item()
 
+    def siblings(self) -> list[nn.Module]:
+        """The modules that stand beside the blocks: embeddings, norms, projections."""
+        return [child for child in self._parent.children() if child is not self.blocks]
+
     def check_layer(self, layer: int) -> None:
         """Checks that `layer` names a block.
 
@@ -219,7 +223,7 @@ def truncated(
         )
     del stream.blocks[num_blocks:]
     for name, child in list(stream._parent.named_children()):
-        if child is stream.final_norm or _leaves_stream(child, stream.width):
+        if child is stream.final_norm or leaves_stream(child, stream.width):
             setattr(stream._parent, name, nn.Identity())
     _replace_config(stream.decoder, _shortened(stream.decoder.config, num_blocks))
     copy_marks(model, stream.decoder)
@@ -286,7 +290,7 @@ def _submodule(model: nn.Module, argument: str, path: str) -> Any:
         ) from error
 
 
-def _leaves_stream(child: nn.Module, width: int) -> bool:
+def leaves_stream(child: nn.Module, width: int) -> bool:
     """Whether a child projects the stream down to narrower embeddings (OPT-350M): that belongs to the head."""
     return isinstance(child, nn.Linear) and child.in_features == width != child.out_features
 

@@ -6,19 +6,32 @@ import sys
 import pytest
 from cache_runs import ENVIRONMENT
 
+from consistency_lens.cli import tuned_lens
 from consistency_lens.cli.command import FIRST_SPEAKS, MISTAKE, run_command
 from consistency_lens.cli.main import COMMANDS, main
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_its_arguments(name, capsys):
+TUNED_LENS = "tuned-lens"
+LINES = [[name] for name in COMMANDS if name != TUNED_LENS] + [[TUNED_LENS, name] for name in tuned_lens.COMMANDS]
+
+
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
+def test_every_command_explains_its_arguments(line, capsys):
     with pytest.raises(SystemExit) as exit:
-        main([name, "--help"])
+        main([*line, "--help"])
     shown = capsys.readouterr().out
     assert exit.value.code == 0 and "--config" in shown
     assert "MISSING" not in shown and "%%" not in shown
+
+
+@pytest.mark.parametrize("line", [[], [TUNED_LENS]], ids=["all", TUNED_LENS])
+def test_commands_are_listed_where_none_is_named(line, capsys):
+    assert main(line) == 0
+    assert "usage: consistency-lens" in capsys.readouterr().out
+    assert main([*line, "fitt"]) == MISTAKE
+    assert "unknown command 'fitt'" in capsys.readouterr().err
 
 
 def test_libraries_that_are_imported_on_the_way_say_nothing():

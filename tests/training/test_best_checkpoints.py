@@ -1,6 +1,7 @@
 import pytest
 
-from consistency_lens.training.best_checkpoints import checkpoints_in, remove_others, steps_to_keep
+from consistency_lens.training.best_checkpoints import remove_others, steps_to_keep
+from consistency_lens.training.checkpoint import checkpoints_in
 from consistency_lens.training.early_stopping import evaluations_in_vain
 
 NAN = float("nan")
@@ -33,7 +34,7 @@ def test_only_checkpoints_of_the_run_up_to_now_are_removed(tmp_path):
     remove_others(tmp_path, {20}, up_to=30)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"checkpoint-20", "checkpoint-100", "data", "checkpoint-x"}
-    assert sorted(checkpoints_in(tmp_path)) == [20, 100]
+    assert list(checkpoints_in(tmp_path)) == [20, 100]
 
 
 def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):

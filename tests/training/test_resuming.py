@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(
         patch.setattr(place, part, Dying(getattr(place, part), times=2))
         with pytest.raises(Killed):
             tiny_run(tmp_path, save_total_limit=1).train()
-    names = [path.name for path in checkpoints_in(tmp_path / "run")]
+    names = [path.name for path in checkpoints_in(tmp_path / "run").values()]
     assert names == ["checkpoint-4", "checkpoint-6"]  # what is to be removed waits until the new one is whole
     assert_same(to_the_end(tmp_path, save_total_limit=1), whole)
     assert "checkpoint-6 is not whole (no manifest.json: its writing was cut short); taking the one" in caplog.text
@@ -163,7 +163,7 @@ def test_further_states_are_kept(tmp_path):
 
 
 def names_of(folder):
-    return [path.name for path in checkpoints_in(folder / "run")]
+    return [path.name for path in checkpoints_in(folder / "run").values()]
 
 
 def copied(whole, folder, *steps):

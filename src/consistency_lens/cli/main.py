@@ -1,8 +1,9 @@
 """The command `consistency-lens`: one small module for each sub-command, imported when it is called."""
 
-import importlib
 import sys
 from collections.abc import Sequence
+
+from .dispatch import dispatch
 
 COMMANDS = {
     "train": "train a lens from a recipe (--config examples/recipes/tiny_stories.yaml)",
@@ -14,25 +15,14 @@ COMMANDS = {
     "pull": "fetch a published activation cache (--repo me/cache --path data/cache)",
     "generate-chat": "complete prompts through an OpenAI-compatible server (--prompts prompts.jsonl)",
     "eval": "evaluate a saved lens on held-out documents (--lens outputs/tiny_stories)",
+    "tuned-lens": "fit, judge, plot and publish tuned lenses (tuned-lens fit --model gpt2)",
     "submit": "all of it: tokenize, cache, train, eval, on a Slurm cluster or here (--config recipe.yaml)",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatches to a sub-command.
-
-    Exit codes: 0 done, 1 failed while running, 2 the user's mistake, 3 a verification did not pass.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: consistency-lens COMMAND [--config FILE] [flags]\n\ncommands:")
-        for name, text in COMMANDS.items():
-            print(f"  {name:<14} {text}")
-        return 0
-    if argv[0] not in COMMANDS:
-        print(f"error: unknown command {argv[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    return importlib.import_module(f".{argv[0].replace('-', '_')}", __package__).main(argv[1:])
+    """Runs a sub-command; returns its exit code."""
+    return dispatch("consistency-lens", COMMANDS, __package__, argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Which checkpoints of a run stay."""
 
-import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+from .checkpoint import checkpoints_in
+
 LEAVING = "leaving-"  # no name that a run resumes from
 
 
@@ -42,9 +42,3 @@ def remove_others(folder: Path, keep: Iterable[int], up_to: int) -> None:
             checkpoint.rename(folder / f"{LEAVING}{checkpoint.name}")
     for path in folder.glob(f"{LEAVING}checkpoint-*"):
         shutil.rmtree(path)
-
-
-def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Step -> folder of each checkpoint of a run."""
-    found = ((CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
-    return {int(match[1]): path for match, path in found if match is not None}

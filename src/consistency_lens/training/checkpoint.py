@@ -26,17 +26,17 @@ class CheckpointWriteError(OSError):
     """Raised when a checkpoint cannot be written, with what to do; those before it stay as they are."""
 
 
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, whole or not, those of early steps first."""
-    folders = output_dir.glob("checkpoint-*") if output_dir.is_dir() else []
-    named = [path for path in folders if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(named, key=lambda path: int(path.name.split("-")[1]))
+def checkpoints_in(output_dir: Path) -> dict[int, Path]:
+    """Step -> folder of each checkpoint of a run, whole or not, in the order of their steps."""
+    folders = [path for path in output_dir.iterdir() if path.is_dir()] if output_dir.is_dir() else []
+    named = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in folders)
+    return dict(sorted((int(match[1]), path) for match, path in named if match is not None))
 
 
 def remove_torn(output_dir: Path, up_to: int) -> None:
     """Removes what killed runs left of checkpoints of steps up to `up_to`, of which there is a newer whole one."""
-    for path in checkpoints_in(output_dir):
-        if int(path.name.split("-")[1]) <= up_to and not (path / MANIFEST_FILE).is_file():
+    for step, path in checkpoints_in(output_dir).items():
+        if step <= up_to and not (path / MANIFEST_FILE).is_file():
             shutil.rmtree(path)
 
 

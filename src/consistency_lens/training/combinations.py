@@ -12,7 +12,7 @@ from ..quantised import is_quantised
 from ..schedules import Schedule, parse_duration
 from .arguments import SCHEDULED, ConsistencyLensTrainingArguments
 from .recipe_arguments import RecipeArguments
-from .sharding_arguments import spread_by
+from .sharding_arguments import check_sharding, spread_by
 from .unfreezing import parse_unfreeze
 
 
@@ -57,6 +57,7 @@ def check_training(args: ConsistencyLensTrainingArguments) -> None:
     Raises:
         ValueError: for settings that cannot go together.
     """
+    check_sharding(args, args.share_weights)
     spread = spread_by(args)
     settings = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"):

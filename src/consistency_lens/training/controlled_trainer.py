@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import parse_duration
 from .arguments import ConsistencyLensTrainingArguments
-from .best_checkpoints import checkpoints_in, remove_others, steps_to_keep
+from .best_checkpoints import remove_others, steps_to_keep
+from .checkpoint import checkpoints_in
 from .checkpointed_trainer import CheckpointedTrainer
 from .control_arguments import GROUP_SETTINGS
 from .early_stopping import EarlyStopping, figure_name

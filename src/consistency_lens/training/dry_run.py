@@ -23,13 +23,11 @@ from .combinations import check_recipe
 from .group_settings import of_group
 from .memory_estimate import Memory, memory_estimates, num_bytes, quantised_bytes, unique
 from .parameter_groups import parameter_groups
-from .recipe import check_length, layer_to_read, make_lens, read_checked_summaries
+from .recipe import make_checked_lens, read_checked_summaries
 from .recipe_arguments import RecipeArguments
 from .resuming import checkpoint_to_resume
 from .run_names import name_run
-from .sharding_arguments import check_sharding
 from .timetable import Timetable, steps_in_epoch
-from .trainer import check_settings
 from .unfreezing import Unfreezing
 
 # what each objective is weighed by
@@ -133,15 +131,11 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
     check_recipe(args, training_args)
-    check_sharding(training_args, training_args.share_weights)
     # the best attention that is to be had is looked for in loading; here one that is asked for by name is tried
     named = None if args.attention == AUTO else args.attention
     subject = load_empty_subject(args.model, args.revision, args.dtype, named)
-    check_length(args, subject)
-    layer = layer_to_read(args, subject)
-    lens = make_lens(args, subject, layer)
-    check_settings(lens, training_args)
-    name_run(training_args, dataset_of(args), args.model, layer, resume)
+    lens = make_checked_lens(args, training_args, subject)
+    name_run(training_args, dataset_of(args), args.model, lens.config.layer, resume)
     output_dir = Path(str(training_args.output_dir))
     summaries = read_checked_summaries(args, training_args)
     folder = Path(args.cache_dir) if args.cache_dir else output_dir / "data"

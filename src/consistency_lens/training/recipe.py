@@ -37,7 +37,7 @@ from .resuming import checkpoint_to_resume
 from .run_names import name_run
 from .sample_tables import SampleTables
 from .sharding import make_models_whole
-from .sharding_arguments import check_sharding, spread_by
+from .sharding_arguments import spread_by
 from .trainer import ConsistencyLensTrainer, check_settings
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,20 @@ def make_lens(args: RecipeArguments, subject: LoadedSubject, layer: int) -> Cons
     )
 
 
+def make_checked_lens(
+    args: RecipeArguments, training_args: ConsistencyLensTrainingArguments, subject: LoadedSubject
+) -> ConsistencyLensModel:
+    """A new lens for the subject, which fits the training arguments.
+
+    Raises:
+        ValueError: if they do not go together, or the subject cannot be read so.
+    """
+    check_length(args, subject)
+    lens = make_lens(args, subject, layer_to_read(args, subject))
+    check_settings(lens, training_args)
+    return lens
+
+
 def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) -> RunResult:
     """Trains and evaluates one lens; every artifact lies under `training_args.output_dir`.
 
@@ -122,17 +136,13 @@ def train_and_evaluate(
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
     check_recipe(args, training_args)
-    check_sharding(training_args, training_args.share_weights)
     make_models_whole()
     # what is spread over processes is made on the CPU, for one device alone may not have room for it
     spread = spread_by(training_args) is not None
     subject = load_subject(args, torch.device("cpu") if spread else training_args.device)
-    check_length(args, subject)
     # made before any activations, so that every mistake in its settings is found before the long work
-    layer = layer_to_read(args, subject)
-    lens = make_lens(args, subject, layer)
-    check_settings(lens, training_args)
-    name_run(training_args, dataset_of(args), args.model, layer, resume)
+    lens = make_checked_lens(args, training_args, subject)
+    name_run(training_args, dataset_of(args), args.model, lens.config.layer, resume)
     output_dir = Path(str(training_args.output_dir))
     if spread:
         subject.model.to(training_args.device)  # type: ignore[arg-type]  # here it is still whole, and read

@@ -62,7 +62,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 def newest_whole(args: TrainingArguments, output_dir: Path) -> tuple[str | None, list[str]]:
     """The newest whole checkpoint of a run, None if there is none; and what is wrong with those after it."""
-    folders: list[Any] = [list(reversed(checkpoints_in(output_dir)))]
+    folders: list[Any] = [list(checkpoints_in(output_dir).values())[::-1]]
     if args.world_size > 1:
         broadcast_object_list(folders)
     passed_over: list[str] = []
@@ -78,7 +78,7 @@ def newest_whole(args: TrainingArguments, output_dir: Path) -> tuple[str | None,
 
 def warn_of_others(args: TrainingArguments, output_dir: Path) -> None:
     """A later resume could take a checkpoint of an earlier run for one of the run that starts now."""
-    before = checkpoints_in(output_dir)
+    before = list(checkpoints_in(output_dir).values())
     if before and args.process_index == 0:
         logger.warning(
             "%s has checkpoints of an earlier run, up to %s, which a resume would take for this run's; pass "
@@ -90,7 +90,7 @@ def warn_of_others(args: TrainingArguments, output_dir: Path) -> None:
 
 def warn_of_later(args: TrainingArguments, resumed: Path, output_dir: Path) -> None:
     """As `warn_of_others`, of a run that goes back to an earlier checkpoint of its own."""
-    *_, newest = [None, *checkpoints_in(output_dir)]
+    *_, newest = [None, *checkpoints_in(output_dir).values()]
     same_run = resumed.resolve().parent == output_dir.resolve()
     if newest is not None and same_run and newest.resolve() != resumed.resolve() and args.process_index == 0:
         logger.warning(

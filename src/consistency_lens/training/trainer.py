@@ -21,7 +21,6 @@ from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
 from .lm_reference import Reference, SubjectReference
 from .objectives import Objective, Step, make_objective
-from .sharding_arguments import check_sharding
 from .timetable import Timetable, steps_in_epoch
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
@@ -36,7 +35,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
 
     Everything of `Trainer` works as usual. Beside it: each loss term, the temperature, the weights, every learning
     rate, samples and tokens per second and the peak memory are logged; a step whose gradients are not finite is
-    skipped and counted; checkpoints hold no pickle (but for those that FSDP and DeepSpeed write themselves).
+    skipped and counted; checkpoints hold no pickle (but for what DeepSpeed writes itself).
 
     Args:
         model: the lens; its `subject` must be attached or loadable.
@@ -263,7 +262,6 @@ def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgu
             groups that the lens does not train.
     """
     check_lens(lens, args)
-    check_sharding(args, args.share_weights)
     check_control(lens, args)
     if args.length_penalty > 0 and lens.config.decoder.stop_token_id is None:
         raise ValueError(
