@@ -80,7 +80,7 @@ class TimedTrain(Train):
 
 
 def save(lens: TunedLens, folder: Path) -> None:
-    """Saves a lens as the peer does, each translator under the hidden state that it reads; that of the embeddings is 0.
+    """Saves a lens as the peer does, each translator under the hidden state that it reads, the embeddings' being 0.
 
     In training, translator k reads the output of block k (`WithoutEmbeddings`), and the last one reads nothing.
     """
