@@ -16,7 +16,7 @@ LAYERS = [
     {"lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
     | {"modeling_consistency_lens"},
     {"data"},
-    {"evaluation", "hub"},
+    {"evaluation", "hub", "checkpoints"},
     {"training", "tuned_lens"},
     {"cli"},
 ]

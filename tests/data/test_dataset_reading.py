@@ -5,7 +5,14 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 
 from consistency_lens.data import dataset_reading
-from consistency_lens.data.dataset_reading import check_column, check_source, hub_commit, local_hash, read_dataset
+from consistency_lens.data.dataset_reading import (
+    check_column,
+    check_source,
+    hub_commit,
+    local_hash,
+    read_dataset,
+    stream_dataset,
+)
 
 TEXTS = ["one", "two\nlines", "three"]
 
@@ -50,6 +57,20 @@ def read(tmp_path):
 def test_every_kind_of_data_set_is_read(read, tmp_path, name):
     WRITERS[name](tmp_path / name)
     assert read(tmp_path / name)["text"][:] == TEXTS
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_and_streamed(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert [row["text"] for row in stream_dataset(str(tmp_path / name))] == TEXTS
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.csv", "folder", "saved"])
+def test_an_unknown_split_cannot_be_streamed(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    with pytest.raises(ValueError, match=f"dataset: cannot read '.*{name}', split 'tests'; pass a file") as caught:
+        stream_dataset(str(tmp_path / name), split="tests")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
+from consistency_lens.checkpoints.states import checkpoints_in
 from consistency_lens.training.best_checkpoints import remove_others, steps_to_keep
-from consistency_lens.training.checkpoint import checkpoints_in
 from consistency_lens.training.early_stopping import evaluations_in_vain
 
 NAN = float("nan")

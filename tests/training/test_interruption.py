@@ -14,10 +14,10 @@ import torch
 from checkpoint_runs import curve, tensors, tiny_run
 from transformers import TrainerCallback
 
+from consistency_lens.checkpoints.resuming import checkpoint_to_resume
+from consistency_lens.checkpoints.states import checkpoints_in
 from consistency_lens.training import interruption as module
-from consistency_lens.training.checkpoint import checkpoints_in
 from consistency_lens.training.interruption import Interruption, RunInterrupted, interruptible
-from consistency_lens.training.resuming import checkpoint_to_resume
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import torch
 from checkpoint_runs import DiesAt, Killed, curve, tensors, tiny_run
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from consistency_lens.training import checkpointed_trainer
-from consistency_lens.training.checkpoint import CheckpointWriteError, checkpoints_in
-from consistency_lens.training.checkpoint_manifest import MANIFEST_FILE
-from consistency_lens.training.resuming import checkpoint_to_resume
+from consistency_lens.checkpoints import trainer as whole_trainer
+from consistency_lens.checkpoints.manifest import MANIFEST_FILE
+from consistency_lens.checkpoints.resuming import checkpoint_to_resume
+from consistency_lens.checkpoints.states import CheckpointWriteError, checkpoints_in
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,7 +93,7 @@ class Dying:
 def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     tmp_path, whole, monkeypatch, caplog, part
 ):
-    place = checkpointed_trainer if part.startswith("write") else checkpointed_trainer.checkpoint
+    place = whole_trainer if part.startswith("write") else whole_trainer.states
     with monkeypatch.context() as patch:
         patch.setattr(place, part, Dying(getattr(place, part), times=2))
         with pytest.raises(Killed):

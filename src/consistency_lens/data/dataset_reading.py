@@ -3,10 +3,10 @@
 import difflib
 import errno
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 
@@ -67,6 +67,35 @@ def read_dataset(
     return dataset
 
 
+def stream_dataset(
+    source: str, config: str | None = None, split: str = "train", revision: str | None = None
+) -> Dataset | IterableDataset:
+    """One split of a data set, read as it is gone through: nothing is converted, and of the Hub's no file is kept.
+
+    Args:
+        source, config, split, revision: as of `read_dataset`, but for parts of a split, which cannot be streamed.
+
+    Raises:
+        ValueError: as `read_dataset`, but a data set that is empty or damaged shows when it is gone through.
+    """
+    check_source(source, config, revision)
+    path = Path(source)
+    try:
+        if path.is_file() and path.suffix in LOADERS:
+            return load_dataset(LOADERS[path.suffix], data_files=str(path), split=split, streaming=True)
+        if path.is_file():
+            _check_split(split, ["train"])
+            return IterableDataset.from_generator(_text_rows, features=TEXT_FEATURES, gen_kwargs={"path": str(path)})
+        if _is_saved(path):
+            return _saved_split(load_from_disk(path), split)
+        return load_dataset(source, name=config, split=split, revision=revision, streaming=True)
+    except Exception as error:  # every loader raises its own kinds
+        raise ValueError(
+            f"dataset: cannot read {source!r}, split {split!r}; pass a file, a folder or a data set on the Hub "
+            f"({cause_of(error)})"
+        ) from error
+
+
 def check_source(source: str, config: str | None, revision: str | None, argument: str = "dataset") -> None:
     """Raises a ValueError for a revision of what is not on the Hub, or a configuration of what has none."""
     path = Path(source)
@@ -121,12 +150,15 @@ def _check_split(split: str, known: Collection[str]) -> None:
 
 def check_column(dataset: Dataset, column: str, argument: str) -> None:
     """Raises a ValueError, with the nearest name, if a data set lacks a column."""
-    if column not in dataset.column_names:
-        near = difflib.get_close_matches(column, dataset.column_names, n=1)
+    check_name(column, dataset.column_names, argument)
+
+
+def check_name(column: str, columns: Sequence[str], argument: str) -> None:
+    """Raises a ValueError, with the nearest name, if a column is not one of these."""
+    if column not in columns:
+        near = difflib.get_close_matches(column, columns, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "pass one of them"
-        raise ValueError(
-            f"{argument}: no column {column!r}, the data set has {', '.join(dataset.column_names)}; {hint}"
-        )
+        raise ValueError(f"{argument}: no column {column!r}, the data set has {', '.join(columns)}; {hint}")
 
 
 def local_hash(source: str) -> str | None:

@@ -97,6 +97,11 @@ def corpus_origin(path: str | Path, tokenizer: PreTrainedTokenizerBase, model: s
     return CorpusOrigin(settings["dataset"], revision, told | {"fingerprint": record["fingerprint"]})
 
 
+def is_corpus(path: str | Path) -> bool:
+    """Whether a finished corpus lies at `path`."""
+    return (Path(path) / TOKENIZATION_FILE).is_file()
+
+
 def read_tokenization(path: str | Path) -> dict[str, Any]:
     """The `tokenization.json` of a finished corpus.
 

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from .checkpoint import checkpoints_in
+from ..checkpoints.states import checkpoints_in
 
 LEAVING = "leaving-"  # no name that a run resumes from
 

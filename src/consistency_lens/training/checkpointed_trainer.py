@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_callback import ExportableState, TrainerControl
 
 from ..atomic_write import write_json, write_tensors
+from ..checkpoints import states
+from ..checkpoints.resuming import PROGRESS_FILE, check_same_run
+from ..checkpoints.trainer import WholeCheckpointTrainer
 from ..lens_decoder import LensDecoder
 from ..modeling_consistency_lens import ConsistencyLensModel
-from . import checkpoint
 from .arguments import ConsistencyLensTrainingArguments
-from .checkpoint_manifest import MANIFEST_FILE, wait_for_everyone, write_manifest
 from .interruption import UndisturbedWorker
-from .resuming import PROGRESS_FILE, check_same_run, checkpoint_to_resume
 from .sharding import weights_of
 from .timetable import Timetable
 from .warm_start_end import WarmStartEnd
@@ -29,16 +26,14 @@ from .warm_start_end import WarmStartEnd
 logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference.safetensors"
-SCALER_FILE = "scaler.json"
 WARM_START_FILE = "warm_start.json"
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(WholeCheckpointTrainer):
     """The half of `ConsistencyLensTrainer` that saves and restores.
 
-    A checkpoint is whole or does not count (`checkpoint_manifest`), and a run that goes on from it is the run that was
-    never disturbed: model, optimizer, schedules, place in the data, random states of every process, counters, and
-    what was summed up since the last log.
+    A run that goes on from a checkpoint is the run that was never disturbed: model, optimizer, schedules, place in the
+    data, random states of every process, counters, and what was summed up since the last log.
 
     Attributes:
         lens: without wrapper.
@@ -55,10 +50,9 @@ class CheckpointedTrainer(Trainer):
     _counts: dict[str, int]
     _since: tuple[int, int, float]
     _training_since: float | None
-    _stopped_early = False
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.kept: dict[str, checkpoint.Kept] = {}
+        self.kept: dict[str, states.Kept] = {}
         super().__init__(*args, **kwargs)
         self.weights = weights_of(self.accelerator)
 
@@ -90,29 +84,6 @@ class CheckpointedTrainer(Trainer):
             raise OSError(f"cannot write {str(folder)!r}: {error}") from error
         write_json(folder / "training_arguments.json", json.loads(self.args.to_json_string()))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial))
-        folder = run / f"checkpoint-{self.state.global_step}"
-        try:
-            self.make_way(folder)
-            super()._save_checkpoint(model, trial)
-            write_manifest(folder, self.args)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)  # it takes room, and is not whole
-            raise checkpoint.CheckpointWriteError(
-                f"checkpoint: cannot write {str(folder)!r}: {error.strerror or error}; those before it are whole: "
-                "make room and go on with --resume_from_checkpoint true"
-            ) from error
-        if self.args.should_save:
-            checkpoint.remove_torn(run, up_to=self.state.global_step)
-
-    def make_way(self, folder: Path) -> None:
-        """Removes what a killed run left under the name of a checkpoint that is to be written."""
-        if self.args.should_save and folder.is_dir():
-            (folder / MANIFEST_FILE).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-        wait_for_everyone(self.args)
-
     def progress(self) -> dict[str, Any]:
         """Where the run is, by its settings."""
         step = self.state.global_step
@@ -125,32 +96,7 @@ class CheckpointedTrainer(Trainer):
             "kept": sorted(self.kept),
         }
 
-    def num_training_rows(self) -> int | None:
-        """Rows of an epoch; None for data of unknown length."""
-        try:
-            return len(self.train_dataset)  # type: ignore[arg-type]
-        except TypeError:
-            return None
-
     # --- resuming
-
-    def checkpoint_named(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint that an argument of `train` means; True is the newest that is whole."""
-        if wanted is True:
-            self.args.resume_from_checkpoint = "true"
-            return checkpoint_to_resume(self.args)
-        return wanted or None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._stopped_early = False
-        return super().train(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._stopped_early or self.state.global_step >= self.state.max_steps:
-            logger.info("nothing is left to train: the checkpoint is of a run that has ended")
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
     def check_resume(self, folder: Path) -> None:
         """Compares this run with its checkpoint.
@@ -164,19 +110,6 @@ class CheckpointedTrainer(Trainer):
             if self.args.process_index == 0:
                 logger.warning("resumed with %s", difference)
 
-    def _load_callback_state(self) -> None:
-        # `Trainer` would put new callbacks in the place of these, and at the end of all, and only if asked to
-        states: Any = self.state.stateful_callbacks
-        control = states.get(TrainerControl.__name__, {"args": {}})
-        stopped = control["args"].get("should_training_stop", False)
-        self._stopped_early = stopped and self.state.global_step < self.state.max_steps
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):
-                # a callback that is new in this run is not in the state yet, and `Trainer` wants it there
-                saved = states.setdefault(type(callback).__name__, callback.state())
-                for name, value in saved["attributes"].items():
-                    setattr(callback, name, value)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         weights = Path(resume_from_checkpoint) / "model.safetensors"
         if not weights.is_file():
@@ -184,9 +117,6 @@ class CheckpointedTrainer(Trainer):
                 f"checkpoint: no {weights.name} in {str(weights.parent)!r}; pass a checkpoint-<step> folder"
             )
         self.weights.fill(self.lens, load_file(weights))
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def load_warm_start_end(self, folder: Path) -> None:
         """Which stages had ended early when the checkpoint was written.
@@ -236,8 +166,8 @@ class CheckpointedTrainer(Trainer):
             return
         write_json(folder / PROGRESS_FILE, self.progress())
         for name, state in kept.items():
-            checkpoint.save_state(folder, name, state)
-        checkpoint.save_scheduler(self.lr_scheduler, folder)
+            states.save_state(folder, name, state)
+        states.save_scheduler(self.lr_scheduler, folder)
         if self.warm_start_end is not None:
             write_json(folder / WARM_START_FILE, self.warm_start_end.state())
         if reference is not None:
@@ -251,27 +181,18 @@ class CheckpointedTrainer(Trainer):
         self.check_resume(folder)
         self.load_reference(folder)
         for name, kept in self.kept.items():
-            kept.load_state(checkpoint.load_state(folder, name))
+            kept.load_state(states.load_state(folder, name))
         self.weights.load_optimizer(self.optimizer, folder)
-        checkpoint.load_scheduler(self.lr_scheduler, folder)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if self.accelerator.scaler is not None and self.args.should_save:
-            write_json(Path(output_dir) / SCALER_FILE, self.accelerator.scaler.state_dict())
-
-    def _load_scaler(self, resume: str | None) -> None:
-        path = Path(resume or "") / SCALER_FILE
-        if resume is not None and self.accelerator.scaler is not None and path.is_file():
-            self.accelerator.scaler.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        states.load_scheduler(self.lr_scheduler, folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        checkpoint.save_random_states(Path(output_dir), self.args.process_index)
+        states.save_random_states(Path(output_dir), self.args.process_index)
         write_tensors(Path(output_dir) / unlogged_file(self.args.process_index), self.unlogged())
 
     def _load_rng_state(self, resume: str | None) -> None:
         if resume is None:
             return
-        if not checkpoint.load_random_states(Path(resume), self.args.process_index):
+        if not states.load_random_states(Path(resume), self.args.process_index):
             logger.warning("no random states of process %d in %s; sampling restarts", self.args.process_index, resume)
         path = Path(resume) / unlogged_file(self.args.process_index)
         if path.is_file():

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.states import checkpoints_in
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..schedules import parse_duration
 from .arguments import ConsistencyLensTrainingArguments
 from .best_checkpoints import remove_others, steps_to_keep
-from .checkpoint import checkpoints_in
 from .checkpointed_trainer import CheckpointedTrainer
 from .control_arguments import GROUP_SETTINGS
 from .early_stopping import EarlyStopping, figure_name

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from ..attention import AUTO
+from ..checkpoints.resuming import checkpoint_to_resume
 from ..data.expected_rows import ExpectedRows, expected_rows
 from ..data.sources import dataset_of
 from ..data.subject_loading import LoadedSubject, load_tokenizer, not_loaded, pinned_revision
@@ -25,7 +26,6 @@ from .memory_estimate import Memory, memory_estimates, num_bytes, quantised_byte
 from .parameter_groups import parameter_groups
 from .recipe import make_checked_lens, read_checked_summaries
 from .recipe_arguments import RecipeArguments
-from .resuming import checkpoint_to_resume
 from .run_names import name_run
 from .timetable import Timetable, steps_in_epoch
 from .unfreezing import Unfreezing

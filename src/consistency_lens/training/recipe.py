@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from .. import __version__
 from ..atomic_write import write_json
+from ..checkpoints.resuming import checkpoint_to_resume
 from ..data.activation_source import rows_at
 from ..data.sources import Reader, SplitRows, dataset_of, layer_of, open_rows
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
@@ -33,7 +34,6 @@ from .combinations import check_recipe
 from .evaluation_callback import EvaluateLens
 from .interruption import Interruption, interruptible
 from .recipe_arguments import RecipeArguments
-from .resuming import checkpoint_to_resume
 from .run_names import name_run
 from .sample_tables import SampleTables
 from .sharding import make_models_whole

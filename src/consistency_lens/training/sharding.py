@@ -18,11 +18,11 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..checkpoints import states
 from ..lens_artifact import TrainedTensorsModel
 from ..lens_decoder import LensDecoder
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
-from . import checkpoint
 from .lm_reference import freeze_copy
 
 
@@ -86,12 +86,12 @@ class WholeWeights:
         if engine is not None:
             engine.save_checkpoint(str(folder))
         elif keep:
-            checkpoint.save_optimizer(optimizer.state_dict(), folder)
+            states.save_optimizer(optimizer.state_dict(), folder)
 
     def load_optimizer(self, optimizer: Any, folder: Path) -> None:
         """Reads what `save_optimizer` wrote; every process has to call it."""
         if not self.uses_deepspeed:  # whose engine has been told already
-            optimizer.load_state_dict(checkpoint.read_optimizer(optimizer, folder))
+            optimizer.load_state_dict(states.read_optimizer(optimizer, folder))
 
     def release(self, lens: ConsistencyLensModel, optimizer: Any) -> None:
         """Gives the memory of the device back after the training; the lens cannot be used any more."""
@@ -189,10 +189,10 @@ class FullyShardedWeights(SpreadWeights):
         state = optimizer.state_dict()
         state["state"] = {index: self.put_together(entries, keep) for index, entries in state["state"].items()}
         if keep:
-            checkpoint.save_optimizer(state, folder)
+            states.save_optimizer(state, folder)
 
     def load_optimizer(self, optimizer: Any, folder: Path) -> None:
-        saved = checkpoint.read_optimizer(optimizer, folder)
+        saved = states.read_optimizer(optimizer, folder)
         trained = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         for index, entries in saved["state"].items():
             for name, value in entries.items():

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from checkpoint_runs import DiesAt, Killed, tiny_run
 
-from consistency_lens.training import checkpoint_manifest
-from consistency_lens.training.checkpoint_manifest import (
+from consistency_lens.checkpoints import manifest as written
+from consistency_lens.checkpoints.manifest import (
     MANIFEST_FILE,
     digests,
     file_sizes,
@@ -107,8 +107,8 @@ def test_processes_share_the_pieces_of_large_files(tmp_path):
 
 
 def test_every_piece_is_checked(trainer, checkpoint, monkeypatch):
-    monkeypatch.setattr(checkpoint_manifest, "PIECE_BYTES", 1000)
-    checkpoint_manifest.write_manifest(checkpoint, trainer.args)
+    monkeypatch.setattr(written, "PIECE_BYTES", 1000)
+    written.write_manifest(checkpoint, trainer.args)
     monkeypatch.undo()  # the pieces are those of the manifest
     path = checkpoint / "model.safetensors"
     whole = path.read_bytes()

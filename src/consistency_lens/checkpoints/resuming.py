@@ -9,8 +9,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from .checkpoint import checkpoints_in
-from .checkpoint_manifest import tear_in
+from .manifest import tear_in
+from .states import checkpoints_in
 
 logger = logging.getLogger(__name__)
 

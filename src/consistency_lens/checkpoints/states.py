@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic_write import write_json, write_tensors
-from .checkpoint_manifest import MANIFEST_FILE
+from .manifest import MANIFEST_FILE
 
 OPTIMIZER_TENSORS, OPTIMIZER_JSON = "optimizer.safetensors", "optimizer.json"
 SCHEDULER_JSON = "scheduler.json"

@@ -1,0 +1,130 @@
+"""Ridge regression of the final residual on each layer's, from second moments summed in one pass; cut to a rank.
+
+With x the normalised residual of a layer and y the final one, the full translator is `y ~ x + x W + c`. W minimises
+E|x + x W + c - y|^2 + lambda |W|^2, so the penalty draws towards the identity, which is the norm lens. The best map of
+low rank under the covariance S of x and a metric M of y comes from the singular vectors of S^(1/2) W M^(1/2) (Eckart
+and Young 1936).
+Shapes: N rows, d width.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# of the largest eigenvalue: what the metric of the output is raised by, so that it has an inverse
+METRIC_FLOOR = 1e-4
+
+
+class AffineMap(NamedTuple):
+    """x + x W + c."""
+
+    W: Tensor
+    """(d, d) float64."""
+    c: Tensor
+    """(d,) float64."""
+
+
+class RidgeMoments:
+    """First and second moments of one layer's normalised residuals and the final ones.
+
+    Sums are float64, of products in float32: one pass, d^2 numbers twice, however many rows.
+
+    Args:
+        width: d.
+        device: where they are summed.
+    """
+
+    NAMES = ("sum_x", "sum_y", "xx", "xy")
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.sum_x = torch.zeros(width, dtype=torch.float64, device=device)
+        self.sum_y = torch.zeros(width, dtype=torch.float64, device=device)
+        self.xx = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Adds rows: x (N, d) of the layer, y (N, d) of the last one, float32."""
+        self.count += len(x)
+        self.sum_x += x.sum(dim=0)
+        self.sum_y += y.sum(dim=0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+
+    @property
+    def mean_x(self) -> Tensor:
+        """(d,)."""
+        return self.sum_x / self.count
+
+    @property
+    def mean_y(self) -> Tensor:
+        """(d,)."""
+        return self.sum_y / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Of x, (d, d)."""
+        return self.xx / self.count - torch.outer(self.mean_x, self.mean_x)
+
+    @property
+    def cross_covariance(self) -> Tensor:
+        """Of x with y, (d, d)."""
+        return self.xy / self.count - torch.outer(self.mean_x, self.mean_y)
+
+    def solve(self, ridge: float) -> AffineMap:
+        """The full translator.
+
+        Args:
+            ridge: lambda, as a share of the mean variance of x.
+        """
+        covariance = self.covariance
+        penalty = ridge * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+        W = torch.linalg.solve(covariance + penalty, self.cross_covariance - covariance)
+        return AffineMap(W, self.mean_y - self.mean_x - self.mean_x @ W)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is summed, for a checkpoint."""
+        return {name: getattr(self, name) for name in self.NAMES} | {"count": torch.tensor(self.count)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `state` gave."""
+        self.count = int(state["count"])
+        for name in self.NAMES:
+            getattr(self, name).copy_(state[name])
+
+
+def cut_to_rank(W: Tensor, rank: int, covariance: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """U (d, k) and V (d, k) with U V^T as close to W as rank k allows, where it counts.
+
+    What is minimised is E|x (W - U V^T)|^2, in the metric of the output. Columns of U and V come in equal lengths.
+
+    Args:
+        W: (d, d).
+        rank: k.
+        covariance: of x, (d, d).
+        metric: of the output, (d, d), positive semi-definite; None counts all directions alike.
+    """
+    root = _root(covariance)
+    outer = torch.eye(len(W)).to(W) if metric is None else _root(metric)
+    left, values, right = torch.linalg.svd(root @ W @ outer)
+    U = torch.linalg.solve(root, left[:, :rank]) * values[:rank].sqrt()
+    V = torch.linalg.solve(outer, right[:rank].T) * values[:rank].sqrt()
+    balance = (V.norm(dim=0) / U.norm(dim=0).clamp(min=1e-30)).sqrt()
+    return U * balance, V / balance.clamp(min=1e-30)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """The symmetric square root, raised where the matrix is nearly singular."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=METRIC_FLOOR * float(values.max()))
+    return (vectors * values.sqrt()) @ vectors.T
+
+
+def pooled(moments: Mapping[Any, RidgeMoments]) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of x over the rows of all layers."""
+    count = sum(layer.count for layer in moments.values())
+    mean = torch.stack([layer.sum_x for layer in moments.values()]).sum(dim=0) / count
+    second = torch.stack([layer.xx for layer in moments.values()]).sum(dim=0) / count
+    return mean, second - torch.outer(mean, mean)
