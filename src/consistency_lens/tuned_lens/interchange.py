@@ -38,7 +38,7 @@ class _Files(NamedTuple):
 
     config: Path
     parameters: Path
-    source: dict[str, str | None]
+    source: dict[str, Any]
     """Where they come from, for the provenance."""
 
 
