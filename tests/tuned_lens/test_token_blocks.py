@@ -46,6 +46,14 @@ def write_rows(path, texts, column="text"):
     return str(path)
 
 
+def add_bos(tokenizer):
+    """The tokenizer, adding BOS itself from now on."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    return tokenizer
+
+
 def long_rows(documents):
     for n in range(documents):
         yield {"text": f"w{3 + n % 94} {TEXTS[6]} " * 30}
@@ -134,13 +142,14 @@ class TestPacking:
         assert blocks.validation.tolist() == [[16, 90, 91, 92]]
 
     def test_control_tokens_are_those_that_the_tokenizer_adds(self, read):
-        tokenizer = tiny_tokenizer()
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", BOS)]
-        )
-        blocks = read(tokenizer=tokenizer)
+        blocks = read(tokenizer=add_bos(tiny_tokenizer()))
         expected = [[BOS, *words(text)] for text in TEXTS if not is_held_out(text)]
         assert blocks.train.reshape(-1).tolist() == list(chain.from_iterable(expected))[:80]
+
+    def test_documents_that_are_not_wanted_are_passed_over(self, arguments, tokenizer):
+        rows = Dataset.from_dict({"text": TEXTS})
+        sequences = token_stream.text_sequences(rows, arguments(), tokenizer, wanted=lambda split: split == "train")
+        assert [sequence.ids.tolist() for sequence in sequences] == [words(t) for t in TEXTS if not is_held_out(t)]
 
     def test_a_control_token_that_a_text_spells_is_plain_text(self, read, tmp_path):
         dataset = write_rows(tmp_path / "spelt.jsonl", [f"{text} w5</s>" for text in TEXTS])
@@ -151,8 +160,9 @@ class TestPacking:
         blocks = read(tokens=78, validation_tokens=13)
         assert blocks.train.size == 80 and blocks.validation.size == 16
         assert blocks.description["tokens"] == {"train": 80, "validation": 16}
-        lengths = np.cumsum([len(words(text)) for text in TEXTS if not is_held_out(text)])
-        assert blocks.description["documents"]["train"] == int(np.searchsorted(lengths, 80)) + 1
+        for held_out, (split, tokens) in enumerate(blocks.description["tokens"].items()):
+            ends = np.cumsum([len(words(text)) for text in TEXTS if is_held_out(text) == held_out])
+            assert blocks.description["documents"][split] == int(np.searchsorted(ends, tokens)) + 1
 
     def test_reading_stops_when_there_is_enough(self, read, monkeypatch):
         seen = []
@@ -180,7 +190,8 @@ class TestPacking:
     def test_empty_rows_are_left_out(self, read, tmp_path):
         texts = [text for pair in zip(TEXTS, ["", "  \n", None] * 14, strict=False) for text in pair]
         dataset = write_rows(tmp_path / "gaps.jsonl", texts)
-        assert np.array_equal(read("a", dataset=dataset).train, read("b").train)
+        tokenizer = add_bos(tiny_tokenizer())
+        assert np.array_equal(read("a", tokenizer, dataset=dataset).train, read("b", tokenizer).train)
 
     def test_memory_holds_a_batch_and_not_the_text(self, read, monkeypatch):
         monkeypatch.setattr(token_stream, "TEXT_BATCH", 8)
@@ -278,10 +289,7 @@ class TestFiles:
     def test_and_another_tokenizer(self, read):
         tokenizer = tiny_tokenizer()
         before = read(tokenizer=tokenizer)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", BOS)]
-        )
-        assert not np.array_equal(read(tokenizer=tokenizer).train, before.train)
+        assert not np.array_equal(read(tokenizer=add_bos(tokenizer)).train, before.train)
 
     def test_a_killed_writing_leaves_nothing_half(self, read, monkeypatch, tmp_path):
         read()
@@ -442,6 +450,10 @@ class TestCorpus:
         assert blocks.validation.reshape(-1).tolist() == expected[True][:16]
         assert blocks.description["repo_id"] == str(tmp_path / "data.jsonl")
         assert blocks.description["split"] == "train" and blocks.description["corpus"]["fingerprint"]
+
+    def test_a_split_that_is_not_wanted_is_passed_over(self, corpus):
+        sequences = token_stream.corpus_sequences(corpus, wanted=lambda split: split == "validation")
+        assert {sequence.split for sequence in sequences} == {"validation"}
 
     def test_another_tokenizer_is_refused(self, read, corpus):
         with pytest.raises(ValueError, match="was made with the tokenizer of .*but that of 'tiny' differs"):

@@ -7,17 +7,20 @@ Shapes: B batch, S tokens, d width, V vocabulary, L layers. Layer k is the outpu
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from ..lens_artifact import TrainedTensorsModel, load_subject
 from ..residual_stream import ResidualStream
 from .configuration_tuned_lens import TunedLensConfig
 from .preconditioner import Preconditioner
 from .readout import Readout
+from .streamed_kl import Head, Teacher, streamed_kl
 from .translator import TunedTranslator
 
 SEED = 316
@@ -48,6 +51,21 @@ class Trajectory(NamedTuple):
         """The same of the norm lens."""
         final = self.norm[-1]
         return (final.exp() * (final - self.norm)).sum(dim=-1)
+
+
+@dataclass
+class FitOutput(ModelOutput):
+    """What one pass of the fit gives.
+
+    Attributes:
+        kl: KL(P_final || P_layer) in nats, (layers, N).
+        smallness: mean over the layers of the sum of squares of U, V (or W) and c.
+        roughness: mean over the layers of the squared distance of their maps from those of the layers beside them.
+    """
+
+    kl: Tensor | None = None
+    smallness: Tensor | None = None
+    roughness: Tensor | None = None
 
 
 class TunedLens(TrainedTensorsModel):
@@ -194,6 +212,40 @@ class TunedLens(TrainedTensorsModel):
     def num_layers(self) -> int:
         """L."""
         return self.config.num_layers
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves the subject along with the lens (`.to`, `.cuda`, ...)."""
+        for stream in self._subject:
+            stream.model._apply(fn, recurse)
+            self._readout[:] = [Readout(stream.model, self.config.blocks, self.config.final_norm)]
+        return super()._apply(fn, recurse)
+
+    # --- the fit
+
+    def forward(self, hidden: Tensor, layers: Sequence[int], teacher: Teacher, head: Head) -> FitOutput:
+        """The loss of some layers; every trained tensor is used in here, so DDP reduces every gradient.
+
+        Args:
+            hidden: (layers, N, d) float32, see `ResidualBatch`.
+            layers: which they are, ascending, without the last one.
+            teacher: of the same N rows.
+            head: of the subject.
+        """
+        translated = torch.stack([self.translate(layer, rows) for layer, rows in zip(layers, hidden, strict=True)])
+        temperature = torch.stack([self.temperature(layer) for layer in layers]).to(translated)
+        used: Any = [self.translators[layer] for layer in layers]
+        apart = [self._roughness(layer) for layer in layers]
+        return FitOutput(
+            kl=streamed_kl(translated, temperature, teacher, head),
+            smallness=torch.stack([translator.smallness() for translator in used]).mean(),
+            roughness=torch.stack(apart).mean(),
+        )
+
+    def _roughness(self, layer: int) -> Tensor:
+        """Half the squared distance of a layer's map from each of its neighbours', which are constants here."""
+        one: Any = self.translators[layer]
+        beside: Any = [self.translators[k] for k in (layer - 1, layer + 1) if 0 <= k < len(self.translators)]
+        return sum((one.distance(other) for other in beside), start=torch.zeros_like(one.c.sum())) / 2
 
     # --- reading
 

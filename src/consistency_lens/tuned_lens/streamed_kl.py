@@ -86,6 +86,16 @@ def streamed_kl(
     return _StreamedKL.apply(hidden, temperature, teacher, head, chunk_numbers)
 
 
+@torch.no_grad()
+def mean_probabilities(teacher: Teacher, head: Head, chunk_numbers: int = CHUNK_NUMBERS) -> Tensor:
+    """The mean of the final distribution over the rows, (V,) float32."""
+    found = []
+    for chunk in _chunks(head, len(teacher.hidden), chunk_numbers):
+        logits, _ = _capped(_raw_logits(teacher.hidden, chunk), head.soft_cap)
+        found.append((logits - teacher.lse[:, None]).exp().mean(dim=0))
+    return torch.cat(found)
+
+
 def top_tokens(teacher: Teacher, head: Head, count: int) -> Tensor:
     """The union over rows of the teacher's `count` most probable tokens, (K,) int64 ascending.
 
@@ -130,9 +140,10 @@ def _linear_kl(
         sums.add(_raw_logits(rows, chunk) / tau, None, chunk)
     tau = tau[:, 0]
     e = teacher.expected_weight.repeat(layers, 1)
-    # m = E_p[b]: what the teacher's expected logit has beside x_L . e
-    m = teacher.expected_logit - (teacher.hidden * teacher.expected_weight).sum(dim=-1)
-    expected = (rows * e).sum(dim=-1) + m.repeat(layers)
+    expected = (rows * e).sum(dim=-1)
+    if head.bias is not None:  # E_p[b]: what the teacher's expected logit has beside x_L . e
+        beside = teacher.expected_logit - (teacher.hidden * teacher.expected_weight).sum(dim=-1)
+        expected = expected + beside.repeat(layers)
     kl = teacher.negative_entropy.repeat(layers) - expected / tau + sums.lse
     if not wanted:
         return kl, rows, tau

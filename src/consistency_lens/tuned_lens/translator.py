@@ -46,6 +46,24 @@ class TunedTranslator(nn.Module):
         assert self.U is not None and self.V is not None
         return hidden + (hidden @ self.U.to(device)) @ self.V.to(device).T + self.c.to(device)
 
+    def smallness(self) -> Tensor:
+        """The sum of squares of U, V (or W) and c, ()."""
+        matrices = [matrix for matrix in (self.U, self.V, self.W) if matrix is not None]
+        return sum((tensor.square().sum() for tensor in matrices), start=self.c.square().sum())
+
+    def distance(self, other: "TunedTranslator") -> Tensor:
+        """The squared Frobenius norm of the difference of two maps, (); `other` is a constant.
+
+        Of maps and not of U and V, as those say the same map in many ways: |U V^T - A B^T|^2 is summed up from k x k
+        products.
+        """
+        if self.W is not None:
+            assert other.W is not None
+            return (self.W - other.W.detach()).square().sum()
+        assert self.U is not None and self.V is not None and other.U is not None and other.V is not None
+        U, V = torch.cat([self.U, other.U.detach()], dim=1), torch.cat([self.V, -other.V.detach()], dim=1)
+        return ((U.T @ U) * (V.T @ V)).sum()
+
     @property
     def tau(self) -> Tensor:
         """The temperature, (), above 0."""

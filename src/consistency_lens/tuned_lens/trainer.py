@@ -1,0 +1,219 @@
+"""The KL steps of a tuned lens: `TunedLensTrainer`, a transformers `Trainer` whose checkpoints are whole."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback
+
+from ..atomic_write import write_json
+from ..checkpoints import states
+from ..checkpoints.resuming import PROGRESS_FILE
+from ..checkpoints.trainer import WholeCheckpointTrainer
+from .depth import DEPTHS, layer_at_depth
+from .fit_arguments import TunedLensTrainingArguments
+from .held_out import BITS, HeldOutKL, held_out_kl
+from .modeling_tuned_lens import FitOutput, TunedLens
+from .optimizer import make_optimizer
+from .residual_batches import make_head, position_bounds, read_batch, sampled_positions, vocabulary_budget
+from .streamed_kl import Head, Teacher, read_teacher, top_tokens
+
+# apart from the positions' draws, which begin with the seed too
+LAYER_DRAWS = 1
+
+
+class BlockDataset(Dataset):
+    """Blocks of tokens and their numbers.
+
+    Args:
+        blocks: (N, S) integers, may be memory-mapped.
+        first: the number of the first one.
+    """
+
+    def __init__(self, blocks: np.ndarray, first: int = 0) -> None:
+        self.blocks, self.first = blocks, first
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.blocks[index].astype(np.int64), "row": self.first + index}
+
+
+class TunedLensTrainer(WholeCheckpointTrainer):
+    """Minimises KL(P_final || P_layer) of all or some layers, at sampled positions, with the subject frozen.
+
+    The text goes through the subject once; its head is read at the sampled positions alone.
+
+    Args:
+        lens: with its subject; it goes where the fit runs, the subject is there already.
+        args: see there.
+        train_blocks: tokens, (N, S).
+        validation_blocks: of other documents, (M, S).
+        first_row: number of the first training block, for the draws.
+
+    Attributes:
+        tokens: that went through the subject in training so far, of all processes.
+        budget: layers and positions of a step.
+    """
+
+    args: TunedLensTrainingArguments
+    loss_is_scaled_for_ga = False  # the loss is a mean, which accumulation has to divide
+
+    def __init__(
+        self,
+        lens: TunedLens,
+        args: TunedLensTrainingArguments,
+        train_blocks: np.ndarray,
+        validation_blocks: np.ndarray,
+        first_row: int = 0,
+    ) -> None:
+        self.lens = lens
+        self.validation_blocks = validation_blocks
+        self.head = make_head(lens, args.head_dtype)
+        self.bounds = position_bounds(args.position_range, train_blocks.shape[1])
+        automatic = vocabulary_budget(lens.config.vocab_size, lens.num_layers)
+        self.num_layers = args.count_of("layers_per_step", automatic.layers, lens.num_layers - 1)
+        self.num_positions = args.count_of(
+            "positions_per_sequence", automatic.positions, self.bounds[1] - self.bounds[0]
+        )
+        self.tokens = 0
+        self._kl, self._passes = 0.0, 0  # since the last log
+        callbacks = [EarlyStoppingCallback(args.early_stopping_patience)] if args.early_stopping_patience else []
+        super().__init__(
+            model=lens,
+            args=args,
+            train_dataset=BlockDataset(train_blocks, first_row),
+            eval_dataset=BlockDataset(validation_blocks),
+            callbacks=callbacks,
+        )
+
+    # --- the loss
+
+    def step_layers(self) -> list[int]:
+        """The layers of the next step, ascending: by seed and step alone, so every process draws the same."""
+        available = self.lens.num_layers - 1
+        if self.num_layers == available:
+            return list(range(available))
+        draws = np.random.default_rng([self.args.seed, LAYER_DRAWS, self.state.global_step])
+        return sorted(draws.choice(available, self.num_layers, replace=False).tolist())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean KL over layers and positions, and the two penalties."""
+        rows, input_ids = inputs["row"].tolist(), inputs["input_ids"]
+        epoch = int(self.state.epoch or 0)
+        positions = sampled_positions(rows, self.num_positions, self.bounds, self.args.seed, epoch)
+        layers = self.step_layers()
+        batch = read_batch(self.lens, self.head, input_ids, positions, layers)
+        teacher, head = self.narrowed(batch.teacher)
+        output: FitOutput = model(batch.hidden, layers, teacher, head)
+        kl = cast(Tensor, output.kl).mean()
+        self.tokens += input_ids.numel() * self.args.world_size
+        self._kl, self._passes = self._kl + kl.detach(), self._passes + 1
+        return kl + self.args.smallness * output.smallness + self.args.smoothness * output.roughness
+
+    def narrowed(self, teacher: Teacher) -> tuple[Teacher, Head]:
+        """Teacher and head on the teacher's most probable tokens alone, if asked for."""
+        if self.args.teacher_top_k is None:
+            return teacher, self.head
+        head = self.head.rows(top_tokens(teacher, self.head, self.args.teacher_top_k))
+        return read_teacher(teacher.hidden, head), head
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """AdamW, or Muon for the matrices and AdamW for the rest."""
+        if self.optimizer is None:
+            args = self.args
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = make_optimizer(
+                args.translator_optim, self.lens.parameters(), args.learning_rate, betas, args.weight_decay
+            )
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean KL since the last log, in both units, and the tokens that were read."""
+        if "loss" in logs and self._passes:
+            mean = torch.as_tensor(self._kl / self._passes, device=self.args.device)
+            kl = self.accelerator.reduce(mean, reduction="mean").item()
+            logs |= {"kl": kl, "kl_bits": kl * BITS, "tokens": self.tokens}
+            self._kl, self._passes = 0.0, 0
+        super().log(logs, start_time)
+
+    # --- held-out text
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean KL in bits at 25, 50 and 75 % of the depth, and the mean of the three, on the validation blocks."""
+        start = time.perf_counter()
+        layers = [layer_at_depth(percent, self.lens.num_layers) for percent in DEPTHS]
+        found = self.held_out(sorted(set(layers)), ("tuned",))
+        bits = dict(zip(found.layers, (found.means["tuned"] * BITS).tolist(), strict=True))
+        figures = {f"kl_bits_{percent}": bits[layer] for percent, layer in zip(DEPTHS, layers, strict=True)}
+        figures["kl_bits"] = sum(figures.values()) / len(figures)
+        figures["seconds"] = time.perf_counter() - start
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out(self, layers: Sequence[int] | None, lenses: Sequence[str], progress: bool = False) -> HeldOutKL:
+        """Reads the validation blocks, each process its share."""
+        args = self.args
+        own = range(len(self.validation_blocks))[args.process_index :: args.world_size]
+        found = held_out_kl(
+            self.lens, self.head, self.validation_blocks, own, self.bounds, layers, lenses,
+            batch_size=args.per_device_eval_batch_size, seed=args.seed, progress=progress,
+        )  # fmt: skip
+        if args.world_size == 1:
+            return found
+        sums = {name: self.accelerator.reduce(total, reduction="sum") for name, total in found.sums.items()}
+        count = self.accelerator.reduce(torch.tensor(found.positions, device=args.device), reduction="sum")
+        return HeldOutKL(sums, found.layers, int(count))
+
+    # --- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            self.lens.save_pretrained(output_dir or str(self.args.output_dir), state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        self.lens.load_trained_tensors(tensors)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir)
+            states.save_optimizer(self.optimizer.state_dict(), folder)
+            states.save_scheduler(self.lr_scheduler, folder)
+            progress = {"step": self.state.global_step, "tokens": self.tokens, "passes": self._passes}
+            write_json(folder / PROGRESS_FILE, progress | {"kl": float(self._kl)})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        self.optimizer.load_state_dict(states.read_optimizer(self.optimizer, folder))
+        states.load_scheduler(self.lr_scheduler, folder)
+        progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+        self.tokens, self._kl, self._passes = progress["tokens"], progress["kl"], progress["passes"]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        states.save_random_states(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            states.load_random_states(Path(checkpoint), self.args.process_index)
