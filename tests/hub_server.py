@@ -114,7 +114,7 @@ class HubServer:
 
     Attributes:
         url: for `HF_ENDPOINT`.
-        repos: (kind, name) -> repository; kind is "model" or "dataset".
+        repos: (kind, name) -> repository; kind is "model", "dataset", or "space", of which files can be read alone.
         requests: (method, path) of all requests so far.
         authorizations: all that came in that header.
         faults: (method, pattern of the path) -> the reply that is given instead.
@@ -366,7 +366,7 @@ class HubServer:
 
     def resolve(self, request: Request, name: str, rest: str, prefix: str = "") -> Reply:
         """A file, whole or a range of it."""
-        repo = self.found(request, "dataset" if prefix else "model", name)
+        repo = self.found(request, {"datasets/": "dataset", "spaces/": "space"}.get(prefix, "model"), name)
         if repo is None:
             return error(404 if self.is_signed_in(request) else 401, "RepoNotFound", "Repository not found")
         # a slash in the name of a branch comes encoded
@@ -449,7 +449,7 @@ ROUTES: list[tuple[str, tuple[str, ...], Callable[..., Reply]]] = [
     (r"/api/(?P<kind>model|dataset)s/(?P<path>.+)", ("GET", "POST", "DELETE"), _api),
     (rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", ("POST",), HubServer.lfs_batch),
     (r"/large/(?P<oid>[0-9a-f]{64})", ("PUT",), HubServer.lfs_put),
-    (rf"/(?P<prefix>datasets/){NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
+    (rf"/(?P<prefix>datasets/|spaces/){NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
     (rf"/{NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
 ]
 
