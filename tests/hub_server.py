@@ -114,7 +114,7 @@ class HubServer:
 
     Attributes:
         url: for `HF_ENDPOINT`.
-        repos: (kind, name) -> repository; kind is "model" or "dataset".
+        repos: (kind, name) -> repository; kind is "model", "dataset", or "space", of which files can be read alone.
         requests: (method, path) of all requests so far.
         authorizations: all that came in that header.
         faults: (method, pattern of the path) -> the reply that is given instead.
@@ -209,7 +209,8 @@ class HubServer:
         except yaml.YAMLError as problem:
             return Reply({"errors": [{"message": str(problem)}], "warnings": []}, 400)
         wrong = [] if isinstance(metadata, dict) else [{"message": "the metadata must be a mapping"}]
-        if not wrong and metadata.get("license", "other") not in self.licenses:
+        named = (metadata or {}).get("license", "other")
+        if not wrong and not self.licenses.issuperset(named if isinstance(named, list) else [named]):
             wrong = [{"message": '"license" must be one of [apache-2.0, mit, ...]'}]
         return Reply({"errors": wrong, "warnings": []}, 400 if wrong else 200)
 
@@ -365,7 +366,7 @@ class HubServer:
 
     def resolve(self, request: Request, name: str, rest: str, prefix: str = "") -> Reply:
         """A file, whole or a range of it."""
-        repo = self.found(request, "dataset" if prefix else "model", name)
+        repo = self.found(request, {"datasets/": "dataset", "spaces/": "space"}.get(prefix, "model"), name)
         if repo is None:
             return error(404 if self.is_signed_in(request) else 401, "RepoNotFound", "Repository not found")
         # a slash in the name of a branch comes encoded
@@ -448,7 +449,7 @@ ROUTES: list[tuple[str, tuple[str, ...], Callable[..., Reply]]] = [
     (r"/api/(?P<kind>model|dataset)s/(?P<path>.+)", ("GET", "POST", "DELETE"), _api),
     (rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", ("POST",), HubServer.lfs_batch),
     (r"/large/(?P<oid>[0-9a-f]{64})", ("PUT",), HubServer.lfs_put),
-    (rf"/(?P<prefix>datasets/){NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
+    (rf"/(?P<prefix>datasets/|spaces/){NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
     (rf"/{NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
 ]
 

@@ -24,6 +24,8 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # The doors of the package: they import what they show.
 ENTRIES = {"__init__", "__main__"}
 NEVER_TOGETHER = {"training", "tuned_lens"}
+# Published by others as params.pt; `weights_only=True` lets nothing but tensors out of it.
+READS_TENSORS_OF_OTHERS = {"tuned_lens/interchange.py"}
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "numpy"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -115,8 +117,10 @@ def test_flat_modules_import_their_siblings_alone(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_is_pickled(path):
     assert {name.split(".")[0] for _, name in imports(path)}.isdisjoint({"pickle", "dill", "joblib", "cloudpickle"})
-    calls = {ast.unparse(node.func) for node in nodes(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
-    assert calls.isdisjoint({"torch.save", "torch.load"})
+    calls = [node for node in nodes(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    if name_of(path) in READS_TENSORS_OF_OTHERS:
+        calls = [call for call in calls if "weights_only=True" not in map(ast.unparse, call.keywords)]
+    assert {ast.unparse(call.func) for call in calls}.isdisjoint({"torch.save", "torch.load"})
     assert not {"torch.save", "torch.load"} & {name for _, name in imports(path)}
 
 

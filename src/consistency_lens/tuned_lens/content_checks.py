@@ -1,0 +1,206 @@
+"""Checks of a tuned lens's folder that need no model: files, checksums, weights, and what the provenance pins."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..data.activation_cache import file_hash
+from ..data.cache_check import Check
+from ..hub_connection import first_line
+from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
+from .configuration_tuned_lens import TunedLensConfig
+from .gates import LEAST_DELTA_BITS, LEAST_SHARE_EARLIER, MOST_LAST_LAYER_BITS, WORST_DELTA_BITS
+from .index import CONFIG_FILE, GATES, PICKLED_SUFFIXES
+from .kpis import COVERAGE, DELTA, EARLIER_SHARE, EARLINESS, LAST_LAYER
+
+# What a release must name, so that the fit can be repeated (plan, 13.2).
+PINNED = ("model_id", "clean_model_name", "seed", "dataset", "budget", "capacity", "translator")
+PINNED_HASHES = ("weights_hash", "tokenizer_hash")
+DATASET_PINS = ("repo_id", "content_hash")
+FULL = "full"  # the rank of translators that are whole matrices, as the provenance has it
+BUDGET_PINS = ("tokens", "seq_len", "positions_per_seq")
+KPI_NAMES = (DELTA, EARLINESS, EARLIER_SHARE, LAST_LAYER, COVERAGE)
+
+
+class TunedLensFolder(NamedTuple):
+    """What the JSON files of a tuned lens say."""
+
+    path: Path
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def is_tuned_lens(path: Path) -> bool:
+    """Whether a folder is one of a tuned lens, by its configuration."""
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == TunedLensConfig.model_type
+
+
+def find_tuned_lenses(path: str | Path) -> list[Path]:
+    """The folders of the tuned lenses at `path` or below it, hidden folders aside.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = Path(path)
+    if is_tuned_lens(path):
+        return [path]
+    configs = sorted(path.rglob(CONFIG_FILE)) if path.is_dir() else []
+    visible = [file.parent for file in configs if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    found = [folder for folder in visible if is_tuned_lens(folder)]
+    # a fit's own checkpoints lie inside its folder
+    found = [folder for folder in found if not any(other in folder.parents for other in found)]
+    if not found:
+        raise ValueError(
+            f"path: no tuned lens at {str(path)!r} or below it; fit one with: consistency-lens tuned-lens fit"
+        )
+    return found
+
+
+def read_tuned_lens(path: Path) -> TunedLensFolder:
+    """The JSON files of a tuned lens.
+
+    Raises:
+        ValueError: if one is missing or no JSON.
+    """
+    contents = []
+    for name in (CONFIG_FILE, PROVENANCE_FILE):
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"path: no {name} in {str(path)!r}; pass the folder of a fitted tuned lens")
+        try:
+            contents.append(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"path: {name} in {str(path)!r} is no JSON ({error}); fit the lens again") from error
+    return TunedLensFolder(path, *contents)
+
+
+def content_checks(path: str | Path) -> list[Check]:
+    """Checks a folder by itself: `files`, `checksums`, `weights`, `provenance`, `configuration`, `gates`."""
+    path = Path(path)
+    try:
+        folder = read_tuned_lens(path)
+    except ValueError as error:
+        return [Check("files", False, str(error))]
+    return [
+        _files_check(path),
+        _checksums_check(folder),
+        _weights_check(path),
+        _provenance_check(folder.provenance),
+        _configuration_check(folder),
+        _gates_check(folder.provenance),
+    ]
+
+
+def _check(name: str, problems: Sequence[str], otherwise: str) -> Check:
+    return Check(name, not problems, "\n".join(problems) or otherwise)
+
+
+def _files_check(path: Path) -> Check:
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    problems = [
+        f"{file.relative_to(path)}: pickled, which may run code when it is read; only safetensors are taken"
+        for file in files
+        if file.suffix in PICKLED_SUFFIXES
+    ]
+    if not (path / WEIGHTS_FILE).is_file():
+        problems.append(f"{WEIGHTS_FILE}: missing")
+    return _check("files", problems, f"{len(files)}, weights as safetensors")
+
+
+def _checksums_check(folder: TunedLensFolder) -> Check:
+    recorded = folder.provenance.get("sha256")
+    if not isinstance(recorded, dict) or WEIGHTS_FILE not in recorded:
+        return Check("checksums", False, f"{PROVENANCE_FILE} has no sha256 of {WEIGHTS_FILE}")
+    problems = []
+    for name, digest in recorded.items():
+        file = folder.path / name
+        if not file.is_file():
+            problems.append(f"{name}: missing")
+        elif (found := file_hash(file)) != digest:
+            problems.append(f"{name}: sha256 {found[:12]}…, not {str(digest)[:12]}…")
+    return _check("checksums", problems, f"sha256 of {', '.join(recorded)}")
+
+
+def _weights_check(path: Path) -> Check:
+    file = path / WEIGHTS_FILE
+    if not file.is_file():
+        return Check("weights", False, f"{WEIGHTS_FILE}: missing", checked=False)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        return Check("weights", False, f"{WEIGHTS_FILE}: no safetensors ({first_line(error)})")
+    problems = [f"{name}: NaN or infinity" for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    problems += [] if tensors else ["no tensors"]
+    return _check("weights", problems, f"{len(tensors)} tensors, {numbers:,} numbers, all finite")
+
+
+def _provenance_check(provenance: Mapping[str, Any]) -> Check:
+    """Whether all is there that the plan wants pinned."""
+    problems = [f"lacks {name}" for name in (*PINNED, *PINNED_HASHES) if provenance.get(name) in (None, "", {})]
+    parts = {"dataset": DATASET_PINS, "budget": BUDGET_PINS}
+    for part, names in parts.items():
+        found = provenance.get(part)
+        if isinstance(found, dict):
+            problems += [f"lacks {part}.{name}" for name in names if found.get(name) in (None, "")]
+    if (provenance.get("model_commit") is None) != (provenance.get("tokenizer_commit") is None):
+        problems.append("names the commit of one of model and tokenizer alone")
+    commits = [provenance.get(name) for name in ("model_commit", "tokenizer_commit")]
+    problems += [f"{commit!r} is no commit" for commit in commits if commit is not None and not _is_commit(commit)]
+    pinned = f"{provenance.get('model_id')} at {commits[0] or 'no commit: a local folder'}"
+    return _check("provenance", problems, pinned)
+
+
+def _is_commit(commit: Any) -> bool:
+    return isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) is not None
+
+
+def _configuration_check(folder: TunedLensFolder) -> Check:
+    """Whether configuration and provenance tell of one model and one rank."""
+    config, provenance = folder.config, folder.provenance
+    translator = provenance.get("translator") or {}
+    pairs = {
+        "model": (config.get("base_model_name_or_path"), provenance.get("model_id")),
+        "revision": (config.get("base_model_revision"), provenance.get("model_commit")),
+        "rank": (config.get("rank") or FULL, translator.get("rank")),
+    }
+    problems = [
+        f"{name}: {one!r} in {CONFIG_FILE}, {other!r} in {PROVENANCE_FILE}"
+        for name, (one, other) in pairs.items()
+        if one != other
+    ]
+    return _check("configuration", problems, f"rank {config.get('rank') or 'full'}, {config.get('num_layers')} layers")
+
+
+def _gates_check(provenance: Mapping[str, Any]) -> Check:
+    """Whether the gates were judged, and as the figures beside them say; whether they passed does not matter here."""
+    kpis, acceptance = provenance.get("kpis"), provenance.get("acceptance")
+    if not kpis or not acceptance:
+        return Check("gates", False, "not judged yet: run consistency-lens tuned-lens gates")
+    missing = [f"lacks kpis.{name}" for name in KPI_NAMES if name not in kpis]
+    if missing:
+        return Check("gates", False, "\n".join(missing))
+    shares = kpis[EARLIER_SHARE]
+    follows = {
+        "gate_A": all(delta >= least for delta, least in zip(kpis[DELTA], LEAST_DELTA_BITS, strict=True)),
+        "gate_B": None not in shares and min(shares) >= LEAST_SHARE_EARLIER,
+        "gate_C": kpis[LAST_LAYER] <= MOST_LAST_LAYER_BITS,
+        "gate_D": min(kpis[DELTA]) >= WORST_DELTA_BITS,
+    }
+    problems = [
+        f"{gate} is {acceptance.get(gate)}, and {follows[gate]} by the figures beside it"
+        for gate in GATES
+        if acceptance.get(gate) is not follows[gate]
+    ]
+    found = ", ".join(f"{gate[-1]} {'passed' if acceptance.get(gate) else 'not passed'}" for gate in GATES)
+    return _check("gates", problems, f"as judged: {found}")

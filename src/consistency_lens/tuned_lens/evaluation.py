@@ -1,0 +1,129 @@
+"""Evaluating a saved tuned lens on held-out text: the documents that no fit on that text reads."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .fit_arguments import ALL
+from .held_out import EVAL_POSITIONS, LENSES, NORM, TUNED, held_out_kl
+from .modeling_tuned_lens import SEED
+from .residual_batches import make_head, position_bounds
+from .saved import OpenedLens, open_lens
+from .token_arguments import TokenArguments
+from .token_blocks import TokenBlocks, open_token_blocks, read_token_blocks
+
+FIT_BLOCKS = "blocks"
+
+
+@dataclass
+class EvaluationArguments:
+    """Which lens, and on what text."""
+
+    lens: str = field(default="", metadata={"help": "Folder of a tuned lens, or one of AlignmentResearch/tuned-lens."})
+    model: str | None = field(
+        default=None, metadata={"help": "The model, where it is not to be found at the place that the lens names."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Its commit, tag or branch; unset: the one that the lens was fitted at."}
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "As for fit, of whose held-out documents is read; unset: those held out from the lens."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "As for fit."})
+    dataset_split: str = field(default="train", metadata={"help": "As for fit."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "As for fit."})
+    text_column: str = field(default="text", metadata={"help": "As for fit."})
+    tokens: int = field(default=65_536, metadata={"help": "Of the text, where a dataset is given."})
+    seq_len: int = field(default=512, metadata={"help": "As for fit."})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the documents that is held out; as it was for the fit."}
+    )
+    position_range: list[float] = field(
+        default_factory=lambda: [0.6, 0.95], metadata={"help": "Share of the context whose positions are read."}
+    )
+    positions_per_sequence: str = field(
+        default=str(EVAL_POSITIONS), metadata={"help": "Positions drawn of each sequence: a number, or all."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Sequences in a pass of the subject."})
+    seed: int = field(default=SEED, metadata={"help": "Of the positions."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of the weights; unset: as the lens was fitted, else float32."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:1; unset: a GPU if there is one."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the figures; unset: evaluation, in the folder of the lens."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    def __post_init__(self) -> None:
+        if not self.lens:
+            raise ValueError("lens: got none; pass the folder of a lens, e.g. --lens tuned_lenses/gpt2")
+        count = self.positions_per_sequence
+        if count != ALL and not (count.isdecimal() and int(count) > 0):
+            raise ValueError(f"positions_per_sequence must be a whole number above 0 or {ALL}, got {count!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the figures go."""
+        return Path(self.output_dir or Path(self.lens, "evaluation"))
+
+
+def evaluate_tuned_lens(args: EvaluationArguments) -> dict[str, Any]:
+    """Mean KL of every layer, of the tuned lens, the norm lens and the calibrated norm lens.
+
+    Returns:
+        What `HeldOutKL.metrics` gives, and which text it was read on.
+
+    Raises:
+        ValueError: if the lens, its model or the text is not to be had.
+        HubError: if the Hub cannot be reached.
+    """
+    if args.dataset is None:
+        blocks = open_token_blocks(Path(args.lens, FIT_BLOCKS))
+        opened = open_lens(Path(args.lens), args.model, args.revision, args.dtype, args.device)
+    else:
+        wanted = text_of(args)
+        opened = open_lens(Path(args.lens), args.model, args.revision, args.dtype, args.device)
+        blocks = read_blocks(args, wanted, opened)
+    lens = opened.lens
+    assert lens is not None
+    positions = None if args.positions_per_sequence == ALL else int(args.positions_per_sequence)
+    found = held_out_kl(
+        lens,
+        make_head(lens, "float32"),
+        blocks.validation,
+        range(len(blocks.validation)),
+        position_bounds(args.position_range, blocks.validation.shape[1]),
+        lenses=LENSES if lens.is_calibrated else (TUNED, NORM),
+        positions=positions,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=not args.disable_tqdm,
+    )
+    return found.metrics() | {"tokens": blocks.validation.size, "dataset": blocks.description}
+
+
+def text_of(args: EvaluationArguments) -> TokenArguments:
+    """The text to read, of which one sequence is left to the fit's side of the split."""
+    return TokenArguments(
+        dataset=args.dataset or "",
+        dataset_config=args.dataset_config,
+        dataset_split=args.dataset_split,
+        dataset_revision=args.dataset_revision,
+        text_column=args.text_column,
+        tokens=args.seq_len,
+        seq_len=args.seq_len,
+        validation_tokens=args.tokens,
+        validation_fraction=args.validation_fraction,
+    )
+
+
+def read_blocks(args: EvaluationArguments, wanted: TokenArguments, opened: OpenedLens) -> TokenBlocks:
+    """The held-out blocks of another text, kept beside the figures."""
+    folder, progress = args.folder / FIT_BLOCKS, not args.disable_tqdm
+    return read_token_blocks(
+        wanted, opened.subject, opened.tokenizer, opened.model, folder, args.seed, progress=progress
+    )
