@@ -73,12 +73,7 @@ class TunedLensFitter:
         Raises:
             ValueError: if there are fewer rows than the width, which leave the regression undetermined.
         """
-        width = self.lens.config.width
-        if self.rows < width:
-            raise ValueError(
-                f"ridge: {self.rows} positions are too little text for {width} dimensions; raise tokens or "
-                "ridge_tokens, or set ridge_tokens to 0 to start from the norm lens"
-            )
+        check_rows(self.rows, self.lens.config.width)
         if self.lens.preconditioner is not None:
             self.lens.preconditioner.fit(*pooled(self._moments))
         metric = None if self.lens.config.rank is None else self.metric()
@@ -139,6 +134,15 @@ class TunedLensFitter:
         self._expected_squares = tensors["expected_squares"]
         teacher = Teacher(*(tensors[f"kept.{name}"] for name in Teacher._fields))
         self._kept = [ResidualBatch(tensors["kept.hidden"], teacher)]
+
+
+def check_rows(rows: int, width: int) -> None:
+    """Raises a ValueError for fewer rows than dimensions, which leave the regression undetermined."""
+    if rows < width:
+        raise ValueError(
+            f"ridge: {rows} positions are too little text for {width} dimensions; raise tokens or ridge_tokens, or "
+            "set ridge_tokens to 0 to start from the norm lens"
+        )
 
 
 def best_temperatures(hidden: Tensor, teacher: Teacher, head: Head) -> Tensor:

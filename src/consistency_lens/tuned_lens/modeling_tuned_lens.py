@@ -214,8 +214,10 @@ class TunedLens(TrainedTensorsModel):
         return self.config.num_layers
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves the subject along with the lens (`.to`, `.cuda`, ...)."""
+        """Moves the subject along with the lens (`.to`, `.cuda`, ...), unless it is spread over devices."""
         for stream in self._subject:
+            if len(getattr(stream.model, "hf_device_map", {})) > 1:
+                continue
             stream.model._apply(fn, recurse)
             self._readout[:] = [Readout(stream.model, self.config.blocks, self.config.final_norm)]
         return super()._apply(fn, recurse)
