@@ -122,7 +122,7 @@ class TunedLensFitter:
         kept = concatenated(self._kept)
         tensors = {f"{layer}.{name}": t for layer, m in self._moments.items() for name, t in m.state().items()}
         tensors |= {"mean_probability": self._mean_probability, "expected_squares": self._expected_squares}
-        tensors |= {"kept.hidden": kept.hidden, **{f"kept.{n}": t for n, t in kept.teacher._asdict().items()}}
+        tensors |= {"kept": kept.hidden, **{f"teacher.{n}": t for n, t in kept.teacher._asdict().items()}}
         write_tensors(path, tensors)
 
     def load(self, path: Path) -> None:
@@ -132,8 +132,8 @@ class TunedLensFitter:
             moments.load_state({name: tensors[f"{layer}.{name}"] for name in moments.state()})
         self._mean_probability = tensors["mean_probability"]
         self._expected_squares = tensors["expected_squares"]
-        teacher = Teacher(*(tensors[f"kept.{name}"] for name in Teacher._fields))
-        self._kept = [ResidualBatch(tensors["kept.hidden"], teacher)]
+        teacher = Teacher(*(tensors[f"teacher.{name}"] for name in Teacher._fields))
+        self._kept = [ResidualBatch(tensors["kept"], teacher)]
 
 
 def check_rows(rows: int, width: int) -> None:
