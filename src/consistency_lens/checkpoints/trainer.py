@@ -25,8 +25,12 @@ class WholeCheckpointTrainer(Trainer):
 
     A subclass says what model, optimizer and random states are (`_save`, `_save_optimizer_and_scheduler`,
     `_save_rng_state` and what loads them); nothing of it may be pickled.
+
+    Attributes:
+        how_to_go_on: what the user does after a checkpoint could not be written.
     """
 
+    how_to_go_on = "go on with --resume_from_checkpoint true"
     _stopped_early = False
 
     # --- saving
@@ -42,7 +46,7 @@ class WholeCheckpointTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)  # it takes room, and is not whole
             raise states.CheckpointWriteError(
                 f"checkpoint: cannot write {str(folder)!r}: {error.strerror or error}; those before it are whole: "
-                "make room and go on with --resume_from_checkpoint true"
+                f"make room and {self.how_to_go_on}"
             ) from error
         if self.args.should_save:
             states.remove_torn(run, up_to=self.state.global_step)

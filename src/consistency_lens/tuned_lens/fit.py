@@ -6,8 +6,8 @@ form, and the checkpoints of the KL steps. What is finished is kept too, unless 
 
 import json
 import logging
-import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -17,33 +17,42 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
 from ..data.fingerprints import tokenizer_hash, weights_hash
-from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
+from ..data.subject_loading import LoadedSubject, check_loading, load_subject_and_tokenizer
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from .configuration_tuned_lens import default_rank
 from .fit_arguments import AUTO, FULL, FitArguments, TunedLensTrainingArguments
-from .fitter import TunedLensFitter
+from .fit_folder import (
+    BLOCKS_FOLDER,
+    METRICS_FILE,
+    RIDGE_FOLDER,
+    SETTINGS_FILE,
+    check_folder,
+    claim,
+    differences,
+    lens_in,
+    read_json,
+    remove_work,
+)
+from .fitter import TunedLensFitter, check_rows
 from .held_out import LENSES
 from .modeling_tuned_lens import TunedLens
 from .provenance import clean_name, provenance_of
 from .readout import Readout
 from .residual_batches import make_head, position_bounds, read_batch, sampled_positions
-from .token_blocks import TokenBlocks, read_token_blocks
+from .token_blocks import TokenBlocks, block_length, read_token_blocks
 from .trainer import TunedLensTrainer
 
 logger = logging.getLogger(__name__)
 
 LENSES_FOLDER = Path("tuned_lenses")
-SETTINGS_FILE, METRICS_FILE = "fit.json", "metrics.json"
-BLOCKS_FOLDER, RIDGE_FOLDER = "blocks", "ridge"
 MOMENTS_FILE = "moments.safetensors"
 # batches of the closed form, after which its sums are written down
 KEEP_EVERY = 100
-# arguments of which a fit that goes on may have others
-FREE = ("force", "device", "device_map")
 
 
 class FitResult(NamedTuple):
@@ -53,6 +62,8 @@ class FitResult(NamedTuple):
     metrics: dict[str, Any]
     was_there: bool
     """Whether the lens had been fitted before, and was left as it is."""
+    others: Sequence[str] = ()
+    """Settings of that earlier fit that were others, such as "rank 'auto', now '8'"."""
 
 
 def default_folder(model: str) -> Path:
@@ -64,104 +75,114 @@ def fit_tuned_lens(args: FitArguments, training: TunedLensTrainingArguments) -> 
     """Fits a lens, or goes on with one that a killed fit has left.
 
     Raises:
-        ValueError: for a user's mistake, also a folder with a fit of other settings.
+        ValueError: for a user's mistake, also a folder with a fit of other settings or another model.
         HubError: if the Hub cannot be reached.
         CheckpointWriteError: if a checkpoint cannot be written.
     """
     folder = Path(training.output_dir or default_folder(args.model))
     training.output_dir = str(folder)
-    settings = {key: value for key, value in asdict(args).items() if key not in FREE} | training.to_json_settings()
-    settings = json.loads(json.dumps(settings, default=str))
-    if (folder / PROVENANCE_FILE).is_file() and not args.force:
-        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
-        return FitResult(folder, metrics, was_there=True)
+    settings = json.loads(json.dumps(asdict(args) | training.to_json_settings(), default=str))
+    _check_device(args, training)
+    check_folder(folder)
     state = training.distributed_state or PartialState()
-    if state.is_main_process:
-        _claim(folder, settings, args.force)
-    state.wait_for_everyone()
-    return _Fit(args, training, folder, state).run()
+    if args.force or not lens_in(folder, args.model):
+        return _Fit(args, training, folder, state, settings).run()
+    if state.is_main_process:  # a fit may have been killed at it
+        remove_work(folder)
+    metrics, before = (read_json(folder / name) for name in (METRICS_FILE, SETTINGS_FILE))
+    return FitResult(folder, metrics, was_there=True, others=differences(before, settings))
 
 
-def _claim(folder: Path, settings: dict[str, Any], force: bool) -> None:
-    """Writes the settings into the folder; what a fit of other settings has left there is an error, or is removed.
-
-    Raises:
-        ValueError: for a fit of other settings, or a folder that holds something else.
-    """
-    file = folder / SETTINGS_FILE
-    if force:
-        _remove_work(folder)
-        for name in (PROVENANCE_FILE, WEIGHTS_FILE, METRICS_FILE, SETTINGS_FILE):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / BLOCKS_FOLDER, ignore_errors=True)
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"output_dir: {str(folder)!r} has an unfinished fit with {name} {before.get(name)!r}, now it is "
-                f"{settings[name]!r}; set it as it was, take another output_dir, or pass --force to fit anew"
-            )
-    elif (folder / "config.json").is_file():
-        raise ValueError(f"output_dir: {str(folder)!r} holds a model; take another, or pass --force to replace it")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, settings)
-
-
-def _remove_work(folder: Path) -> None:
-    """Removes what only an unfinished fit needs."""
-    for work in [folder / RIDGE_FOLDER, *folder.glob("checkpoint-*")]:
-        shutil.rmtree(work, ignore_errors=True)
+def _check_device(args: FitArguments, training: TunedLensTrainingArguments) -> None:
+    """Raises a ValueError for a device that is not to be had, or not the one that the KL steps run on."""
+    check_loading(args.dtype, None, args.device, args.device_map)
+    if args.device is not None and torch.device(args.device).type != training.device.type:
+        raise ValueError(
+            f"device: got {args.device!r}, but the fit runs on {str(training.device)!r}; leave it out, or pass "
+            "--use_cpu true for the CPU"
+        )
 
 
 class _Fit:
     """One fit, step by step; each step finds what it had done before it was killed."""
 
     def __init__(
-        self, args: FitArguments, training: TunedLensTrainingArguments, folder: Path, state: PartialState
+        self,
+        args: FitArguments,
+        training: TunedLensTrainingArguments,
+        folder: Path,
+        state: PartialState,
+        settings: dict[str, Any],
     ) -> None:
         self.args, self.training, self.folder, self.state = args, training, folder, state
+        self.settings = settings
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def run(self) -> FitResult:
-        args, training = self.args, self.training
-        device = None if args.device_map else args.device or training.device
-        subject = load_subject_and_tokenizer(
-            args.model, args.revision, args.dtype, device=device, device_map=args.device_map
-        )
-        lens = self.new_lens(subject)
-        self._lap("loading")
-        blocks = read_token_blocks(
-            args, subject.model, subject.tokenizer, args.model, self.folder / BLOCKS_FOLDER, training.seed,
-            self.state, progress=self._shows_progress,
-        )  # fmt: skip
-        self._lap("text")
-        ridge_blocks = self.ridge_blocks(blocks)
-        bounds = position_bounds(training.position_range, blocks.train.shape[1])
-        if ridge_blocks:
-            self.solve(lens, blocks.train[:ridge_blocks], bounds)
+        training = self.training
+        subject, lens, identity = self.load()
+        self.claim(identity, force=self.args.force)
+        blocks = self.read_text(subject)
+        self.claim(identity | {"dataset_content_hash": blocks.description["content_hash"]})
+        num_blocks, seq_len = blocks.train.shape
+        ridge_blocks = self.ridge_blocks(num_blocks, seq_len, lens.config.width)
+        training.resume_from_checkpoint = "auto"
+        checkpoint = checkpoint_to_resume(training)
+        if ridge_blocks and checkpoint is None:  # which holds what the closed form has come to
+            self.solve(lens, blocks.train[:ridge_blocks])
         self._lap("ridge")
         trainer = TunedLensTrainer(lens, training, blocks.train[ridge_blocks:], blocks.validation, ridge_blocks)
-        training.resume_from_checkpoint = "auto"
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
+        trainer.train(resume_from_checkpoint=checkpoint)
         self._lap("training")
         held_out = trainer.held_out(None, LENSES, progress=self._shows_progress)
         self._lap("evaluation")
-        ridge_tokens = ridge_blocks * blocks.train.shape[1]
+        ridge_tokens = ridge_blocks * seq_len
+        lens.provenance = provenance_of(self.args, trainer, blocks.description, identity, ridge_tokens, held_out)
+        metrics = held_out.metrics() | {"seconds": self.seconds, "tokens": lens.provenance["tokens_consumed"]}
+        if self.state.is_main_process:
+            self.write(lens, metrics)
+        self.state.wait_for_everyone()
+        return FitResult(self.folder, metrics, was_there=False)
+
+    def load(self) -> tuple[LoadedSubject, TunedLens, dict[str, Any]]:
+        """The subject, a new lens of it, and what tells it from others; all that can be checked without text is.
+
+        Raises:
+            ValueError: for a user's mistake.
+        """
+        args = self.args
+        device = None if args.device_map else args.device or self.training.device
+        subject = load_subject_and_tokenizer(
+            args.model, args.revision, args.dtype, device=device, device_map=args.device_map
+        )
+        check_head(args.model, subject.model)
+        lens = self.new_lens(subject)
+        seq_len = block_length(args, subject.model)
+        self.ridge_blocks(-(-args.tokens // seq_len), seq_len, lens.config.width)
         identity = {
             "model_commit": subject.revision,
             "tokenizer_commit": subject.revision,
             "weights_hash": weights_hash(subject.model),
             "tokenizer_hash": tokenizer_hash(subject.tokenizer),
         }
-        lens.provenance = provenance_of(args, trainer, blocks.description, identity, ridge_tokens, held_out)
-        metrics = held_out.metrics() | {"seconds": self.seconds, "tokens": lens.provenance["tokens_consumed"]}
+        self._lap("loading")
+        return subject, lens, identity
+
+    def claim(self, found: dict[str, Any], force: bool = False) -> None:
+        """Makes sure that an unfinished fit in the folder is this one: see `claim`."""
         if self.state.is_main_process:
-            self.write(lens, metrics)
+            claim(self.folder, self.settings | found, force)
         self.state.wait_for_everyone()
-        return FitResult(self.folder, metrics, was_there=False)
+
+    def read_text(self, subject: LoadedSubject) -> TokenBlocks:
+        """The text as blocks of tokens."""
+        blocks = read_token_blocks(
+            self.args, subject.model, subject.tokenizer, self.args.model, self.folder / BLOCKS_FOLDER,
+            self.training.seed, self.state, progress=self._shows_progress,
+        )  # fmt: skip
+        self._lap("text")
+        return blocks
 
     @property
     def _shows_progress(self) -> bool:
@@ -185,22 +206,26 @@ class _Fit:
             seed=self.training.seed,
         )
 
-    def ridge_blocks(self, blocks: TokenBlocks) -> int:
+    def ridge_blocks(self, num_blocks: int, seq_len: int, width: int) -> int:
         """How many of the first blocks are the closed form's; the rest is for the KL steps.
 
         Raises:
-            ValueError: if no step is left.
+            ValueError: if no step is left, or they are too few for the closed form.
         """
-        count = -(-int(self.args.ridge_tokens or 0) // blocks.train.shape[1])
-        if count >= len(blocks.train):
+        first, end = position_bounds(self.training.position_range, seq_len)
+        count = -(-int(self.args.ridge_tokens or 0) // seq_len)
+        if count >= num_blocks:
             raise ValueError(
-                f"ridge_tokens: {self.args.ridge_tokens} take all {len(blocks.train)} sequences of text, and none is "
-                "left for the KL steps; lower it, or raise tokens"
+                f"ridge_tokens: {self.args.ridge_tokens} take all {num_blocks} sequences of text, and none is left "
+                "for the KL steps; lower it, or raise tokens"
             )
+        if count:
+            check_rows(count * (end - first), width)
         return count
 
-    def solve(self, lens: TunedLens, blocks: np.ndarray, bounds: tuple[int, int]) -> None:
+    def solve(self, lens: TunedLens, blocks: np.ndarray) -> None:
         """Sums up moments and solves; every process does all of it, which spares them to exchange the sums."""
+        bounds = position_bounds(self.training.position_range, blocks.shape[1])
         folder = self.folder / RIDGE_FOLDER
         fitter = TunedLensFitter(lens, make_head(lens, self.training.head_dtype), self.args.ridge)
         read = _resumed(fitter, folder / MOMENTS_FILE, blocks.shape[1], bounds)
@@ -230,7 +255,18 @@ class _Fit:
         digest = sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
         lens.provenance = {**(provenance or {}), "sha256": {WEIGHTS_FILE: digest}}
         write_json(self.folder / PROVENANCE_FILE, lens.provenance)
-        _remove_work(self.folder)
+        remove_work(self.folder)
+
+
+def check_head(name: str, model: PreTrainedModel) -> None:
+    """Raises a ValueError for a subject that was saved without its head, which loading then draws at random."""
+    config = model.config
+    tied = config.get_text_config().tie_word_embeddings
+    if not tied and type(model.base_model).__name__ in (config.architectures or []):
+        raise ValueError(
+            f"model: {name!r} was saved without its head, as {type(model.base_model).__name__}; pass a causal "
+            "language model with it"
+        )
 
 
 def _resumed(fitter: TunedLensFitter, file: Path, seq_len: int, bounds: tuple[int, int]) -> int:

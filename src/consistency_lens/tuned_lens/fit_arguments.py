@@ -1,6 +1,6 @@
 """What a fit of a tuned lens can be told beside its text."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -13,6 +13,18 @@ from .token_arguments import TokenArguments
 
 AUTO, FULL, ALL = "auto", "full", "all"
 HEAD_DTYPES = (AUTO, "float32", "bfloat16")
+# What `TrainingArguments` has beside, and what speaks against it in a fit.
+FLOAT32 = "translators are fitted in float32"
+GOES_ON = "a fit goes on by itself from where it was killed"
+HAS_OWN = "a fit has translator_optim"
+SMALL = "a tuned lens is small; fit it on one process or several with DDP"
+REFUSED = {
+    "bf16": FLOAT32, "fp16": FLOAT32, "fsdp": SMALL, "deepspeed": SMALL, "optim": HAS_OWN, "optim_args": HAS_OWN,
+    "resume_from_checkpoint": GOES_ON, "save_only_model": GOES_ON, "eval_on_start": "held-out text is read at the "
+    "start of every fit", "auto_find_batch_size": "the number of steps depends on the batch size",
+    "gradient_checkpointing": "the subject runs without gradients", "push_to_hub": "publish the lens when its gates "
+    "have been judged",
+}  # fmt: skip
 
 
 @dataclass
@@ -46,14 +58,19 @@ class FitArguments(TokenArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         if not self.model:
             raise ValueError("model: got none; pass it, e.g. --model gpt2")
+        self.rank = str(self.rank)
         if self.rank not in (AUTO, FULL) and not (self.rank.isdecimal() and int(self.rank) > 0):
             raise ValueError(f"rank must be a whole number above 0, {FULL} or {AUTO}, got {self.rank!r}")
         if self.ridge_tokens is None:
             self.ridge_tokens = min(self.tokens // 8, 1_000_000)
         if not 0 <= self.ridge_tokens <= self.tokens:
-            raise ValueError(f"ridge_tokens must lie in 0..{self.tokens} (tokens), got {self.ridge_tokens}")
+            raise ValueError(
+                f"ridge_tokens must lie in 0..{self.tokens} (tokens), got {self.ridge_tokens}; an eighth of them is a "
+                "good start"
+            )
         if self.ridge < 0:
             raise ValueError(f"ridge must be 0 or more, got {self.ridge}; 0.01 is a good start")
 
@@ -81,7 +98,8 @@ class TunedLensTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Ends with the best of those readings."})
     metric_for_best_model: str | None = field(default="kl_bits", metadata={"help": "What is best."})
     greater_is_better: bool | None = field(default=False, metadata={"help": "Less is better."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps from one log line to the next."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps from one figure of the bar to the next."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Tokens are too few for it to matter."})
     translator_optim: str = field(
         default="adamw", metadata={"help": "muon is for the matrices, with AdamW for the rest.", "choices": OPTIMIZERS}
     )
@@ -112,6 +130,11 @@ class TunedLensTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = ""  # `fit_tuned_lens` names it after the model
+        for argument in fields(self):
+            value = getattr(self, argument.name)
+            if argument.name in REFUSED and value != argument.default:
+                raise ValueError(f"{argument.name}: got {value!r}, but {REFUSED[argument.name]}; leave it out")
+        check_choices(self)
         super().__post_init__()
         self.remove_unused_columns = False
         if self.ddp_find_unused_parameters is None:
@@ -127,9 +150,22 @@ class TunedLensTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.teacher_top_k is not None and self.teacher_top_k < 2:
             raise ValueError(f"teacher_top_k must be at least 2, got {self.teacher_top_k}; 4096 is a good start")
-        for name, value in vars(self).items():
-            if name in ("fsdp", "deepspeed") and value:
-                raise ValueError(f"{name}: a tuned lens is small; fit it on one process or several with DDP")
+        self._check_best()
+
+    def _check_best(self) -> None:
+        """Raises a ValueError for settings under which not every reading of held-out text has a checkpoint."""
+        if self.load_best_model_at_end and (self.eval_strategy, self.eval_steps) != (
+            self.save_strategy,
+            self.save_steps,
+        ):
+            raise ValueError(
+                f"save_steps: got {self.save_steps:g} and eval_steps {self.eval_steps:g}; set them alike, so that the "
+                "best reading is kept, or load_best_model_at_end to false"
+            )
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError(
+                "early_stopping_patience: needs load_best_model_at_end; set one to 0 or the other to true"
+            )
 
     def count_of(self, name: str, automatic: int, available: int) -> int:
         """What a setting that may be "auto" or "all" comes to, no more than there are."""
@@ -141,3 +177,12 @@ class TunedLensTrainingArguments(TrainingArguments):
     def to_json_settings(self) -> dict[str, Any]:
         """The arguments as JSON takes them, without where they are written to."""
         return {name: value for name, value in self.to_dict().items() if name != "output_dir"}
+
+
+def check_choices(arguments: Any) -> None:
+    """Raises a ValueError for a value that is not among its field's choices: a parser looks, a caller may not have."""
+    for argument in fields(arguments):
+        choices = argument.metadata.get("choices")
+        value = getattr(arguments, argument.name)
+        if choices is not None and value is not None and value not in choices:
+            raise ValueError(f"{argument.name} must be one of {', '.join(choices)}, got {value!r}")

@@ -73,12 +73,7 @@ class TunedLensFitter:
         Raises:
             ValueError: if there are fewer rows than the width, which leave the regression undetermined.
         """
-        width = self.lens.config.width
-        if self.rows < width:
-            raise ValueError(
-                f"ridge: {self.rows} positions are too little text for {width} dimensions; raise tokens or "
-                "ridge_tokens, or set ridge_tokens to 0 to start from the norm lens"
-            )
+        check_rows(self.rows, self.lens.config.width)
         if self.lens.preconditioner is not None:
             self.lens.preconditioner.fit(*pooled(self._moments))
         metric = None if self.lens.config.rank is None else self.metric()
@@ -127,7 +122,7 @@ class TunedLensFitter:
         kept = concatenated(self._kept)
         tensors = {f"{layer}.{name}": t for layer, m in self._moments.items() for name, t in m.state().items()}
         tensors |= {"mean_probability": self._mean_probability, "expected_squares": self._expected_squares}
-        tensors |= {"kept.hidden": kept.hidden, **{f"kept.{n}": t for n, t in kept.teacher._asdict().items()}}
+        tensors |= {"kept": kept.hidden, **{f"teacher.{n}": t for n, t in kept.teacher._asdict().items()}}
         write_tensors(path, tensors)
 
     def load(self, path: Path) -> None:
@@ -137,8 +132,17 @@ class TunedLensFitter:
             moments.load_state({name: tensors[f"{layer}.{name}"] for name in moments.state()})
         self._mean_probability = tensors["mean_probability"]
         self._expected_squares = tensors["expected_squares"]
-        teacher = Teacher(*(tensors[f"kept.{name}"] for name in Teacher._fields))
-        self._kept = [ResidualBatch(tensors["kept.hidden"], teacher)]
+        teacher = Teacher(*(tensors[f"teacher.{name}"] for name in Teacher._fields))
+        self._kept = [ResidualBatch(tensors["kept"], teacher)]
+
+
+def check_rows(rows: int, width: int) -> None:
+    """Raises a ValueError for fewer rows than dimensions, which leave the regression undetermined."""
+    if rows < width:
+        raise ValueError(
+            f"ridge: {rows} positions are too little text for {width} dimensions; raise tokens or ridge_tokens, or "
+            "set ridge_tokens to 0 to start from the norm lens"
+        )
 
 
 def best_temperatures(hidden: Tensor, teacher: Teacher, head: Head) -> Tensor:

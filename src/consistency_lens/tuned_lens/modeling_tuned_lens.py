@@ -214,8 +214,10 @@ class TunedLens(TrainedTensorsModel):
         return self.config.num_layers
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves the subject along with the lens (`.to`, `.cuda`, ...)."""
+        """Moves the subject along with the lens (`.to`, `.cuda`, ...), unless it is spread over devices."""
         for stream in self._subject:
+            if len(getattr(stream.model, "hf_device_map", {})) > 1:
+                continue
             stream.model._apply(fn, recurse)
             self._readout[:] = [Readout(stream.model, self.config.blocks, self.config.final_norm)]
         return super()._apply(fn, recurse)
@@ -247,10 +249,13 @@ class TunedLens(TrainedTensorsModel):
         )
 
     def _roughness(self, layer: int) -> Tensor:
-        """Half the squared distance of a layer's map from each of its neighbours', which are constants here."""
+        """The squared distances of a layer's map from its neighbours', which are constants here.
+
+        So each layer has the gradient of the sum over all pairs, and no layer moves that is not in the step.
+        """
         one: Any = self.translators[layer]
         beside: Any = [self.translators[k] for k in (layer - 1, layer + 1) if 0 <= k < len(self.translators)]
-        return sum((one.distance(other) for other in beside), start=torch.zeros_like(one.c.sum())) / 2
+        return sum((one.distance(other) for other in beside), start=torch.zeros_like(one.c.sum()))
 
     # --- reading
 

@@ -27,11 +27,19 @@ def clean_name(model: str) -> str:
 
 def git_commit() -> str | None:
     """The commit of this package's source; None where it was installed without one."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    file = Path(__file__)
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        # an installed package may lie within somebody else's repository, which does not have this file
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        return _git(file.parent, "rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(folder: Path, *asked: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *asked], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,8 @@
 """The KL steps of a tuned lens: `TunedLensTrainer`, a transformers `Trainer` whose checkpoints are whole."""
 
 import json
+import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..atomic_write import write_json
 from ..checkpoints import states
@@ -23,10 +25,13 @@ from .fit_arguments import TunedLensTrainingArguments
 from .held_out import BITS, HeldOutKL, held_out_kl
 from .modeling_tuned_lens import TunedLens
 from .optimizer import make_optimizer
+from .progress import FitProgress, told
 from .residual_batches import make_head, position_bounds, read_batch, sampled_positions, vocabulary_budget
 from .streamed_kl import Head, Teacher, read_teacher, top_tokens
 
-# apart from the positions' draws, which begin with the seed too
+logger = logging.getLogger(__name__)
+
+# the fourth of the numbers that a draw of layers is made from; those of positions have three
 LAYER_DRAWS = 1
 
 
@@ -51,7 +56,8 @@ class BlockDataset(Dataset):
 class TunedLensTrainer(WholeCheckpointTrainer):
     """Minimises KL(P_final || P_layer) of all or some layers, at sampled positions, with the subject frozen.
 
-    The text goes through the subject once; its head is read at the sampled positions alone.
+    The text goes through the subject once; its head is read at the sampled positions alone. What is kept in the end is
+    the best of what was read on held-out text: at the start, every `eval_steps`, and after the last step.
 
     Args:
         lens: with its subject; it goes where the fit runs, the subject is there already.
@@ -67,6 +73,7 @@ class TunedLensTrainer(WholeCheckpointTrainer):
 
     args: TunedLensTrainingArguments
     loss_is_scaled_for_ga = False  # the loss is a mean, which accumulation has to divide
+    how_to_go_on = "give the same command again"
 
     def __init__(
         self,
@@ -97,6 +104,10 @@ class TunedLensTrainer(WholeCheckpointTrainer):
             eval_dataset=BlockDataset(validation_blocks),
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(FitProgress)
 
     # --- the loss
 
@@ -105,7 +116,7 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         available = self.lens.num_layers - 1
         if self.num_layers == available:
             return list(range(available))
-        draws = np.random.default_rng([self.args.seed, LAYER_DRAWS, self.state.global_step])
+        draws = np.random.default_rng([self.args.seed, 0, self.state.global_step, LAYER_DRAWS])
         return sorted(draws.choice(available, self.num_layers, replace=False).tolist())
 
     def compute_loss(
@@ -126,7 +137,8 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         kl = output.kl.mean()
         self.tokens += input_ids.numel() * self.args.world_size
         self._kl, self._passes = self._kl.to(kl) + kl.detach(), self._passes + 1
-        return kl + self.args.smallness * output.smallness + self.args.smoothness * output.roughness
+        loss = kl + self.args.smallness * output.smallness + self.args.smoothness * output.roughness
+        return loss.to(self.args.device)  # the subject's head may lie elsewhere
 
     def narrowed(self, teacher: Teacher) -> tuple[Teacher, Head]:
         """Teacher and head on the teacher's most probable tokens alone, if asked for."""
@@ -149,9 +161,18 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         """Adds the mean KL since the last log, in both units, and the tokens that were read."""
         if "loss" in logs and self._passes:
             kl = self.accelerator.reduce(self._kl / self._passes, reduction="mean").item()
+            self.check_finite(kl)
             logs |= {"kl": kl, "kl_bits": kl * BITS, "tokens": self.tokens}
             self._kl, self._passes = torch.zeros(()), 0
         super().log(logs, start_time)
+
+    def check_finite(self, kl: float) -> None:
+        """ValueError for a KL that is not a number any more."""
+        if not math.isfinite(kl):
+            raise ValueError(
+                f"learning_rate: the KL is {kl} at step {self.state.global_step} with {self.args.learning_rate}; pass "
+                "a lower one, and --force to fit anew"
+            )
 
     # --- held-out text
 
@@ -165,8 +186,11 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         bits = dict(zip(found.layers, (found.means["tuned"] * BITS).tolist(), strict=True))
         figures = {f"kl_bits_{percent}": bits[layer] for percent, layer in zip(DEPTHS, layers, strict=True)}
         figures["kl_bits"] = sum(figures.values()) / len(figures)
-        figures["seconds"] = time.perf_counter() - start
+        self.check_finite(figures["kl_bits"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        if self.args.disable_tqdm and self.is_world_process_zero():
+            logger.info(told(self.state.global_step, metrics))
+        metrics[f"{metric_key_prefix}_seconds"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -186,6 +210,25 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         return HeldOutKL(sums, found.layers, int(count))
 
     # --- checkpoints
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.load_best_model_at_end and self.state.best_metric is None:
+            self._keep_start()
+        super()._run_epoch(*args, **kwargs)
+
+    def _keep_start(self) -> None:
+        """Reads held-out text before the first step and keeps the start, which the steps may make no better."""
+        self._determine_best_metric(self._evaluate(None, None), None)
+        self.state.best_model_checkpoint = self._checkpoint_of(0)  # `Trainer` takes step 0 for none
+        self._save_checkpoint(self.lens, None)
+
+    def _checkpoint_of(self, step: int) -> str:
+        return str(Path(str(self.args.output_dir)) / f"checkpoint-{step}")
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        if self.state.best_global_step is not None:  # where it is now: the folder may have been moved
+            self.state.best_model_checkpoint = self._checkpoint_of(self.state.best_global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

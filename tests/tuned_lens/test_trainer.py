@@ -1,0 +1,372 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_model
+from torch.optim import AdamW, Muon
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import PrinterCallback, TrainerCallback
+from tuned_fits import without_waiting
+
+from consistency_lens.checkpoints.states import CheckpointWriteError
+from consistency_lens.losses import kl_divergence
+from consistency_lens.tuned_lens import trainer as trainer_module
+from consistency_lens.tuned_lens.fit_arguments import TunedLensTrainingArguments
+from consistency_lens.tuned_lens.held_out import BITS, HeldOutKL
+from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
+from consistency_lens.tuned_lens.trainer import TunedLensTrainer
+
+SEQ_LEN = 12
+LAYERS = 5  # of the subject: 4 translators
+PLAIN = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "early_stopping_patience": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with without_waiting():
+        yield
+
+
+def new_lens(rank=4, **model):
+    return TunedLens.for_model(tiny_model("llama", num_hidden_layers=LAYERS, **model), rank=rank)
+
+
+def draw_blocks(count, seed=0):
+    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, (count, SEQ_LEN), dtype=np.int32)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes a trainer; on 18 blocks, 4 a pass and 2 passes a step: 5 passes and 3 steps."""
+
+    def make(lens=None, blocks=None, validation=None, **changes):
+        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "position_range": [0.0, 1.0]}
+        settings |= {
+            "positions_per_sequence": "3",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "warmup_steps": 0.0,
+            **PLAIN,
+        }
+        args = TunedLensTrainingArguments(**{"output_dir": str(tmp_path / "run"), **settings, **changes})
+        blocks = draw_blocks(18) if blocks is None else blocks
+        return TunedLensTrainer(
+            lens or new_lens(), args, blocks, draw_blocks(3, 1) if validation is None else validation
+        )
+
+    return make
+
+
+def batch_of(trainer, rows=(0, 1, 2, 3)):
+    items = [trainer.train_dataset[row] for row in rows]
+    return {"input_ids": torch.tensor(np.stack([i["input_ids"] for i in items])), "row": torch.tensor(rows)}
+
+
+def gradients(trainer, batch):
+    trainer.lens.zero_grad()
+    trainer.compute_loss(trainer.lens, batch).backward()
+    return {name: p.grad.clone() for name, p in trainer.lens.named_parameters()}
+
+
+class AtSteps(TrainerCallback):
+    """Calls a function after every step, and once before the first."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen(state.global_step)
+
+
+# the schedule
+
+
+def by_hand(step, total, warmup, rate=1e-3):
+    if step < warmup:
+        return rate * step / warmup
+    return rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_rates_that_are_used_are_warmed_up_and_go_to_0(make, name):
+    used = {AdamW: [], Muon: []}
+
+    def note(optimizer, *_):
+        if type(optimizer) in used:
+            used[type(optimizer)].append({group["lr"] for group in optimizer.param_groups})
+
+    hook = register_optimizer_step_pre_hook(note)
+    trainer = make(translator_optim=name, warmup_steps=0.1, max_steps=11)
+    trainer.train()
+    hook.remove()
+    expected = [by_hand(step, 11, math.ceil(0.1 * 11)) for step in range(11)]
+    assert expected[:3] == [0, 0.0005, 0.001] and trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-12)
+    for kind in (AdamW, Muon) if name == "muon" else (AdamW,):
+        assert all(len(rates) == 1 for rates in used[kind])
+        assert [rate for rates in used[kind] for rate in rates] == pytest.approx(expected)
+
+
+def test_steps_and_warm_up_of_the_plan(make):
+    blocks = np.broadcast_to(np.zeros((1, SEQ_LEN), dtype=np.int32), (16_000_000 // 512, SEQ_LEN))
+    trainer = make(blocks=blocks, per_device_train_batch_size=8, gradient_accumulation_steps=4, warmup_steps=0.1)
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    assert steps == math.ceil(16_000_000 / 512 / 32) == 977  # the plan's 975 is a slip: 31250 / 32 = 976.6
+    assert trainer.args.get_warmup_steps(steps) == 98
+
+
+# what is read
+
+
+def test_tokens_are_those_that_went_through_the_subject(make):
+    trainer, read = make(num_train_epochs=2), []
+
+    def note(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] == SEQ_LEN:  # a readout is checked on fewer
+            read.append(kwargs["input_ids"].numel())
+
+    trainer.lens.subject_model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert trainer.tokens == sum(read) == 2 * 18 * SEQ_LEN
+    assert trainer.state.global_step == 6
+    logged = [entry for entry in trainer.state.log_history if "tokens" in entry]
+    assert all(entry["kl_bits"] == entry["kl"] * BITS for entry in logged)
+
+
+def test_the_kl_that_is_logged_is_the_mean_over_all_passes_since_the_last_one(make, monkeypatch):
+    trainer, seen = make(learning_rate=0.0, logging_steps=2, max_steps=4), []
+    forward = TunedLens.forward
+    monkeypatch.setattr(TunedLens, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
+    trainer.train()
+    means = [output.kl.mean().item() for output in seen]
+    # 2, 2, 1 and 2 passes
+    expected = [np.mean(means[:4]), np.mean(means[4:])]
+    assert [e["kl"] for e in trainer.state.log_history if "kl" in e] == pytest.approx(expected)
+
+
+def test_the_loss_is_the_kl_of_the_models_logits(make):
+    trainer = make(smallness=0.0, smoothness=0.0, positions_per_sequence="all")
+    batch, lens = batch_of(trainer), trainer.lens
+    residuals = lens.residuals(batch["input_ids"])
+    final = lens.subject_model(batch["input_ids"]).logits
+    kl = [kl_divergence(final, lens.logits(k, residuals[k])).mean().item() for k in range(LAYERS - 1)]
+    assert trainer.compute_loss(lens, batch).item() == pytest.approx(np.mean(kl), rel=1e-4)
+
+
+def test_layers_are_drawn_by_seed_and_step_alone(make):
+    first, again, other = (make(layers_per_step="2", seed=seed) for seed in (316, 316, 1))
+
+    def draws(trainer):
+        found = []
+        for step in range(40):
+            trainer.state.global_step = step
+            found.append(trainer.step_layers())
+        return found
+
+    assert draws(first) == draws(again) != draws(other)
+    assert all(len(set(layers)) == 2 and layers == sorted(layers) for layers in draws(first))
+    counts = np.bincount(np.concatenate(draws(first)), minlength=LAYERS - 1)
+    assert len(counts) == LAYERS - 1 and counts.min() >= 10
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_the_layers_of_the_step_move(make, name):
+    trainer, states = make(layers_per_step="2", translator_optim=name, max_steps=6, learning_rate=1e-2), []
+    trainer.add_callback(AtSteps(lambda step: states.append(copy.deepcopy(trainer.lens.state_dict()))))
+    drawn = []
+    draw = trainer.step_layers
+    trainer.step_layers = lambda: drawn.append(draw()) or drawn[-1]
+    trainer.train()
+    steps = [drawn[first] for first in (0, 2, 4, 5, 7, 9)]  # the third step of an epoch has one pass
+    assert len({tuple(layers) for layers in steps}) > 2
+    for layers, before, after in zip(steps, states[:-1], states[1:], strict=True):
+        moved = {int(key.split(".")[1]) for key in before if not torch.equal(before[key], after[key])}
+        assert moved == set(layers)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("rank", [4, None])
+def test_one_step_moves_every_trained_tensor_and_nothing_else(make, name, rank):
+    lens = new_lens(rank)
+    before = copy.deepcopy(lens.state_dict())
+    subject = copy.deepcopy(lens.subject_model.state_dict())
+    make(lens, translator_optim=name, max_steps=1).train()
+    trained = {key for key, _ in lens.named_parameters()}
+    assert {key for key, tensor in lens.state_dict().items() if not torch.equal(tensor, before[key])} == trained
+    assert len(trained) == (4 if rank else 3) * (LAYERS - 1)
+    assert all(torch.equal(tensor, subject[key]) for key, tensor in lens.subject_model.state_dict().items())
+
+
+# the penalties
+
+
+def test_smallness_is_counted_once(make):
+    lens = new_lens()
+    plain, penalised = (make(lens, smallness=weight, smoothness=0.0) for weight in (0.0, 0.5))
+    batch = batch_of(plain)
+    without, having = gradients(plain, batch), gradients(penalised, batch)
+    for name, parameter in lens.named_parameters():
+        share = 0 if name.endswith("log_tau") else 2 * 0.5 / (LAYERS - 1)
+        torch.testing.assert_close(having[name], without[name] + share * parameter.detach())
+    assert TunedLensTrainingArguments(output_dir="x", use_cpu=True).weight_decay == 0
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_smoothness_has_the_gradient_of_the_sum_over_pairs(make, rank):
+    lens = new_lens(rank)
+    with torch.no_grad():
+        for parameter in lens.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+        lens.translators[1].c.add_(1)
+    plain, penalised = (make(lens, smallness=0.0, smoothness=weight) for weight in (0.0, 0.5))
+    batch = batch_of(plain)
+    without, having = gradients(plain, batch), gradients(penalised, batch)
+    lens.zero_grad()
+    maps = [t.W if rank is None else t.U @ t.V.T for t in lens.translators]
+    pairs = sum((b - a).square().sum() for a, b in zip(maps, maps[1:], strict=False))
+    (0.5 * pairs / (LAYERS - 1)).backward()
+    for name, parameter in lens.named_parameters():
+        expected = 0 if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(having[name] - without[name], expected + 0 * parameter, rtol=1e-3, atol=1e-4)
+
+
+# heads
+
+
+def test_a_teacher_of_few_tokens_trains(make):
+    lens = new_lens()
+    every, all_of_them, few = (make(lens, teacher_top_k=k) for k in (None, VOCAB_SIZE, 4))
+    batch = batch_of(every)
+    assert few.compute_loss(lens, batch) != every.compute_loss(lens, batch)
+    assert all_of_them.compute_loss(lens, batch).item() == pytest.approx(every.compute_loss(lens, batch).item())
+    before = every.compute_loss(lens, batch).item()
+    few = make(lens, teacher_top_k=4, max_steps=8, learning_rate=1e-2)
+    few.train()
+    assert every.compute_loss(lens, batch).item() < before
+
+
+def test_a_head_in_bfloat16_trains(make):
+    lens = new_lens()
+    half, whole = make(lens, head_dtype="bfloat16", max_steps=2), make(lens, head_dtype="float32")
+    assert half.head.weight.dtype == torch.bfloat16 and whole.head.weight.dtype == torch.float32
+    batch = batch_of(half)
+    assert half.compute_loss(lens, batch).item() == pytest.approx(whole.compute_loss(lens, batch).item(), rel=2e-2)
+    half.train()
+    assert all(parameter.dtype == torch.float32 for parameter in lens.parameters())
+
+
+def test_a_subject_spread_over_devices_stays_where_it_is():
+    lens = new_lens()
+    lens.subject_model.hf_device_map = {"model": 0, "lm_head": 1}
+    lens.to(torch.float64)
+    assert lens.translators[0].c.dtype == torch.float64 and lens.subject_model.dtype == torch.float32
+    del lens.subject_model.hf_device_map
+    lens.to(torch.float64)
+    assert lens.subject_model.dtype == torch.float64
+
+
+# held-out text
+
+SAVED = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, "logging_steps": 1}
+SAVED |= {"eval_steps": 1, "save_steps": 1, "max_steps": 4, "warmup_steps": 0.0}
+
+
+def script_readings(monkeypatch, readings):
+    """Has held-out text read as a script says: nats by step."""
+
+    def held_out(trainer, layers, lenses, progress=False):
+        value = torch.full((len(layers),), readings[trainer.state.global_step], dtype=torch.float64)
+        return HeldOutKL({"tuned": value}, list(layers), 1)
+
+    monkeypatch.setattr(TunedLensTrainer, "held_out", held_out)
+
+
+@pytest.mark.parametrize(
+    ("readings", "patience", "best", "last"),
+    [
+        ({0: 5, 1: 1, 2: 3, 3: 2}, 2, 1, 3),
+        ({0: 5, 1: 1, 2: 3, 3: 2, 4: 1.1}, 0, 1, 4),
+        ({0: 5, 1: 6, 2: 7}, 2, 0, 2),
+        ({0: 5, 1: 6, 2: 4, 3: 4.5, 4: 2}, 2, 4, 4),
+    ],
+)
+def test_the_best_reading_is_kept_and_patience_ends(make, monkeypatch, readings, patience, best, last):
+    script_readings(monkeypatch, readings)
+    trainer, states = make(early_stopping_patience=patience, **SAVED), {}
+    trainer.add_callback(AtSteps(lambda step: states.update({step: copy.deepcopy(trainer.lens.state_dict())})))
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (last, best)
+    for name, tensor in trainer.lens.state_dict().items():
+        assert torch.equal(tensor, states[best][name]), name
+    if last > best:
+        assert not torch.equal(trainer.lens.translators[0].c, states[last]["translators.0.c"])
+
+
+def test_a_reading_is_the_mean_kl_in_bits_at_three_depths(make):
+    trainer = make(positions_per_sequence="all")
+    metrics, lens = trainer.evaluate(), trainer.lens
+    ids = torch.from_numpy(trainer.validation_blocks.astype(np.int64))
+    residuals, final = lens.residuals(ids), lens.subject_model(ids).logits
+    bits = [kl_divergence(final, lens.logits(k, residuals[k])).mean().item() / math.log(2) for k in range(LAYERS - 1)]
+    expected = [bits[0], bits[2], bits[3]]  # of 5 blocks the 1st, 3rd and 4th
+    assert [metrics[f"eval_kl_bits_{depth}"] for depth in (25, 50, 75)] == pytest.approx(expected, rel=1e-4)
+    assert metrics["eval_kl_bits"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_processes_share_the_held_out_text(make, monkeypatch):
+    trainer = make(validation=draw_blocks(5, 1))
+    whole = trainer.held_out(None, ("tuned", "norm"))
+    monkeypatch.setattr(TunedLensTrainingArguments, "world_size", 2)
+    parts = {0: [], 1: []}
+    for index in parts:
+        monkeypatch.setattr(TunedLensTrainingArguments, "process_index", index)
+        monkeypatch.setattr(
+            trainer.accelerator, "reduce", lambda tensor, reduction, index=index: parts[index].append(tensor) or tensor
+        )
+        trainer.held_out(None, ("tuned", "norm"))
+    sums = [a + b for a, b in zip(parts[0], parts[1], strict=True)]
+    torch.testing.assert_close(sums[0], whole.sums["tuned"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums[1], whole.sums["norm"], rtol=1e-5, atol=0)
+    assert int(sums[2]) == whole.positions and int(parts[0][2]) == 3 * SEQ_LEN
+
+
+def test_a_kl_that_is_no_number_is_an_error_of_one_line(make, tmp_path):
+    lens = new_lens()
+    with pytest.raises(ValueError, match="learning_rate: the KL is (nan|inf) at step .*; pass a lower one") as caught:
+        make(lens, **{**SAVED, "learning_rate": 1e30, "max_grad_norm": 0.0}).train()
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-0"]
+
+
+# what is shown, and written
+
+
+def test_the_bar_shows_bits_and_a_line_for_each_reading(make, capsys):
+    make(**{**SAVED, "max_steps": 2, "disable_tqdm": False}).train()
+    printed = capsys.readouterr()
+    lines = [line.strip() for line in printed.out.splitlines() if line.strip()]
+    assert [line.split(":")[0] for line in lines] == [f"step {step}, held out" for step in (0, 1, 2)]
+    assert "at 25 %" in lines[0] and "at 75 %" in lines[0]
+    assert "KL " in printed.err and " bits" in printed.err and "{" not in printed.out + printed.err
+
+
+def test_without_a_bar_nothing_is_printed_and_a_reading_is_logged(make, capsys, caplog):
+    caplog.set_level("INFO", "consistency_lens")
+    trainer = make(**{**SAVED, "max_steps": 1})
+    trainer.train()
+    assert not capsys.readouterr().out
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [f"step {step}, held out" for step in (0, 1)]
+    assert not any(isinstance(callback, PrinterCallback) for callback in trainer.callback_handler.callbacks)
+
+
+def test_a_checkpoint_that_cannot_be_written_says_how_to_go_on(make, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer_module.states, "save_scheduler", full)
+    with pytest.raises(CheckpointWriteError, match="No space left .* give the same command again"):
+        make(**SAVED).train()
