@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .fit_arguments import ALL
-from .held_out import EVAL_POSITIONS, held_out_kl
+from .held_out import EVAL_POSITIONS, LENSES, NORM, TUNED, held_out_kl
 from .modeling_tuned_lens import SEED
 from .residual_batches import make_head, position_bounds
 from .saved import OpenedLens, open_lens
@@ -97,6 +97,7 @@ def evaluate_tuned_lens(args: EvaluationArguments) -> dict[str, Any]:
         blocks.validation,
         range(len(blocks.validation)),
         position_bounds(args.position_range, blocks.validation.shape[1]),
+        lenses=LENSES if lens.is_calibrated else (TUNED, NORM),
         positions=positions,
         batch_size=args.batch_size,
         seed=args.seed,

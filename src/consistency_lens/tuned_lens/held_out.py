@@ -15,7 +15,7 @@ from .residual_batches import read_batch, sampled_positions
 from .streamed_kl import Head, streamed_kl
 
 BITS = 1 / math.log(2)
-LENSES = ("tuned", "norm", "calibrated")
+TUNED, NORM, CALIBRATED = LENSES = ("tuned", "norm", "calibrated")
 # positions of each held-out block, where not all are asked for
 EVAL_POSITIONS = 64
 

@@ -67,8 +67,8 @@ def from_alignment_research(
         ValueError: if a file is missing or is not what it should be, or the lens was fitted on another model.
         HubError: if the Hub cannot be reached, or fails.
     """
-    files = _find(path_or_repo, subfolder or "", revision, repo_type, subject.config.name_or_path)
-    config = _read_config(files.config)
+    files = _find(path_or_repo, subfolder or "", revision, repo_type, subject.config.name_or_path or "")
+    config = read_config(files.config)
     lens = TunedLens.for_model(subject, tokenizer, learn_temperature=False, translator_place="before_norm")
     _check_sizes(config, lens)
     if check_unembedding:
@@ -132,7 +132,12 @@ def _fetch(repo: str, subfolder: str, revision: str | None, repo_type: str) -> _
     return _Files(found[0], found[1], source)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json of tuned-lens.
+
+    Raises:
+        ValueError: if it is none, or of a lens of another type.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

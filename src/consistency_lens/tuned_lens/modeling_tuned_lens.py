@@ -220,6 +220,11 @@ class TunedLens(TrainedTensorsModel):
             self._readout[:] = [Readout(stream.model, self.config.blocks, self.config.final_norm)]
         return super()._apply(fn, recurse)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the norm lens's own temperatures were fitted; lenses that others have published have none."""
+        return bool((self.norm_temperature != 1).any())
+
     # --- the fit
 
     def forward(self, hidden: Tensor, layers: Sequence[int], teacher: Teacher, head: Head) -> FitOutput:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.subject_loading import DTYPES, load_subject_and_tokenizer
 from ..lens_artifact import WEIGHTS_FILE, subject_location
 from .configuration_tuned_lens import TunedLensConfig
+from .interchange import CONFIG_FILE, PARAMETERS_FILE, from_alignment_research, read_config
 from .modeling_tuned_lens import TunedLens
 
 
@@ -25,8 +26,14 @@ class OpenedLens(NamedTuple):
 
 
 def is_lens(folder: Path) -> bool:
-    """Whether a folder holds a saved lens."""
-    return (folder / "config.json").is_file() and (folder / WEIGHTS_FILE).is_file()
+    """Whether a folder holds a saved lens, of this library or of AlignmentResearch/tuned-lens."""
+    weights = (folder / WEIGHTS_FILE, folder / PARAMETERS_FILE)
+    return (folder / CONFIG_FILE).is_file() and any(file.is_file() for file in weights)
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a lens of AlignmentResearch/tuned-lens."""
+    return (folder / PARAMETERS_FILE).is_file()
 
 
 def open_lens(
@@ -39,7 +46,7 @@ def open_lens(
     """Loads a model, and lays its tuned lens over it.
 
     Args:
-        folder: of the lens; None for the model alone.
+        folder: of the lens, which may be one of AlignmentResearch/tuned-lens; None for the model alone.
         model: Hub id or folder; None for the one that the lens names.
         revision: commit, tag or branch of the model; None for the one that the lens was fitted at.
         dtype: of the weights; None for the one that the lens was fitted with, else float32.
@@ -48,38 +55,55 @@ def open_lens(
     Raises:
         ValueError: if one of them is not to be found, or the lens is of another model or revision.
     """
-    config = None if folder is None else _read_config(folder)
-    name = model or (None if config is None else subject_location(config))
+    made_for = None if folder is None else _made_for(folder)
+    name = model or (None if made_for is None else made_for.model)
     if name is None:
         raise ValueError("model: got none; pass a Hub id or folder, e.g. --model gpt2")
-    if config is not None and revision is None and name in (config.base_model_name_or_path, subject_location(config)):
-        revision = config.base_model_revision
-    recorded = None if config is None else config.base_config.get("dtype")
+    if made_for is not None and revision is None and name in made_for.names:
+        revision = made_for.revision
+    recorded = None if made_for is None else made_for.dtype
     loaded = load_subject_and_tokenizer(
         name,
         revision,
         dtype or (recorded if recorded in DTYPES else "float32"),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    if folder is None or config is None:
+    if folder is None or made_for is None:
         return OpenedLens(None, loaded.model, loaded.tokenizer, name, loaded.revision)
-    fitted_at = config.base_model_revision
+    fitted_at = made_for.revision
     if fitted_at is not None and loaded.revision is not None and fitted_at != loaded.revision:
         raise ValueError(
             f"revision: {name!r} is at {loaded.revision}, the lens {str(folder)!r} was fitted at {fitted_at}; pass "
             f"--revision {fitted_at}"
         )
-    lens = TunedLens.from_pretrained(folder, config=config, base_model=loaded.model)
-    if lens.tokenizer is None:
-        lens.tokenizer = loaded.tokenizer
+    if is_foreign(folder):
+        lens = from_alignment_research(folder, loaded.model, loaded.tokenizer)
+    else:
+        lens = TunedLens.from_pretrained(folder, base_model=loaded.model)
+    lens.tokenizer = lens.tokenizer or loaded.tokenizer
     return OpenedLens(lens, loaded.model, lens.tokenizer, name, loaded.revision)
 
 
-def _read_config(folder: Path) -> TunedLensConfig:
+class _MadeFor(NamedTuple):
+    """The model that a lens says it is for."""
+
+    model: str
+    names: tuple[str, ...]
+    """By which that model may be asked for."""
+    revision: str | None
+    dtype: str | None
+
+
+def _made_for(folder: Path) -> _MadeFor:
     if not is_lens(folder):
         raise ValueError(f"lens: no tuned lens at {str(folder)!r}; pass the folder of one")
-    config = TunedLensConfig.from_pretrained(folder)
+    if is_foreign(folder):
+        theirs = read_config(folder / CONFIG_FILE)
+        model = theirs["base_model_name_or_path"]
+        return _MadeFor(model, (model,), theirs.get("base_model_revision"), None)
     found = TunedLensConfig.get_config_dict(folder)[0].get("model_type")
     if found != TunedLensConfig.model_type:
         raise ValueError(f"lens: {str(folder)!r} is a {found} model; pass the folder of a tuned lens")
-    return config
+    config = TunedLensConfig.from_pretrained(folder)
+    where, named = subject_location(config), config.base_model_name_or_path
+    return _MadeFor(where, (where, named), config.base_model_revision, config.base_config.get("dtype"))

@@ -67,7 +67,7 @@ def judge_and_show(args: GatesArguments, console: "Console") -> int:
     """
     from ...atomic_write import write_json
     from ...tuned_lens.gates import apply_to_provenance, check_letters, read_provenance
-    from ...tuned_lens.saved import open_lens
+    from ...tuned_lens.saved import is_foreign, open_lens
     from ...tuned_lens.suite import read_suite
     from ...tuned_lens.sweep import judge_lens
     from ..command import DONE, NOT_VERIFIED
@@ -75,7 +75,10 @@ def judge_and_show(args: GatesArguments, console: "Console") -> int:
 
     check_letters(args.gates)
     folder, suite = Path(args.lens), read_suite(args.suite)
-    read_provenance(folder)  # the figures have to have a place before they are measured
+    # lenses that others have published have none; of ours it is read before anything is measured
+    has_provenance = not is_foreign(folder)
+    if has_provenance:
+        read_provenance(folder)
     opened = open_lens(folder, args.model, args.revision, args.dtype, args.device)
     assert opened.lens is not None
     judgement, beside = judge_lens(
@@ -83,9 +86,11 @@ def judge_and_show(args: GatesArguments, console: "Console") -> int:
     )
     blocks = judgement.as_dict()
     write_json(folder / GATES_FILE, {"arguments": asdict(args), **blocks, **beside})
-    apply_to_provenance(folder, judgement)
+    if has_provenance:
+        apply_to_provenance(folder, judgement)
     console.print(gates_shown(blocks["kpis"], blocks["acceptance"]))
     failed = judgement.gates.failed(args.gates)
     verdict = f"not passed: {', '.join(failed)}" if failed else f"passed: {', '.join(args.gates)}"
-    console.print(f"Written to {folder / 'provenance.json'}; {verdict}", markup=False, soft_wrap=True)
+    written = folder / ("provenance.json" if has_provenance else GATES_FILE)
+    console.print(f"Written to {written}; {verdict}", markup=False, soft_wrap=True)
     return NOT_VERIFIED if failed else DONE

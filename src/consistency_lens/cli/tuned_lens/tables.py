@@ -14,13 +14,19 @@ def kl_table(metrics: Mapping[str, Any]) -> "Table":
     from ...tuned_lens.held_out import BITS
 
     table = Table(title=f"KL(P_final || P_layer) on held-out text, {metrics['positions']:,} positions")
-    for heading in ("layer", "norm lens, bits", "norm lens, calibrated", "tuned lens", "less by"):
+    headings = {"norm": "norm lens, bits", "calibrated": "norm lens, calibrated", "tuned": "tuned lens"}
+    lenses = [name for name in headings if name in metrics["kl"]]
+    for heading in ("layer", *(headings[name] for name in lenses), "less by"):
         table.add_column(heading, justify="right")
-    kl = metrics["kl"]
-    for layer, values in enumerate(zip(kl["norm"], kl["calibrated"], kl["tuned"], strict=True)):
-        norm, calibrated, tuned = (value * BITS for value in values)
-        table.add_row(str(layer), f"{norm:.3f}", f"{calibrated:.3f}", f"{tuned:.3f}", f"{1 - tuned / norm:.0%}")
-    norm, calibrated, tuned = (metrics["mean_kl"][name] * BITS for name in ("norm", "calibrated", "tuned"))
-    table.add_section()
-    table.add_row("mean", f"{norm:.3f}", f"{calibrated:.3f}", f"{tuned:.3f}", f"{1 - tuned / norm:.0%}")
+    layers = [
+        dict(zip(lenses, values, strict=True)) for values in zip(*(metrics["kl"][n] for n in lenses), strict=True)
+    ]
+    for label, values in [
+        *((str(layer), values) for layer, values in enumerate(layers)),
+        ("mean", metrics["mean_kl"]),
+    ]:
+        if label == "mean":
+            table.add_section()
+        less = 1 - values["tuned"] / values["norm"]
+        table.add_row(label, *(f"{values[name] * BITS:.3f}" for name in lenses), f"{less:.0%}")
     return table
