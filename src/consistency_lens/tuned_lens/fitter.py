@@ -14,6 +14,7 @@ from torch import Tensor
 from ..atomic_write import write_tensors
 from .modeling_tuned_lens import TunedLens
 from .moments import AffineMap, RidgeMoments, cut_to_rank, pooled
+from .passes import concatenated
 from .residual_batches import ResidualBatch
 from .streamed_kl import CHUNK_NUMBERS, Head, Teacher, mean_probabilities, streamed_kl
 
@@ -176,10 +177,3 @@ def spread_rows(batch: ResidualBatch, count: int) -> ResidualBatch:
     count = min(count, available)
     rows = torch.arange(count, device=batch.hidden.device) * available // count
     return ResidualBatch(batch.hidden[:, rows], Teacher(*(tensor[rows] for tensor in batch.teacher)))
-
-
-def concatenated(batches: list[ResidualBatch]) -> ResidualBatch:
-    """Several batches as one."""
-    hidden = torch.cat([batch.hidden for batch in batches], dim=1)
-    teachers = [batch.teacher for batch in batches]
-    return ResidualBatch(hidden, Teacher(*(torch.cat(parts) for parts in zip(*teachers, strict=True))))
