@@ -4,6 +4,7 @@ It takes much of the way from the norm lens to the tuned lens in seconds; the KL
 there.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .modeling_tuned_lens import TunedLens
 from .moments import AffineMap, RidgeMoments, cut_to_rank, pooled
 from .passes import concatenated
 from .residual_batches import ResidualBatch
-from .streamed_kl import CHUNK_NUMBERS, Head, Teacher, mean_probabilities, streamed_kl
+from .streamed_kl import CHUNK_NUMBERS, Head, Teacher, mean_probabilities
 
 # Rows that temperatures are fitted on, and what they lie between.
 CALIBRATION_ROWS = 512
@@ -154,21 +155,27 @@ def check_rows(rows: int, width: int) -> None:
 def best_temperatures(hidden: Tensor, teacher: Teacher, head: Head) -> Tensor:
     """The temperature of each layer with the least mean KL, (layers,) float32.
 
-    The KL is convex in 1 / temperature, so its slope has one root, which is found by bisection on a logarithmic scale.
+    The KL is convex in b = 1 / temperature; its slope is E_q[z] - E_p[z] with q = softmax(b z), whose root is found by
+    bisection on a logarithmic scale. The logits of one layer are held at a time.
 
     Args:
         hidden: (layers, N, d), what the head decodes.
         teacher: of the N rows.
     """
-    low = hidden.new_full((len(hidden),), LOWEST_TEMPERATURE).log()
-    high = hidden.new_full((len(hidden),), HIGHEST_TEMPERATURE).log()
+    p = (head.logits(teacher.hidden) - teacher.lse[:, None]).exp()
+    return torch.stack([_best_temperature(head.logits(rows), p) for rows in hidden])
+
+
+def _best_temperature(logits: Tensor, p: Tensor) -> Tensor:
+    """The temperature, (), for logits (N, V) and the distributions (N, V) that they are to match."""
+    wanted = (p * logits).sum(dim=-1).mean()
+    low, high = math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE)
     for _ in range(BISECTIONS):
-        middle = ((low + high) / 2).exp().requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(streamed_kl(hidden, middle, teacher, head).sum(), middle)
-        middle = middle.detach().log()
-        low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
-    return ((low + high) / 2).exp()
+        middle = (low + high) / 2
+        found = ((logits / math.exp(middle)).softmax(dim=-1) * logits).sum(dim=-1).mean()
+        # colder than the best, q is too sure of its largest logits
+        low, high = (middle, high) if found > wanted else (low, middle)
+    return logits.new_tensor(math.exp((low + high) / 2))
 
 
 def spread_rows(batch: ResidualBatch, count: int) -> ResidualBatch:

@@ -32,6 +32,10 @@ class Head(NamedTuple):
     """(V,) float32."""
     soft_cap: float | None = None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits of normalised residuals (N, d), (N, V) float32."""
+        return _capped(_raw_logits(hidden, self), self.soft_cap)[0]
+
     def rows(self, ids: Tensor) -> "Head":
         """The head of some tokens alone, (K,) int64."""
         return Head(self.weight[ids], None if self.bias is None else self.bias[ids], self.soft_cap)
