@@ -157,6 +157,20 @@ def test_the_loss_is_the_kl_of_the_models_logits(make):
     assert trainer.compute_loss(lens, batch).item() == pytest.approx(np.mean(kl), rel=1e-4)
 
 
+def test_positions_are_drawn_by_epoch_and_row(make, monkeypatch):
+    drawn = []
+    sample = trainer_module.sampled_positions
+
+    def note(rows, count, bounds, seed, epoch):
+        drawn.extend((epoch, row) for row in rows)
+        return sample(rows, count, bounds, seed, epoch)
+
+    monkeypatch.setattr(trainer_module, "sampled_positions", note)
+    make(num_train_epochs=2).train()
+    # a row's number is that of its block, whatever order they come in
+    assert sorted(drawn) == [(epoch, row) for epoch in (0, 1) for row in range(18)] and drawn != sorted(drawn)
+
+
 def test_layers_are_drawn_by_seed_and_step_alone(make):
     first, again, other = (make(layers_per_step="2", seed=seed) for seed in (316, 316, 1))
 
