@@ -125,6 +125,16 @@ def test_a_killed_fit_ends_as_one_that_was_not(inputs, whole, tmp_path, monkeypa
     assert {path.name for path in (tmp_path / "lens").iterdir()} == {path.name for path in whole.iterdir()}
 
 
+@pytest.mark.parametrize(
+    "kind", [{"translator_optim": "muon"}, {"rank": "full", "preconditioner": "prism", "learn_temperature": False}]
+)
+def test_killed_fits_of_other_kinds(inputs, tmp_path, kind):
+    run_fit(inputs, tmp_path / "whole", **kind, num_train_epochs=1)
+    kill_fit(inputs, tmp_path / "lens", TunedLensTrainer, "compute_loss", 10, **kind, num_train_epochs=1)
+    run_fit(inputs, tmp_path / "lens", **kind, num_train_epochs=1)
+    assert artifact(tmp_path / "lens") == artifact(tmp_path / "whole")
+
+
 def test_the_closed_form_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "KEEP_EVERY", 1)
     kill_fit(inputs, tmp_path / "lens", TunedLensFitter, "update", 4)
