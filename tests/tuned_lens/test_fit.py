@@ -21,6 +21,7 @@ from tuned_fits import (
 
 from consistency_lens.checkpoints import trainer as checkpoints
 from consistency_lens.tuned_lens import fit, token_blocks
+from consistency_lens.tuned_lens.fit_arguments import TunedLensTrainingArguments
 from consistency_lens.tuned_lens.fitter import TunedLensFitter
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.trainer import TunedLensTrainer
@@ -242,12 +243,15 @@ def test_a_folder_with_something_else_is_refused(inputs, tmp_path, force):
     assert snapshot(tmp_path / "lens") == before
 
 
-def test_an_unfinished_fit_of_other_settings_is_refused(inputs, tmp_path):
+def test_an_unfinished_fit_of_other_settings_is_refused(inputs, tmp_path, monkeypatch):
     kill_fit(inputs, tmp_path / "lens", TunedLensTrainer, "compute_loss", 1)
     before = snapshot(tmp_path / "lens")
     for name, was, now in (("ridge", 0.01, 0.1), ("learning_rate", 0.001, 0.01)):
         with pytest.raises(ValueError, match=f"has an unfinished fit with {name} {was}, now {now}; .* pass --force"):
             run_fit(inputs, tmp_path / "lens", **{name: now})
+    monkeypatch.setattr(TunedLensTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="has an unfinished fit with world_size 1, now 2"):
+        run_fit(inputs, tmp_path / "lens")
     assert snapshot(tmp_path / "lens") == before
 
 

@@ -60,6 +60,7 @@ def test_mistakes_of_a_fit_are_one_line(changes, message):
         ({"bf16": True}, "bf16: got True, but translators are fitted in float32; leave it out"),
         ({"fp16": True}, "fp16: got True, but translators are fitted in float32"),
         ({"optim": "adafactor"}, "optim: got 'adafactor', but a fit has translator_optim"),
+        ({"adam_epsilon": 1e-6}, "adam_epsilon: got 1e-06, but it stays 1e-8"),
         ({"fsdp": "full_shard"}, "fsdp: got 'full_shard', but a tuned lens is small"),
         ({"deepspeed": "zero.json"}, "deepspeed: got 'zero.json', but a tuned lens is small"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint: got 'true', but a fit goes on by itself"),
