@@ -34,8 +34,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from consistency_lens.data.generation import sample_documents
 from consistency_lens.losses import kl_divergence
+from consistency_lens.tuned_lens.fit_arguments import TunedLensTrainingArguments
+from consistency_lens.tuned_lens.fitter import TunedLensFitter
 from consistency_lens.tuned_lens.interchange import from_alignment_research
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
+from consistency_lens.tuned_lens.residual_batches import make_head, read_batch
+from consistency_lens.tuned_lens.trainer import TunedLensTrainer
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE.parents[1] / "examples" / "tiny_stories"
@@ -110,11 +114,6 @@ def mean_kl(lens: TunedLens, blocks: np.ndarray, rows: int = 8) -> float:
 
 def fit_ours(model: PreTrainedModel, blocks: np.ndarray, settings: OurSettings, folder: Path) -> TunedLens:
     """Our fit, on the blocks that its tokens come to, each of which goes through the subject once."""
-    from consistency_lens.tuned_lens.fit_arguments import TunedLensTrainingArguments
-    from consistency_lens.tuned_lens.fitter import TunedLensFitter
-    from consistency_lens.tuned_lens.residual_batches import make_head, read_batch
-    from consistency_lens.tuned_lens.trainer import TunedLensTrainer
-
     length = blocks.shape[1]
     ridge, rest = np.split(blocks[: settings.tokens // length], [settings.ridge_tokens // length])
     lens = TunedLens.for_model(model, rank=settings.rank)

@@ -4,7 +4,8 @@ import numpy as np
 
 from consistency_lens.tuned_lens.kpis import TEMPERATURES, PromptReading, compute_kpis
 
-LAYERS = 9  # depths 25, 50, 75 are layers 2, 4, 6
+LAYERS = 9
+AT_DEPTHS = [1, 4, 6]
 ONE = int(np.argmin(np.abs(TEMPERATURES - 1)))
 
 
@@ -14,7 +15,7 @@ def reading(
     """A prompt whose lenses differ by `delta` bits at the three depths, and nowhere else."""
     tuned_kl = np.ones((LAYERS, positions))
     norm_kl = tuned_kl.copy()
-    norm_kl[[2, 4, 6]] += np.array(delta)[:, None]
+    norm_kl[AT_DEPTHS] += np.array(delta)[:, None]
     last_layer_kl = np.full((positions, len(TEMPERATURES)), last + 1.0)
     last_layer_kl[:, best] = last
     ranks = [None if rank is None else np.array(rank) for rank in (norm_rank, tuned_rank)]

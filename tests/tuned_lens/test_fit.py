@@ -136,6 +136,17 @@ def test_killed_fits_of_other_kinds(inputs, tmp_path, kind):
     assert artifact(tmp_path / "lens") == artifact(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("call", [13, 53])
+def test_a_fit_killed_between_the_steps_of_a_pass(inputs, tmp_path, call):
+    """Six steps a pass, of 8 blocks each; the last of 6, whose parts do not end where batches do."""
+    kind = {"rows_per_step": 8, "num_train_epochs": 1, "eval_steps": 5, "save_steps": 5, "layers_per_step": "all"}
+    run_fit(inputs, tmp_path / "whole", **kind)
+    assert json.loads((tmp_path / "whole" / "provenance.json").read_text())["schedule"]["steps_per_pass"] == 6
+    kill_fit(inputs, tmp_path / "lens", TunedLensTrainer, "compute_loss", call, **kind)
+    run_fit(inputs, tmp_path / "lens", **kind)
+    assert artifact(tmp_path / "lens") == artifact(tmp_path / "whole")
+
+
 def test_the_closed_form_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "KEEP_EVERY", 1)
     kill_fit(inputs, tmp_path / "lens", TunedLensFitter, "update", 4)

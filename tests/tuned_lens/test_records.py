@@ -112,7 +112,10 @@ class TestReadings:
 
     def test_do_not_depend_on_how_many_positions_are_held_at_once(self, lens, result, monkeypatch):
         monkeypatch.setattr(readings, "CHUNK_LOGITS", 2 * VOCAB_SIZE + 1)
+        held, decode = [], lens.readout.logits
+        monkeypatch.setattr(lens.readout, "logits", lambda hidden: held.append(len(hidden)) or decode(hidden))
         chunked = read_prompt(lens, tokens())
+        assert max(held) == 2 < len(tokens().ids)
         for name in (NORM, TUNED):
             for field in dataclasses.fields(readings.LensReading):
                 expected = getattr(result.lenses[name], field.name)
@@ -162,9 +165,8 @@ class TestRecords:
         assert sum(probability for _, _, probability in record.top20) < 1
 
     def test_have_the_answer_at_the_last_position_and_milestones_everywhere(self, result):
-        reading = result.lenses[TUNED]
-        reading.answer_rank[:] = torch.tensor([12, 4, 1])
-        records = self.records(result)
+        reading = dataclasses.replace(result.lenses[TUNED], answer_rank=torch.tensor([12, 4, 1]))
+        records = self.records(dataclasses.replace(result, lenses={TUNED: reading}))
         assert {(r.first_rank_le_10, r.first_rank_le_5, r.first_rank_le_1) for r in records} == {(1, 1, 2)}
         assert {(r.answer, r.answer_id) for r in records} == {(ANSWER, 23)}
         last = [record for record in records if record.position == len(tokens().ids) - 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from consistency_lens.losses import kl_divergence
-from consistency_lens.tuned_lens.streamed_kl import Head, read_teacher, streamed_kl, top_tokens
+from consistency_lens.tuned_lens.streamed_kl import Head, mean_probabilities, read_teacher, streamed_kl, top_tokens
 
 LAYERS, ROWS, WIDTH, VOCAB = 3, 7, 16, 101
 HEADS = {
@@ -93,6 +93,26 @@ def test_a_head_in_bfloat16_is_close():
     close = streamed_kl(x, tau, read_teacher(rows(1, ROWS), half), half)
     assert close.dtype == torch.float32
     assert (close - exact).abs().max() < 0.02 * exact.mean()
+
+
+@pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("chunk_numbers", CHUNKS)
+def test_mean_probabilities_are_those_of_the_rows(settings, chunk_numbers):
+    head, final = make_head(**settings), rows(1, ROWS)
+    found = mean_probabilities(read_teacher(final, head), head, chunk_numbers)
+    torch.testing.assert_close(found, plain_logits(final, head).softmax(dim=-1).mean(dim=0), rtol=1e-4, atol=1e-7)
+    assert found.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
+def test_the_teacher_is_read_by_hand(settings):
+    head, final = make_head(**settings), rows(1, ROWS)
+    logits = plain_logits(final, head)
+    p = logits.softmax(dim=-1)
+    teacher = read_teacher(final, head, chunk_numbers=ROWS * 13)
+    torch.testing.assert_close(teacher.lse, logits.logsumexp(dim=-1))
+    torch.testing.assert_close(teacher.expected_logit, (p * logits).sum(dim=-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(teacher.expected_weight, p @ head.weight, rtol=1e-4, atol=1e-5)
 
 
 def test_top_tokens_are_the_union_of_the_rows():

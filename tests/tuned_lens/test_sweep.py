@@ -142,6 +142,13 @@ class TestDiagnostics:
         assert found["lens_artifact_risk"] == {"norm": words[norm], "tuned": words[tuned]}
         assert found["tuned_lens_raises_risk"] is raises
 
+    def test_answers_that_the_raw_lens_does_not_show_are_counted(self, lens):
+        results = [read_prompt(lens, prompt) for prompt in tokenise_suite(SUITE[:2], tiny_tokenizer())]
+        for result, norm, raw in zip(results, ([1, 1, 1], [2, 2, 2]), ([1, 3, 2], [1, 1, 1]), strict=True):
+            result.lenses["norm"].answer_rank[:] = torch.tensor(norm)
+            result.raw_rank[:] = torch.tensor(raw)
+        assert diagnostics(results)["raw_lens"]["norm"]["answers_on_top_not_in_raw"] == 2
+
     @pytest.mark.parametrize(
         ("kl", "answers", "risk"),
         [(0.0, 0, "low"), (0.49, 0, "low"), (0.5, 0, "medium"), (0.99, 0, "medium"), (1.0, 0, "high"), (0, 1, "high")],

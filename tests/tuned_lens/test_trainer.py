@@ -59,9 +59,10 @@ def make(tmp_path):
     return make
 
 
-def batch_of(trainer, rows=(0, 1, 2, 3)):
-    items = [trainer.train_dataset[row] for row in rows]
-    return {"input_ids": torch.tensor(np.stack([i["input_ids"] for i in items])), "row": torch.tensor(rows)}
+def batch_of(trainer, first=0):
+    """A batch of four items."""
+    items = [trainer.train_dataset[item] for item in range(first, first + 4)]
+    return {name: torch.tensor(np.stack([item[name] for item in items])) for name in items[0]}
 
 
 def gradients(trainer, batch):
@@ -135,7 +136,7 @@ def test_tokens_are_those_that_went_through_the_subject(make):
     assert trainer.state.global_step == 6
     logged = [entry for entry in trainer.state.log_history if "tokens" in entry]
     assert [entry["tokens"] for entry in logged] == [blocks * SEQ_LEN for blocks in (8, 16, 18, 26, 34, 36)]
-    assert all(entry["kl_bits"] == entry["kl"] / math.log(2) for entry in logged)
+    assert all(entry["kl_bits"] == pytest.approx(entry["kl"] / math.log(2)) for entry in logged)
 
 
 def test_the_kl_that_is_logged_is_the_mean_over_all_passes_since_the_last_one(make, monkeypatch):
@@ -172,16 +173,46 @@ def test_positions_are_drawn_by_epoch_and_row(make, monkeypatch):
     assert sorted(drawn) == [(epoch, row) for epoch in (0, 1) for row in range(18)] and drawn != sorted(drawn)
 
 
-def test_layers_are_drawn_by_seed_and_step_alone(make):
+def test_steps_of_a_pass_share_out_its_positions(make):
+    """The mean over the steps of a pass is the loss of the whole pass, and the subject runs once."""
+    settings = {"smallness": 0.0, "smoothness": 0.0, "positions_per_sequence": "6", "gradient_accumulation_steps": 1}
+    whole, shared = make(rows_per_step=24, **settings), make(rows_per_step=8, **settings)
+    assert (whole.steps_per_pass, shared.steps_per_pass) == (1, 3)
+    shared.lens = whole.lens
+    seen = []
+    whole.lens.subject_model.register_forward_pre_hook(lambda *_: seen.append(1))
+    expected = whole.compute_loss(whole.lens, batch_of(whole)).item()
+    seen.clear()
+    losses = [shared.compute_loss(shared.lens, batch_of(shared, first)).item() for first in (0, 4, 8)]
+    assert len(seen) == 1 and np.mean(losses) == pytest.approx(expected, rel=1e-5)
+    assert len(set(losses)) == 3 and shared.tokens == 4 * SEQ_LEN
+
+
+@pytest.mark.parametrize("blocks", [8, 9])
+def test_an_epoch_has_a_step_for_each_part_of_each_pass(make, blocks):
+    trainer = make(
+        blocks=draw_blocks(blocks), positions_per_sequence="6", rows_per_step=8, gradient_accumulation_steps=1
+    )
+    read = []
+
+    def note(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] == SEQ_LEN:  # a readout is checked on fewer
+            read.append(kwargs["input_ids"].numel())
+
+    trainer.lens.subject_model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert sum(read) == trainer.tokens
+    # the third pass is of one block, whose three parts fit into one step
+    assert trainer.state.global_step == 2 * 3 + (blocks == 9) and trainer.tokens == blocks * SEQ_LEN
+
+
+def test_layers_are_drawn_by_seed_epoch_and_pool_alone(make):
     first, again, other = (make(layers_per_step="2", seed=seed) for seed in (316, 316, 1))
 
-    def draws(trainer):
-        found = []
-        for step in range(40):
-            trainer.state.global_step = step
-            found.append(trainer.step_layers())
-        return found
+    def draws(trainer, epoch=0):
+        return [trainer.layers_of(epoch, pool) for pool in range(40)]
 
+    assert draws(first) != draws(first, epoch=1)
     assert draws(first) == draws(again) != draws(other)
     assert all(len(set(layers)) == 2 and layers == sorted(layers) for layers in draws(first))
     counts = np.bincount(np.concatenate(draws(first)), minlength=LAYERS - 1)
@@ -193,8 +224,8 @@ def test_only_the_layers_of_the_step_move(make, name):
     trainer, states = make(layers_per_step="2", translator_optim=name, max_steps=6, learning_rate=1e-2), []
     trainer.add_callback(AtSteps(lambda step: states.append(copy.deepcopy(trainer.lens.state_dict()))))
     drawn = []
-    draw = trainer.step_layers
-    trainer.step_layers = lambda: drawn.append(draw()) or drawn[-1]
+    draw = trainer.layers_of
+    trainer.layers_of = lambda *of: drawn.append(draw(*of)) or drawn[-1]
     trainer.train()
     steps = [drawn[first] for first in (0, 2, 4, 5, 7, 9)]  # the third step of an epoch has one pass
     assert len({tuple(layers) for layers in steps}) > 2

@@ -19,7 +19,8 @@ GOES_ON = "a fit goes on by itself from where it was killed"
 HAS_OWN = "a fit has translator_optim"
 SMALL = "a tuned lens is small; fit it on one process or several with DDP"
 REFUSED = {
-    "bf16": FLOAT32, "fp16": FLOAT32, "fsdp": SMALL, "deepspeed": SMALL, "optim": HAS_OWN, "optim_args": HAS_OWN, "adam_epsilon": "it stays 1e-8",
+    "bf16": FLOAT32, "fp16": FLOAT32, "fsdp": SMALL, "deepspeed": SMALL, "optim": HAS_OWN, "optim_args": HAS_OWN,
+    "adam_epsilon": "it stays 1e-8",
     "resume_from_checkpoint": GOES_ON, "save_only_model": GOES_ON, "eval_on_start": "held-out text is read at the "
     "start of every fit", "auto_find_batch_size": "the number of steps depends on the batch size",
     "gradient_checkpointing": "the subject runs without gradients", "push_to_hub": "publish the lens when its gates "
@@ -84,7 +85,7 @@ class TunedLensTrainingArguments(TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences in a pass of the subject."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "The same for held-out text."})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Passes in a step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Passes of a step."})
     num_train_epochs: float = field(default=1, metadata={"help": "Times that the text is gone through."})
     learning_rate: float = field(default=1e-3, metadata={"help": "The highest, after warm-up."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Of the learning rate; cosine ends at 0."})
@@ -109,6 +110,10 @@ class TunedLensTrainingArguments(TrainingArguments):
     )
     positions_per_sequence: str = field(
         default=AUTO, metadata={"help": "Positions of a sequence: a number, all, or auto: 16, fewer for V > 32000."}
+    )
+    rows_per_step: int = field(
+        default=128,
+        metadata={"help": "Positions of a step, of all processes; a pass with more of them serves several steps."},
     )
     position_range: list[float] = field(
         default_factory=lambda: [0.6, 0.95], metadata={"help": "Share of the context that positions are drawn from."}
@@ -145,6 +150,8 @@ class TunedLensTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be a whole number above 0, {ALL} or {AUTO}, got {value!r}")
         if len(self.position_range) != 2 or not 0 <= self.position_range[0] < self.position_range[1] <= 1:
             raise ValueError(f"position_range must be two shares of the context, got {self.position_range}; 0.6 0.95")
+        if self.rows_per_step < 1:
+            raise ValueError(f"rows_per_step must be at least 1, got {self.rows_per_step}; 128 is a good start")
         for name in ("smallness", "smoothness"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..atomic_write import write_tensors
 from .modeling_tuned_lens import TunedLens
 from .moments import AffineMap, RidgeMoments, cut_to_rank, pooled
+from .passes import concatenated
 from .residual_batches import ResidualBatch
-from .streamed_kl import Head, Teacher, mean_probabilities, streamed_kl
+from .streamed_kl import CHUNK_NUMBERS, Head, Teacher, mean_probabilities, streamed_kl
 
 # Rows that temperatures are fitted on, and what they lie between.
 CALIBRATION_ROWS = 512
@@ -64,7 +65,7 @@ class TunedLensFitter:
             self._expected_squares += teacher.expected_weight.T @ teacher.expected_weight
         missing = CALIBRATION_ROWS - sum(kept.hidden.shape[1] for kept in self._kept)
         if missing > 0:
-            self._kept.append(first_rows(batch, missing))
+            self._kept.append(spread_rows(batch, missing))
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -84,18 +85,23 @@ class TunedLensFitter:
     def metric(self) -> Tensor:
         """Of normalised final residuals, (d, d): to second order, a step s there costs s M s^T / 2 nats.
 
-        It is the Fisher information W^T (diag(p) - p p^T) W of the final distribution, averaged over the rows.
+        It is the Fisher information W^T (diag(p) - p p^T) W of the final distribution, averaged over the rows. The
+        slope of a soft-cap is left out.
         """
-        weight = self.head.weight.double()
-        second = (weight.T * (self._mean_probability / self.rows)) @ weight
-        return second - self._expected_squares / self.rows
+        metric = -self._expected_squares / self.rows
+        size = max(1, CHUNK_NUMBERS // self.lens.config.width)
+        probabilities = (self._mean_probability / self.rows).split(size)
+        for part, probability in zip(self.head.weight.split(size), probabilities, strict=True):
+            weight = part.double()
+            metric += (weight.T * probability) @ weight
+        return metric
 
     def _set(self, layer: int, moments: RidgeMoments, metric: Tensor | None) -> None:
         """Writes the solution of one layer into its translator, in the basis of the lens."""
         translator: Any = self.lens.translators[layer]
         basis = self.lens.preconditioner
         full = moments.solve(self.ridge)
-        matrix = torch.eye(len(full.W)).to(full.W) if basis is None else basis.matrix()
+        matrix = torch.eye(len(full.W)).to(full.W) if basis is None else basis.matrix().to(full.W)
         rank = self.lens.config.rank
         if rank is None:
             translator.W.copy_(torch.linalg.solve(matrix, full.W) @ matrix)
@@ -104,7 +110,7 @@ class TunedLensFitter:
             translator.U.copy_(torch.linalg.solve(matrix, U))
             translator.V.copy_(matrix.T @ V)
             full = AffineMap(U @ V.T, moments.mean_y - moments.mean_x - moments.mean_x @ (U @ V.T))
-        centre = torch.zeros_like(full.c) if basis is None else basis.mean.double()
+        centre = torch.zeros_like(full.c) if basis is None else basis.mean.to(full.c)
         translator.c.copy_((centre @ full.W + full.c) @ matrix)
 
     def _calibrate(self) -> None:
@@ -165,13 +171,9 @@ def best_temperatures(hidden: Tensor, teacher: Teacher, head: Head) -> Tensor:
     return ((low + high) / 2).exp()
 
 
-def first_rows(batch: ResidualBatch, count: int) -> ResidualBatch:
-    """The first rows of a batch."""
-    return ResidualBatch(batch.hidden[:, :count], Teacher(*(tensor[:count] for tensor in batch.teacher)))
-
-
-def concatenated(batches: list[ResidualBatch]) -> ResidualBatch:
-    """Several batches as one."""
-    hidden = torch.cat([batch.hidden for batch in batches], dim=1)
-    teachers = [batch.teacher for batch in batches]
-    return ResidualBatch(hidden, Teacher(*(torch.cat(parts) for parts in zip(*teachers, strict=True))))
+def spread_rows(batch: ResidualBatch, count: int) -> ResidualBatch:
+    """So many rows of a batch, or all, at even distances: rows side by side are of one text."""
+    available = batch.hidden.shape[1]
+    count = min(count, available)
+    rows = torch.arange(count, device=batch.hidden.device) * available // count
+    return ResidualBatch(batch.hidden[:, rows], Teacher(*(tensor[rows] for tensor in batch.teacher)))

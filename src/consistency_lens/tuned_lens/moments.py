@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# of the largest eigenvalue: what the metric of the output is raised by, so that it has an inverse
-METRIC_FLOOR = 1e-4
+# of the largest eigenvalue: what smaller ones are raised to, so that the roots of covariance and metric have inverses
+ROOT_FLOOR = 1e-4
 
 
 class AffineMap(NamedTuple):
@@ -118,7 +118,7 @@ def cut_to_rank(W: Tensor, rank: int, covariance: Tensor, metric: Tensor | None 
 def _root(matrix: Tensor) -> Tensor:
     """The symmetric square root, raised where the matrix is nearly singular."""
     values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=METRIC_FLOOR * float(values.max()))
+    values = values.clamp(min=ROOT_FLOOR * float(values.max()))
     return (vectors * values.sqrt()) @ vectors.T
 
 

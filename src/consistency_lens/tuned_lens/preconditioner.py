@@ -30,14 +30,16 @@ class Preconditioner(nn.Module):
         self.register_buffer("rotation", torch.eye(width) if rotated else None)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Into the basis, (..., d)."""
-        hidden = (hidden - self.mean) / self.scale
-        return hidden if self.rotation is None else hidden @ self.rotation
+        """Into the basis, (..., d), where `hidden` is; the basis comes there if it lies elsewhere."""
+        device = hidden.device
+        hidden = (hidden - self.mean.to(device)) / self.scale.to(device)
+        return hidden if self.rotation is None else hidden @ self.rotation.to(device)
 
     def inverse(self, hidden: Tensor) -> Tensor:
         """Back from it, (..., d)."""
-        hidden = hidden if self.rotation is None else hidden @ self.rotation.T
-        return hidden * self.scale + self.mean
+        device = hidden.device
+        hidden = hidden if self.rotation is None else hidden @ self.rotation.to(device).T
+        return hidden * self.scale.to(device) + self.mean.to(device)
 
     @torch.no_grad()
     def fit(self, mean: Tensor, covariance: Tensor) -> None:

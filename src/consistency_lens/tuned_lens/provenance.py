@@ -116,6 +116,7 @@ def provenance_of(
         "schedule": {
             "layers_per_step": trainer.num_layers,
             "positions_per_seq": trainer.num_positions,
+            "steps_per_pass": trainer.steps_per_pass,
             "steps_done": state.global_step,
             "best_step": state.best_global_step,
             "teacher_top_k": training.teacher_top_k,

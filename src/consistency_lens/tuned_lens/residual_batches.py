@@ -67,7 +67,7 @@ def position_bounds(position_range: Sequence[float], seq_len: int) -> tuple[int,
 def sampled_positions(
     rows: Sequence[int], count: int | None, bounds: tuple[int, int], seed: int, epoch: int = 0
 ) -> Tensor:
-    """Positions of each block, (B, K) int64 ascending, drawn without replacement; by seed, epoch and row alone.
+    """Positions of each block, (B, K) int64 in random order, none twice; by seed, epoch and row alone.
 
     Args:
         rows: the blocks' numbers.
@@ -75,10 +75,9 @@ def sampled_positions(
         bounds: see `position_bounds`.
     """
     first, end = bounds
-    if count is None or count >= end - first:
-        return torch.arange(first, end).expand(len(rows), -1)
-    drawn = [np.random.default_rng([seed, epoch, row]).choice(end - first, count, replace=False) for row in rows]
-    return torch.from_numpy(np.sort(np.stack(drawn), axis=1) + first)
+    count = end - first if count is None else min(count, end - first)
+    drawn = [np.random.default_rng([seed, epoch, row]).permutation(end - first)[:count] for row in rows]
+    return torch.from_numpy(np.stack(drawn) + first)
 
 
 class ResidualBatch(NamedTuple):

@@ -101,6 +101,9 @@ def _made_for(folder: Path) -> _MadeFor:
         theirs = read_config(folder / CONFIG_FILE)
         model = theirs["base_model_name_or_path"]
         return _MadeFor(model, (model,), theirs.get("base_model_revision"), None)
+    found = TunedLensConfig.get_config_dict(folder)[0].get("model_type")
+    if found != TunedLensConfig.model_type:
+        raise ValueError(f"lens: {str(folder)!r} is a {found} model; pass the folder of a tuned lens")
     config = TunedLensConfig.from_pretrained(folder)
     where, named = subject_location(config), config.base_model_name_or_path
     return _MadeFor(where, (where, named), config.base_model_revision, config.base_config.get("dtype"))

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..atomic_write import write_json
 from .gates import Judgement, judge
-from .kpis import compute_kpis
-from .modeling_tuned_lens import SEED, TunedLens
+from .kpis import SEED, compute_kpis
+from .modeling_tuned_lens import TunedLens
 from .readings import NORM, TUNED, PromptResult, read_prompt
 from .records import file_names, record_files, token_texts
 from .saved import is_lens

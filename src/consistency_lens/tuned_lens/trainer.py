@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..atomic_write import write_json
@@ -25,8 +25,16 @@ from .fit_arguments import TunedLensTrainingArguments
 from .held_out import BITS, HeldOutKL, held_out_kl
 from .modeling_tuned_lens import TunedLens
 from .optimizer import make_optimizer
+from .passes import PassCache, PassDataset
 from .progress import FitProgress, told
-from .residual_batches import make_head, position_bounds, read_batch, sampled_positions, vocabulary_budget
+from .residual_batches import (
+    ResidualBatch,
+    make_head,
+    position_bounds,
+    read_batch,
+    sampled_positions,
+    vocabulary_budget,
+)
 from .streamed_kl import Head, Teacher, read_teacher, top_tokens
 
 logger = logging.getLogger(__name__)
@@ -35,29 +43,12 @@ logger = logging.getLogger(__name__)
 LAYER_DRAWS = 1
 
 
-class BlockDataset(Dataset):
-    """Blocks of tokens and their numbers.
-
-    Args:
-        blocks: (N, S) integers, may be memory-mapped.
-        first: the number of the first one.
-    """
-
-    def __init__(self, blocks: np.ndarray, first: int = 0) -> None:
-        self.blocks, self.first = blocks, first
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.blocks[index].astype(np.int64), "row": self.first + index}
-
-
 class TunedLensTrainer(WholeCheckpointTrainer):
     """Minimises KL(P_final || P_layer) of all or some layers, at sampled positions, with the subject frozen.
 
-    The text goes through the subject once; its head is read at the sampled positions alone. What is kept in the end is
-    the best of what was read on held-out text: at the start, every `eval_steps`, and after the last step.
+    Each pass of the subject serves one step or several (see `passes`), and its head is read at the sampled positions
+    alone. What is kept in the end is the best of what was read on held-out text: at the start, every `eval_steps`, and
+    after the last step.
 
     Args:
         lens: with its subject; it goes where the fit runs, the subject is there already.
@@ -68,7 +59,8 @@ class TunedLensTrainer(WholeCheckpointTrainer):
 
     Attributes:
         tokens: that went through the subject in training so far, of all processes.
-        budget: layers and positions of a step.
+        num_layers, num_positions: of a pass, and of each of its sequences.
+        steps_per_pass: optimizer steps that its positions are shared out to.
     """
 
     args: TunedLensTrainingArguments
@@ -92,6 +84,9 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         self.num_positions = args.count_of(
             "positions_per_sequence", automatic.positions, self.bounds[1] - self.bounds[0]
         )
+        pool = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.steps_per_pass = max(1, min(self.num_positions, pool * self.num_positions // args.rows_per_step))
+        self.cache = PassCache()
         self.tokens = 0
         self._kl, self._passes = torch.zeros(()), 0  # since the last log
         callbacks: list[TrainerCallback] = []
@@ -100,8 +95,8 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         super().__init__(
             model=lens,
             args=args,
-            train_dataset=BlockDataset(train_blocks, first_row),
-            eval_dataset=BlockDataset(validation_blocks),
+            train_dataset=PassDataset(train_blocks, pool, self.steps_per_pass, args.seed, first_row),
+            eval_dataset=PassDataset(validation_blocks, 1, 1, args.seed),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -111,12 +106,15 @@ class TunedLensTrainer(WholeCheckpointTrainer):
 
     # --- the loss
 
-    def step_layers(self) -> list[int]:
-        """The layers of the next step, ascending: by seed and step alone, so every process draws the same."""
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def layers_of(self, epoch: int, pool: int) -> list[int]:
+        """The layers that a pool trains, ascending: by seed, epoch and pool alone, so every process draws the same."""
         available = self.lens.num_layers - 1
         if self.num_layers == available:
             return list(range(available))
-        draws = np.random.default_rng([self.args.seed, 0, self.state.global_step, LAYER_DRAWS])
+        draws = np.random.default_rng([self.args.seed, epoch, pool, LAYER_DRAWS])
         return sorted(draws.choice(available, self.num_layers, replace=False).tolist())
 
     def compute_loss(
@@ -127,15 +125,21 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean KL over layers and positions, and the two penalties."""
-        rows, input_ids = inputs["row"].tolist(), inputs["input_ids"]
-        epoch = int(self.state.epoch or 0)
-        positions = sampled_positions(rows, self.num_positions, self.bounds, self.args.seed, epoch)
-        layers = self.step_layers()
-        batch = read_batch(self.lens, self.head, input_ids, positions, layers)
+        epoch, pool = int(self.state.epoch or 0), int(inputs["pool"][0])
+        layers = self.layers_of(epoch, pool)
+        rows, parts = inputs["row"].tolist(), inputs["part"].tolist()
+
+        def read(places: list[int]) -> ResidualBatch:
+            chosen = [rows[place] for place in places]
+            positions = sampled_positions(chosen, self.num_positions, self.bounds, self.args.seed, epoch)
+            return read_batch(self.lens, self.head, inputs["input_ids"][places], positions, layers)
+
+        batch = self.cache.take((epoch, pool), rows, parts, self.steps_per_pass, read)
+        # counted at the first part, for a fit that goes on in the middle of a pool reads its blocks again
+        self.tokens += parts.count(0) * inputs["input_ids"].shape[1] * self.args.world_size
         teacher, head = self.narrowed(batch.teacher)
         output = model(batch.hidden, layers, teacher, head)
         kl = output.kl.mean()
-        self.tokens += input_ids.numel() * self.args.world_size
         self._kl, self._passes = self._kl.to(kl) + kl.detach(), self._passes + 1
         loss = kl + self.args.smallness * output.smallness + self.args.smoothness * output.roughness
         return loss.to(self.args.device)  # the subject's head may lie elsewhere
