@@ -21,6 +21,7 @@ from tuned_fits import (
 
 from consistency_lens.checkpoints import trainer as checkpoints
 from consistency_lens.tuned_lens import fit, token_blocks
+from consistency_lens.tuned_lens.fit_arguments import TunedLensTrainingArguments
 from consistency_lens.tuned_lens.fitter import TunedLensFitter
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.trainer import TunedLensTrainer
@@ -123,6 +124,27 @@ def test_a_killed_fit_ends_as_one_that_was_not(inputs, whole, tmp_path, monkeypa
     assert artifact(tmp_path / "lens") == artifact(whole)
     assert len(passes) == passes_left
     assert {path.name for path in (tmp_path / "lens").iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "kind", [{"translator_optim": "muon"}, {"rank": "full", "preconditioner": "prism", "learn_temperature": False}]
+)
+def test_killed_fits_of_other_kinds(inputs, tmp_path, kind):
+    run_fit(inputs, tmp_path / "whole", **kind, num_train_epochs=1)
+    kill_fit(inputs, tmp_path / "lens", TunedLensTrainer, "compute_loss", 10, **kind, num_train_epochs=1)
+    run_fit(inputs, tmp_path / "lens", **kind, num_train_epochs=1)
+    assert artifact(tmp_path / "lens") == artifact(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("call", [13, 53])
+def test_a_fit_killed_between_the_steps_of_a_pass(inputs, tmp_path, call):
+    """Six steps a pass, of 8 blocks each; the last of 6, whose parts do not end where batches do."""
+    kind = {"rows_per_step": 8, "num_train_epochs": 1, "eval_steps": 5, "save_steps": 5, "layers_per_step": "all"}
+    run_fit(inputs, tmp_path / "whole", **kind)
+    assert json.loads((tmp_path / "whole" / "provenance.json").read_text())["schedule"]["steps_per_pass"] == 6
+    kill_fit(inputs, tmp_path / "lens", TunedLensTrainer, "compute_loss", call, **kind)
+    run_fit(inputs, tmp_path / "lens", **kind)
+    assert artifact(tmp_path / "lens") == artifact(tmp_path / "whole")
 
 
 def test_the_closed_form_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch):
@@ -232,12 +254,15 @@ def test_a_folder_with_something_else_is_refused(inputs, tmp_path, force):
     assert snapshot(tmp_path / "lens") == before
 
 
-def test_an_unfinished_fit_of_other_settings_is_refused(inputs, tmp_path):
+def test_an_unfinished_fit_of_other_settings_is_refused(inputs, tmp_path, monkeypatch):
     kill_fit(inputs, tmp_path / "lens", TunedLensTrainer, "compute_loss", 1)
     before = snapshot(tmp_path / "lens")
     for name, was, now in (("ridge", 0.01, 0.1), ("learning_rate", 0.001, 0.01)):
         with pytest.raises(ValueError, match=f"has an unfinished fit with {name} {was}, now {now}; .* pass --force"):
             run_fit(inputs, tmp_path / "lens", **{name: now})
+    monkeypatch.setattr(TunedLensTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="has an unfinished fit with world_size 1, now 2"):
+        run_fit(inputs, tmp_path / "lens")
     assert snapshot(tmp_path / "lens") == before
 
 

@@ -16,7 +16,7 @@ def test_the_defaults_are_the_plan():
     fit, training = fit_arguments(), training_arguments()
     assert (fit.tokens, fit.seq_len, fit.rank, fit.preconditioner) == (16_000_000, 512, "auto", "none")
     assert fit.ridge_tokens == 1_000_000 and fit_arguments(tokens=64_000).ridge_tokens == 8_000
-    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (8, 4)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (8, 1)
     assert (training.learning_rate, training.adam_beta1, training.adam_beta2) == (1e-3, 0.9, 0.999)
     assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 0.1)
     assert (training.smallness, training.smoothness, training.weight_decay) == (1e-4, 1e-4, 0.0)
@@ -60,6 +60,7 @@ def test_mistakes_of_a_fit_are_one_line(changes, message):
         ({"bf16": True}, "bf16: got True, but translators are fitted in float32; leave it out"),
         ({"fp16": True}, "fp16: got True, but translators are fitted in float32"),
         ({"optim": "adafactor"}, "optim: got 'adafactor', but a fit has translator_optim"),
+        ({"adam_epsilon": 1e-6}, "adam_epsilon: got 1e-06, but it stays 1e-8"),
         ({"fsdp": "full_shard"}, "fsdp: got 'full_shard', but a tuned lens is small"),
         ({"deepspeed": "zero.json"}, "deepspeed: got 'zero.json', but a tuned lens is small"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint: got 'true', but a fit goes on by itself"),

@@ -14,7 +14,7 @@ from consistency_lens.checkpoints.states import CheckpointWriteError
 from consistency_lens.losses import kl_divergence
 from consistency_lens.tuned_lens import trainer as trainer_module
 from consistency_lens.tuned_lens.fit_arguments import TunedLensTrainingArguments
-from consistency_lens.tuned_lens.held_out import BITS, HeldOutKL
+from consistency_lens.tuned_lens.held_out import HeldOutKL
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.trainer import TunedLensTrainer
 
@@ -124,7 +124,7 @@ def test_steps_and_warm_up_of_the_plan(make):
 
 
 def test_tokens_are_those_that_went_through_the_subject(make):
-    trainer, read = make(num_train_epochs=2), []
+    trainer, read = make(num_train_epochs=2, logging_steps=1), []
 
     def note(module, args, kwargs):
         if kwargs["input_ids"].shape[1] == SEQ_LEN:  # a readout is checked on fewer
@@ -135,7 +135,8 @@ def test_tokens_are_those_that_went_through_the_subject(make):
     assert trainer.tokens == sum(read) == 2 * 18 * SEQ_LEN
     assert trainer.state.global_step == 6
     logged = [entry for entry in trainer.state.log_history if "tokens" in entry]
-    assert all(entry["kl_bits"] == entry["kl"] * BITS for entry in logged)
+    assert [entry["tokens"] for entry in logged] == [blocks * SEQ_LEN for blocks in (8, 16, 18, 26, 34, 36)]
+    assert all(entry["kl_bits"] == pytest.approx(entry["kl"] / math.log(2)) for entry in logged)
 
 
 def test_the_kl_that_is_logged_is_the_mean_over_all_passes_since_the_last_one(make, monkeypatch):
@@ -158,6 +159,20 @@ def test_the_loss_is_the_kl_of_the_models_logits(make):
     assert trainer.compute_loss(lens, batch).item() == pytest.approx(np.mean(kl), rel=1e-4)
 
 
+def test_positions_are_drawn_by_epoch_and_row(make, monkeypatch):
+    drawn = []
+    sample = trainer_module.sampled_positions
+
+    def note(rows, count, bounds, seed, epoch):
+        drawn.extend((epoch, row) for row in rows)
+        return sample(rows, count, bounds, seed, epoch)
+
+    monkeypatch.setattr(trainer_module, "sampled_positions", note)
+    make(num_train_epochs=2).train()
+    # a row's number is that of its block, whatever order they come in
+    assert sorted(drawn) == [(epoch, row) for epoch in (0, 1) for row in range(18)] and drawn != sorted(drawn)
+
+
 def test_steps_of_a_pass_share_out_its_positions(make):
     """The mean over the steps of a pass is the loss of the whole pass, and the subject runs once."""
     settings = {"smallness": 0.0, "smoothness": 0.0, "positions_per_sequence": "6", "gradient_accumulation_steps": 1}
@@ -178,7 +193,15 @@ def test_an_epoch_has_a_step_for_each_part_of_each_pass(make, blocks):
     trainer = make(
         blocks=draw_blocks(blocks), positions_per_sequence="6", rows_per_step=8, gradient_accumulation_steps=1
     )
+    read = []
+
+    def note(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] == SEQ_LEN:  # a readout is checked on fewer
+            read.append(kwargs["input_ids"].numel())
+
+    trainer.lens.subject_model.register_forward_pre_hook(note, with_kwargs=True)
     trainer.train()
+    assert sum(read) == trainer.tokens
     # the third pass is of one block, whose three parts fit into one step
     assert trainer.state.global_step == 2 * 3 + (blocks == 9) and trainer.tokens == blocks * SEQ_LEN
 
@@ -258,6 +281,16 @@ def test_smoothness_has_the_gradient_of_the_sum_over_pairs(make, rank):
 
 
 # heads
+
+
+def test_a_teacher_of_few_tokens_is_the_final_distribution_over_them(make):
+    trainer = make(smallness=0.0, smoothness=0.0, positions_per_sequence="all", teacher_top_k=2)
+    batch, lens = batch_of(trainer), trainer.lens
+    residuals, final = lens.residuals(batch["input_ids"]), lens.subject_model(batch["input_ids"]).logits
+    tokens = final.topk(2).indices.unique()
+    assert 2 < len(tokens) < VOCAB_SIZE
+    kl = [kl_divergence(final[..., tokens], lens.logits(k, residuals[k])[..., tokens]).mean().item() for k in range(4)]
+    assert trainer.compute_loss(lens, batch).item() == pytest.approx(np.mean(kl), rel=1e-4)
 
 
 def test_a_teacher_of_few_tokens_trains(make):
@@ -358,11 +391,16 @@ def test_processes_share_the_held_out_text(make, monkeypatch):
 
 
 def test_a_kl_that_is_no_number_is_an_error_of_one_line(make, tmp_path):
-    lens = new_lens()
-    with pytest.raises(ValueError, match="learning_rate: the KL is (nan|inf) at step .*; pass a lower one") as caught:
-        make(lens, **{**SAVED, "learning_rate": 1e30, "max_grad_norm": 0.0}).train()
+    steep, message = (
+        {"learning_rate": 1e30, "max_grad_norm": 0.0},
+        "learning_rate: the KL is (nan|inf) at step .*; pass",
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        make(**{**SAVED, **steep}).train()
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-0"]
+    with pytest.raises(ValueError, match=message):
+        make(max_steps=4, logging_steps=1, **steep).train()
 
 
 # what is shown, and written

@@ -81,7 +81,8 @@ def fit_tuned_lens(args: FitArguments, training: TunedLensTrainingArguments) -> 
     """
     folder = Path(training.output_dir or default_folder(args.model))
     training.output_dir = str(folder)
-    settings = json.loads(json.dumps(asdict(args) | training.to_json_settings(), default=str))
+    named = asdict(args) | training.to_json_settings() | {"world_size": training.world_size}
+    settings = json.loads(json.dumps(named, default=str))
     _check_device(args, training)
     check_folder(folder)
     state = training.distributed_state or PartialState()

@@ -20,6 +20,7 @@ HAS_OWN = "a fit has translator_optim"
 SMALL = "a tuned lens is small; fit it on one process or several with DDP"
 REFUSED = {
     "bf16": FLOAT32, "fp16": FLOAT32, "fsdp": SMALL, "deepspeed": SMALL, "optim": HAS_OWN, "optim_args": HAS_OWN,
+    "adam_epsilon": "it stays 1e-8",
     "resume_from_checkpoint": GOES_ON, "save_only_model": GOES_ON, "eval_on_start": "held-out text is read at the "
     "start of every fit", "auto_find_batch_size": "the number of steps depends on the batch size",
     "gradient_checkpointing": "the subject runs without gradients", "push_to_hub": "publish the lens when its gates "

@@ -68,7 +68,8 @@ class PassCache:
         if pool != self._pool:
             self._pool = pool
             self._blocks.clear()
-        missing = [place for place, row in enumerate(rows) if row not in self._blocks]
+        places = {row: place for place, row in reversed(list(enumerate(rows)))}  # a block may have several parts here
+        missing = sorted(place for row, place in places.items() if row not in self._blocks)
         if missing:
             batch = read(missing)
             for place, block in zip(missing, split_blocks(batch, len(missing)), strict=True):
