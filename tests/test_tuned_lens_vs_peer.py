@@ -87,7 +87,9 @@ class Canned:
         return self.fit(settings.tokens_per_step / 100, 60.0, 300)
 
     def ours(self, settings):
-        return self.fit(self.quick_kl, 3.0, 50) if settings.tokens < self.tokens else self.fit(0.25, 12.0, 100)
+        if settings.ridge_tokens == settings.tokens // 8:  # at equal tokens
+            return self.fit(0.25, 12.0, 100)
+        return self.fit(self.quick_kl if settings.tokens >= 2**14 else 2.0, 3.0, 50)
 
     def fit(self, kl, seconds, memory):
         return self.script.Fit(seconds, {"rise_bytes": memory, "peak_bytes": 1000}, kl)
@@ -98,23 +100,23 @@ def write(script, comparison, folder, monkeypatch):
     candidates = [script.PeerSettings(tokens, 1) for tokens in (100, 50, 200)]
     peer = script.best_of_peer(comparison, candidates)
     assert peer.tokens_per_step == 50
-    quick, equal = script.OurSettings(512, 256), script.OurSettings(1024, 128)
-    script.write_results(comparison, peer, quick, equal, torch.device("cpu"))
+    script.write_results(comparison, peer, "_x", torch.device("cpu"))
 
 
 def test_three_results_are_written(script, subject, tmp_path, monkeypatch, capsys):
     write(script, Canned(script, subject), tmp_path, monkeypatch)
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     ratios = {name: result["ratio"] for name, result in results.items()}
-    assert ratios == {"tuned_lens_time_to_peer_kl": 20, "tuned_lens_kl_equal_tokens": 2, "tuned_lens_memory": 3}
+    assert ratios == {"tuned_lens_time_to_peer_kl_x": 20, "tuned_lens_kl_equal_tokens_x": 2, "tuned_lens_memory_x": 3}
+    assert "on 16384 tokens" in results["tuned_lens_time_to_peer_kl_x"]["what"]
     for result in results.values():
         assert "SGD, 50 tokens a step, lr_scale 1" in result["what"] and result["runs"] == script.RUNS
 
 
 def test_a_time_without_the_peers_kl_is_not_written(script, subject, tmp_path, monkeypatch, capsys):
-    with pytest.raises(RuntimeError, match="ours reaches 0.6000 nats, the peer 0.5000; raise quick_tokens"):
-        write(script, Canned(script, subject, quick_kl=0.6), tmp_path, monkeypatch)
-    assert not list(tmp_path.iterdir())
+    write(script, Canned(script, subject, quick_kl=0.6), tmp_path, monkeypatch)
+    assert "time: ours does not reach 0.5000 nats on 262144 tokens" in capsys.readouterr().out
+    assert {path.stem for path in tmp_path.iterdir()} == {"tuned_lens_kl_equal_tokens_x", "tuned_lens_memory_x"}
 
 
 def test_the_memory_of_a_fit_is_what_it_adds(script):

@@ -86,6 +86,11 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         )
         pool = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.steps_per_pass = max(1, min(self.num_positions, pool * self.num_positions // args.rows_per_step))
+        if args.world_size > 1:
+            # a short last pool would be filled up with blocks of the first one, and its processes would part ways
+            train_blocks = train_blocks[: len(train_blocks) // pool * pool]
+            if not len(train_blocks):
+                raise ValueError(f"tokens: less than the {pool} sequences of one pass of all processes; raise tokens")
         self.cache = PassCache()
         self.tokens = 0
         self._kl, self._passes = torch.zeros(()), 0  # since the last log
