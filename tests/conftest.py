@@ -14,7 +14,8 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import HfFileSystem, close_session, constants, hf_api
 
-STORIES260K = Path(__file__).parents[2] / "shared" / "data" / "stories260K"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+STORIES260K, STORIES = DATA / "stories260K", DATA / "stories.txt"
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,14 @@ def stories260k() -> Path:
     if not STORIES260K.is_dir():
         pytest.skip("no pretrained model at ../shared/data/stories260K")
     return STORIES260K
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A text of children's stories; it is not part of the repository."""
+    if not STORIES.is_file():
+        pytest.skip("no stories at ../shared/data/stories.txt")
+    return STORIES
 
 
 @pytest.fixture
