@@ -205,6 +205,7 @@ def test_repositories_without_an_index_hold_no_lenses(hub, tmp_path):
         ({"sha256": NEEDED | {"sub/x": "0" * 64}}, "'sub/x' is no file"),
         ({"sha256": NEEDED | {".x": "0" * 64}}, "'.x' is no file"),
         ({"sha256": NEEDED | {"params.pt": "0" * 64}}, "'params.pt' is no file"),
+        ({"sha256": NEEDED | {"PARAMS.PT": "0" * 64}}, "'PARAMS.PT' is no file"),
         ({"sha256": NEEDED | {"config.json": "0" * 63}}, "a checksum is no sha256"),
         ({"sha256": {"model.safetensors": "0" * 64}}, "it has no config.json"),
         ({"sha256": []}, "sha256 and licenses must be mappings"),

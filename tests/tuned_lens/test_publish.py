@@ -335,9 +335,10 @@ def test_a_dry_run_leaves_what_it_would_upload_and_makes_nothing(hub, lens):
 # What is refused
 
 
-def test_a_pickled_file_is_refused(hub, lens):
-    (lens / "params.pt").write_bytes(b"x")
-    with pytest.raises(TunedLensVerificationError, match=r"files: params.pt: pickled"):
+@pytest.mark.parametrize("name", ["params.pt", "PARAMS.PT"])
+def test_a_pickled_file_is_refused(hub, lens, name):
+    (lens / name).write_bytes(b"x")
+    with pytest.raises(TunedLensVerificationError, match=f"files: {name}: pickled"):
         publish(lens)
     assert hub.requests == []
 

@@ -373,6 +373,20 @@ def test_a_reading_is_the_mean_kl_in_bits_at_three_depths(make):
     assert metrics["eval_kl_bits"] == pytest.approx(np.mean(expected), rel=1e-4)
 
 
+def test_several_processes_leave_out_a_pass_that_is_not_whole(make, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(TunedLensTrainingArguments, "world_size", 2)
+        trainer = make(blocks=draw_blocks(34))  # passes of 4 blocks twice on each of two
+        with pytest.raises(ValueError, match="tokens: less than the 16 sequences of one pass of all processes"):
+            make(blocks=draw_blocks(15))
+    rows = [trainer.train_dataset[item]["row"] for item in range(len(trainer.train_dataset))]
+    assert sorted(set(rows)) == list(range(32)) and len(rows) == 32 * trainer.steps_per_pass
+    # a process has the same blocks at every step of a pass, which its cache depends on
+    for start in range(0, len(rows), 16):
+        first = start // (16 * trainer.steps_per_pass) * 16 * trainer.steps_per_pass
+        assert rows[start : start + 16] == rows[first : first + 16]
+
+
 def test_processes_share_the_held_out_text(make, monkeypatch):
     trainer = make(validation=draw_blocks(5, 1))
     whole = trainer.held_out(None, ("tuned", "norm"))

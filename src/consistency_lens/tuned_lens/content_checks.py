@@ -114,7 +114,7 @@ def _files_check(path: Path) -> Check:
     problems = [
         f"{file.relative_to(path)}: pickled, which may run code when it is read; only safetensors are taken"
         for file in files
-        if file.suffix in PICKLED_SUFFIXES
+        if file.suffix.lower() in PICKLED_SUFFIXES
     ]
     if not (path / WEIGHTS_FILE).is_file():
         problems.append(f"{WEIGHTS_FILE}: missing")

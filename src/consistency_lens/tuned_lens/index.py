@@ -99,7 +99,7 @@ def _problem(name: str, entry: Any) -> str | None:
     if missing:
         return f"it has no {missing[0]}"
     for file in entry["sha256"]:
-        if not re.fullmatch(PART, file) or PurePosixPath(file).suffix in PICKLED_SUFFIXES:
+        if not re.fullmatch(PART, file) or PurePosixPath(file).suffix.lower() in PICKLED_SUFFIXES:
             return f"{file!r} is no file of a tuned lens"
     for file in entry["licenses"]:
         if not re.fullmatch(rf"{LICENSES}/{re.escape(name)}/{PART}", file):
