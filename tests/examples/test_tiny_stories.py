@@ -164,22 +164,22 @@ def test_the_way_to_a_tuned_lens_in_the_readme_runs_as_written(tmp_path):
     stories = [f"Once upon a time, a little {a} went to the {b}. It saw {n} trees and was happy." for a, b, n in words]
     (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(stories))
     small = (
-        f"--dataset {tmp_path}/corpus.txt --tokens 4096 --validation_tokens 128 --seq_len 32 --validation_fraction 0.1 "
-        f"--output_dir {tmp_path}/lens"
+        f"--dataset {tmp_path}/corpus.txt --tokens 4096 --validation_tokens 128 --seq_len 32 "
+        f"--validation_fraction 0.1 --output_dir {tmp_path}/lens"
     )
     replacements = {
         ". .venv/bin/activate\n": f"set -e\nexport PATH={Path(sys.executable).parent}:$PATH\n",
         "tuned_lens_tiny_stories.yaml": f"tuned_lens_tiny_stories.yaml {small}",
         "outputs/tuned_lenses/tiny_stories": f"{tmp_path}/lens",
         "outputs/sweep": f"{tmp_path}/sweep",
-        "--gates A C D": "--gates C D",  # so little text does not make a lens
+        "--gates A C D": "--gates C",  # so little text does not make a lens
     }
     for written, small_one in replacements.items():
         assert written in block
         block = block.replace(written, small_one)
     done = run(["bash", "-c", block], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    for expected in ("The lens lies in", "passed: C, D", "sweep-overview.png"):
+    for expected in ("The lens lies in", "passed: C", "sweep-overview.png"):
         assert expected in done.stdout
     assert (tmp_path / "lens" / "provenance.json").is_file() and (tmp_path / "sweep" / "sweep.json").is_file()
 
