@@ -81,6 +81,20 @@ def test_moments_are_those_of_the_rows():
     torch.testing.assert_close(moments.mean_y, y.double().mean(dim=0))
 
 
+def test_large_means_do_not_drown_the_covariance():
+    x, y = (part.double() for part in related())
+    far = 1000 * normal(WIDTH, seed=8)
+    x, y = (x + far).float(), (y + far).float()
+    moments = moments_of(x, y, pieces=7)
+    both = torch.cov(torch.cat([x, y], dim=1).double().T, correction=0)
+    torch.testing.assert_close(moments.covariance, both[:WIDTH, :WIDTH], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.cross_covariance, both[:WIDTH, WIDTH:], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.mean_x, x.double().mean(dim=0))
+    pooled_mean, pooled_covariance = pooled({0: moments, 1: moments})
+    torch.testing.assert_close(pooled_mean, moments.mean_x)
+    torch.testing.assert_close(pooled_covariance, moments.covariance)
+
+
 def test_a_state_goes_on_where_it_was_left():
     x, y = related()
     whole, first, second = moments_of(x, y, pieces=2), moments_of(x[:200], y[:200]), RidgeMoments(WIDTH)

@@ -6,7 +6,7 @@ from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
-from consistency_lens.tuned_lens.saved import open_lens
+from consistency_lens.tuned_lens.saved import clean_name, open_lens
 
 MODEL = "me/tiny"
 
@@ -54,3 +54,12 @@ def test_without_a_lens_the_model_is_read_alone(repo):
     assert opened.lens is None and opened.revision == repo.head.oid
     with pytest.raises(ValueError, match="model: got none"):
         open_lens(None)
+
+
+def test_clean_names_are_the_last_part(tmp_path, monkeypatch):
+    folder = tmp_path / "some" / "model"
+    folder.mkdir(parents=True)
+    names = ["mistralai/Mistral-7B-v0.1", "gpt2", "org/gpt2/", str(folder), f"{folder}/"]
+    assert [clean_name(name) for name in names] == ["Mistral-7B-v0.1", "gpt2", "gpt2", "model", "model"]
+    monkeypatch.chdir(folder)
+    assert clean_name(".") == "model"

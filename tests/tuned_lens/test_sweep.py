@@ -16,7 +16,7 @@ from consistency_lens.tuned_lens.readings import read_prompt
 from consistency_lens.tuned_lens.records import read_records
 from consistency_lens.tuned_lens.suite import CONTROL, FACTUAL, Prompt, suite_hash, tokenise_suite
 from consistency_lens.tuned_lens.summaries import artifact_risk, diagnostics
-from consistency_lens.tuned_lens.sweep import clean_model_name, find_lens, judge_lens, sweep
+from consistency_lens.tuned_lens.sweep import find_lens, judge_lens, sweep
 
 SUITE = [
     Prompt("a", "w5 w9 w11 w40", "w23", FACTUAL),
@@ -226,11 +226,6 @@ class TestFinding:
     def test_another_word_is_an_error(self):
         with pytest.raises(ValueError, match="tuned must be one of auto, require, off, got 'on'"):
             find_lens("me/tiny", "on")
-
-    def test_a_clean_name_is_the_last_part(self, tmp_path):
-        (tmp_path / "folder").mkdir()
-        names = ["mistralai/Mistral-7B-v0.1", "gpt2", str(tmp_path / "folder"), f"{tmp_path}/folder/"]
-        assert [clean_model_name(name) for name in names] == ["Mistral-7B-v0.1", "gpt2", "folder", "folder"]
 
 
 def test_figures_do_not_depend_on_gradients_being_on(lens):

@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 from consistency_lens.data.activation_cache import file_hash
 from consistency_lens.data.subject_loading import LoadedSubject
 from consistency_lens.losses import kl_divergence
+from consistency_lens.tuned_lens.kpis import DELTA, EARLIER_SHARE, LAST_LAYER
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.verification import decode_at_random, verify_tuned_lens
 
@@ -124,6 +125,47 @@ def test_gates_that_were_not_judged_are_told_and_the_lens_is_read_all_the_same(l
     (lens / "provenance.json").write_text(json.dumps(provenance | {"kpis": None, "acceptance": None}))
     checks = {check.name: check for check in verify_tuned_lens(lens, subject())}
     assert not checks["gates"].passed and checks["delta KL"].passed
+
+
+def change(lens, **keys):
+    """Changes keys of the provenance, those of its `kpis` by their own names."""
+    provenance = json.loads((lens / "provenance.json").read_text())
+    kpis = provenance["kpis"] | {name: value for name, value in keys.items() if name in provenance["kpis"]}
+    others = {name: value for name, value in keys.items() if name not in kpis}
+    (lens / "provenance.json").write_text(json.dumps(provenance | {"kpis": kpis} | others))
+
+
+@pytest.mark.parametrize(
+    ("figure", "value"),
+    [
+        *((DELTA, value) for value in (None, [], [0.3, 0.4], [None, 1, 1], [True, 1, 1], "ABC")),
+        *((EARLIER_SHARE, value) for value in ([], [0.9], ["0.9", 0.9])),
+        *((LAST_LAYER, value) for value in (None, "0", [0.0])),
+    ],
+)
+def test_gates_are_not_judged_by_figures_of_another_kind(lens, figure, value):
+    passed = {f"gate_{letter}": True for letter in "ABCD"}
+    change(lens, acceptance=passed, **{figure: value})
+    assert failed(lens, None) == {"gates": f"kpis.{figure}: {value!r} is not as gates are judged by"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "check", "detail"),
+    [
+        ({"acceptance": [True]}, "gates", "kpis and acceptance must be mappings"),
+        ({"dataset": "texts"}, "provenance", "dataset is no mapping"),
+        ({"translator": "full"}, "configuration", "rank: 'full' in config.json, None in provenance.json"),
+    ],
+)
+def test_parts_of_another_kind_fail(lens, keys, check, detail):
+    change(lens, **keys)
+    assert failed(lens, None)[check] == detail
+
+
+@pytest.mark.parametrize("name", ["config.json", "provenance.json"])
+def test_a_file_that_is_no_mapping_fails(lens, name):
+    (lens / name).write_text("[]")
+    assert f"{name} in" in failed(lens, None)["files"]
 
 
 def test_a_folder_without_provenance_is_no_fitted_lens(lens):

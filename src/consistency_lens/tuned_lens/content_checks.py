@@ -15,9 +15,10 @@ from ..data.cache_check import Check
 from ..hub_connection import first_line
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from .configuration_tuned_lens import TunedLensConfig
-from .gates import LEAST_DELTA_BITS, LEAST_SHARE_EARLIER, MOST_LAST_LAYER_BITS, WORST_DELTA_BITS
+from .depth import DEPTHS
+from .gates import judge_figures
 from .index import CONFIG_FILE, GATES, PICKLED_SUFFIXES
-from .kpis import COVERAGE, DELTA, EARLIER_SHARE, EARLINESS, LAST_LAYER
+from .kpis import COVERAGE, DELTA, EARLIER_BY, EARLIER_SHARE, EARLINESS, LAST_LAYER
 
 # What a release must name, so that the fit can be repeated (plan, 13.2).
 PINNED = ("model_id", "clean_model_name", "seed", "dataset", "budget", "capacity", "translator")
@@ -70,7 +71,7 @@ def read_tuned_lens(path: Path) -> TunedLensFolder:
     """The JSON files of a tuned lens.
 
     Raises:
-        ValueError: if one is missing or no JSON.
+        ValueError: if one is missing, or no JSON mapping.
     """
     contents = []
     for name in (CONFIG_FILE, PROVENANCE_FILE):
@@ -78,9 +79,12 @@ def read_tuned_lens(path: Path) -> TunedLensFolder:
         if not file.is_file():
             raise ValueError(f"path: no {name} in {str(path)!r}; pass the folder of a fitted tuned lens")
         try:
-            contents.append(json.loads(file.read_text(encoding="utf-8")))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"path: {name} in {str(path)!r} is no JSON ({error}); fit the lens again") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"path: {name} in {str(path)!r} holds no mapping; fit the lens again")
+        contents.append(content)
     return TunedLensFolder(path, *contents)
 
 
@@ -151,7 +155,9 @@ def _provenance_check(provenance: Mapping[str, Any]) -> Check:
     parts = {"dataset": DATASET_PINS, "budget": BUDGET_PINS}
     for part, names in parts.items():
         found = provenance.get(part)
-        if isinstance(found, dict):
+        if found is not None and not isinstance(found, dict):
+            problems.append(f"{part} is no mapping")
+        elif found:
             problems += [f"lacks {part}.{name}" for name in names if found.get(name) in (None, "")]
     if (provenance.get("model_commit") is None) != (provenance.get("tokenizer_commit") is None):
         problems.append("names the commit of one of model and tokenizer alone")
@@ -168,11 +174,12 @@ def _is_commit(commit: Any) -> bool:
 def _configuration_check(folder: TunedLensFolder) -> Check:
     """Whether configuration and provenance tell of one model and one rank."""
     config, provenance = folder.config, folder.provenance
-    translator = provenance.get("translator") or {}
+    translator = provenance.get("translator")
+    rank = translator.get("rank") if isinstance(translator, dict) else None
     pairs = {
         "model": (config.get("base_model_name_or_path"), provenance.get("model_id")),
         "revision": (config.get("base_model_revision"), provenance.get("model_commit")),
-        "rank": (config.get("rank") or FULL, translator.get("rank")),
+        "rank": (config.get("rank") or FULL, rank),
     }
     problems = [
         f"{name}: {one!r} in {CONFIG_FILE}, {other!r} in {PROVENANCE_FILE}"
@@ -187,16 +194,21 @@ def _gates_check(provenance: Mapping[str, Any]) -> Check:
     kpis, acceptance = provenance.get("kpis"), provenance.get("acceptance")
     if not kpis or not acceptance:
         return Check("gates", False, "not judged yet: run consistency-lens tuned-lens gates")
+    if not isinstance(kpis, dict) or not isinstance(acceptance, dict):
+        return Check("gates", False, "kpis and acceptance must be mappings")
     missing = [f"lacks kpis.{name}" for name in KPI_NAMES if name not in kpis]
     if missing:
         return Check("gates", False, "\n".join(missing))
-    shares = kpis[EARLIER_SHARE]
-    follows = {
-        "gate_A": all(delta >= least for delta, least in zip(kpis[DELTA], LEAST_DELTA_BITS, strict=True)),
-        "gate_B": None not in shares and min(shares) >= LEAST_SHARE_EARLIER,
-        "gate_C": kpis[LAST_LAYER] <= MOST_LAST_LAYER_BITS,
-        "gate_D": min(kpis[DELTA]) >= WORST_DELTA_BITS,
-    }
+    deltas, shares, last_layer = kpis[DELTA], kpis[EARLIER_SHARE], kpis[LAST_LAYER]
+    counts = {DELTA: (deltas, len(DEPTHS)), EARLIER_SHARE: (shares, len(EARLIER_BY)), LAST_LAYER: ([last_layer], 1)}
+    problems = [
+        f"kpis.{name}: {kpis[name]!r} is not as gates are judged by"
+        for name, (figures, count) in counts.items()
+        if not _are_figures(figures, count, may_lack=name == EARLIER_SHARE)
+    ]
+    if problems:
+        return Check("gates", False, "\n".join(problems))
+    follows = judge_figures(deltas, shares, last_layer).as_dict()
     problems = [
         f"{gate} is {acceptance.get(gate)}, and {follows[gate]} by the figures beside it"
         for gate in GATES
@@ -204,3 +216,12 @@ def _gates_check(provenance: Mapping[str, Any]) -> Check:
     ]
     found = ", ".join(f"{gate[-1]} {'passed' if acceptance.get(gate) else 'not passed'}" for gate in GATES)
     return _check("gates", problems, f"as judged: {found}")
+
+
+def _are_figures(figures: Any, count: int, may_lack: bool) -> bool:
+    """Whether these are so many numbers, or None where they may lack."""
+    return (
+        isinstance(figures, list)
+        and len(figures) == count
+        and all(type(of) in (int, float) or (may_lack and of is None) for of in figures)
+    )

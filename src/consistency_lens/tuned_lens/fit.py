@@ -41,15 +41,15 @@ from .fit_folder import (
 from .fitter import TunedLensFitter, check_rows
 from .held_out import LENSES
 from .modeling_tuned_lens import TunedLens
-from .provenance import clean_name, provenance_of
+from .provenance import provenance_of
 from .readout import Readout
 from .residual_batches import make_head, position_bounds, read_batch, sampled_positions
+from .saved import default_folder
 from .token_blocks import TokenBlocks, block_length, read_token_blocks
 from .trainer import TunedLensTrainer
 
 logger = logging.getLogger(__name__)
 
-LENSES_FOLDER = Path("tuned_lenses")
 MOMENTS_FILE = "moments.safetensors"
 # batches of the closed form, after which its sums are written down
 KEEP_EVERY = 100
@@ -64,11 +64,6 @@ class FitResult(NamedTuple):
     """Whether the lens had been fitted before, and was left as it is."""
     others: Sequence[str] = ()
     """Settings of that earlier fit that were others, such as "rank 'auto', now '8'"."""
-
-
-def default_folder(model: str) -> Path:
-    """Where the lens of a model lies unless it is said: tuned_lenses/<name of the model>."""
-    return LENSES_FOLDER / clean_name(model)
 
 
 def fit_tuned_lens(args: FitArguments, training: TunedLensTrainingArguments) -> FitResult:

@@ -5,7 +5,7 @@ for answers, and for layers: in a model of four, hardly anything can be four lay
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,20 @@ class Gates:
 
 def judge(kpis: KPIs) -> Gates:
     """Judges a lens by its KPIs."""
-    deltas = [figure.value for figure in kpis.delta_kl_bits]
-    shares = [figure.value for figure in kpis.earlier_share if figure is not None]
+    return judge_figures(
+        [figure.value for figure in kpis.delta_kl_bits],
+        [None if figure is None else figure.value for figure in kpis.earlier_share],
+        kpis.last_layer_kl_after_temp_bits.value,
+    )
+
+
+def judge_figures(delta_kl_bits: Sequence[float], earlier_share: Sequence[float | None], last_layer: float) -> Gates:
+    """The same by the figures alone, as a provenance has them; see `KPIs`."""
     return Gates(
-        gate_a=all(delta >= least for delta, least in zip(deltas, LEAST_DELTA_BITS, strict=True)),
-        gate_b=len(shares) == len(EARLIER_BY) and min(shares) >= LEAST_SHARE_EARLIER,
-        gate_c=kpis.last_layer_kl_after_temp_bits.value <= MOST_LAST_LAYER_BITS,
-        gate_d=all(delta >= WORST_DELTA_BITS for delta in deltas),
+        gate_a=all(delta >= least for delta, least in zip(delta_kl_bits, LEAST_DELTA_BITS, strict=True)),
+        gate_b=all(share is not None and share >= LEAST_SHARE_EARLIER for share in earlier_share),
+        gate_c=last_layer <= MOST_LAST_LAYER_BITS,
+        gate_d=all(delta >= WORST_DELTA_BITS for delta in delta_kl_bits),
     )
 
 

@@ -29,17 +29,21 @@ class AffineMap(NamedTuple):
 class RidgeMoments:
     """First and second moments of one layer's normalised residuals and the final ones.
 
-    Sums are float64, of products in float32: one pass, d^2 numbers twice, however many rows.
+    Sums are float64, of products in float32: one pass, d^2 numbers twice, however many rows. They are of the distances
+    from the means of the first rows: where a mean is far larger than what varies around it, as norms with large biases
+    make it, products in float32 of the residuals themselves would lose the covariance.
 
     Args:
         width: d.
         device: where they are summed.
     """
 
-    NAMES = ("sum_x", "sum_y", "xx", "xy")
+    NAMES = ("origin_x", "origin_y", "sum_x", "sum_y", "xx", "xy")
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
+        self.origin_x = torch.zeros(width, device=device)
+        self.origin_y = torch.zeros(width, device=device)
         self.sum_x = torch.zeros(width, dtype=torch.float64, device=device)
         self.sum_y = torch.zeros(width, dtype=torch.float64, device=device)
         self.xx = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -47,7 +51,10 @@ class RidgeMoments:
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Adds rows: x (N, d) of the layer, y (N, d) of the last one, float32."""
+        if self.count == 0:
+            self.origin_x, self.origin_y = x.mean(dim=0), y.mean(dim=0)
         self.count += len(x)
+        x, y = x - self.origin_x, y - self.origin_y
         self.sum_x += x.sum(dim=0)
         self.sum_y += y.sum(dim=0)
         self.xx += x.T @ x
@@ -56,22 +63,22 @@ class RidgeMoments:
     @property
     def mean_x(self) -> Tensor:
         """(d,)."""
-        return self.sum_x / self.count
+        return self.origin_x + self.sum_x / self.count
 
     @property
     def mean_y(self) -> Tensor:
         """(d,)."""
-        return self.sum_y / self.count
+        return self.origin_y + self.sum_y / self.count
 
     @property
     def covariance(self) -> Tensor:
         """Of x, (d, d)."""
-        return self.xx / self.count - torch.outer(self.mean_x, self.mean_x)
+        return self.xx / self.count - torch.outer(self.sum_x, self.sum_x) / self.count**2
 
     @property
     def cross_covariance(self) -> Tensor:
         """Of x with y, (d, d)."""
-        return self.xy / self.count - torch.outer(self.mean_x, self.mean_y)
+        return self.xy / self.count - torch.outer(self.sum_x, self.sum_y) / self.count**2
 
     def solve(self, ridge: float) -> AffineMap:
         """The full translator.
@@ -124,7 +131,11 @@ def _root(matrix: Tensor) -> Tensor:
 
 def pooled(moments: Mapping[Any, RidgeMoments]) -> tuple[Tensor, Tensor]:
     """Mean (d,) and covariance (d, d) of x over the rows of all layers."""
-    count = sum(layer.count for layer in moments.values())
-    mean = torch.stack([layer.sum_x for layer in moments.values()]).sum(dim=0) / count
-    second = torch.stack([layer.xx for layer in moments.values()]).sum(dim=0) / count
-    return mean, second - torch.outer(mean, mean)
+    layers = list(moments.values())
+    count = sum(layer.count for layer in layers)
+    mean = torch.stack([layer.mean_x * layer.count for layer in layers]).sum(dim=0) / count
+    covariance = torch.zeros_like(layers[0].xx)
+    for layer in layers:
+        apart = layer.mean_x - mean
+        covariance += (layer.covariance + torch.outer(apart, apart)) * (layer.count / count)
+    return mean, covariance

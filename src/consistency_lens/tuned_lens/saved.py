@@ -12,6 +12,8 @@ from .configuration_tuned_lens import TunedLensConfig
 from .interchange import CONFIG_FILE, PARAMETERS_FILE, from_alignment_research, read_config
 from .modeling_tuned_lens import TunedLens
 
+LENSES_FOLDER = Path("tuned_lenses")
+
 
 class OpenedLens(NamedTuple):
     """A model, and its tuned lens if there is one."""
@@ -23,6 +25,16 @@ class OpenedLens(NamedTuple):
     """Hub id or folder of the model."""
     revision: str | None
     """The commit on the Hub; None for a local folder."""
+
+
+def clean_name(model: str) -> str:
+    """The last part of a Hub id or of a folder's path: what folders of lenses and of runs are called."""
+    return Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
+
+
+def default_folder(model: str) -> Path:
+    """Where the lens of a model lies unless it is said: tuned_lenses/<clean name>."""
+    return LENSES_FOLDER / clean_name(model)
 
 
 def is_lens(folder: Path) -> bool:

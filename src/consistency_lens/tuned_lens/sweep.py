@@ -14,7 +14,7 @@ from .kpis import SEED, compute_kpis
 from .modeling_tuned_lens import TunedLens
 from .readings import NORM, TUNED, PromptResult, read_prompt
 from .records import file_names, record_files, token_texts
-from .saved import is_lens
+from .saved import clean_name, default_folder, is_lens
 from .suite import Prompt, TokenisedPrompt, suite_hash, tokenise_suite
 from .summaries import diagnostics, layer_figures, prompt_entry
 
@@ -22,12 +22,6 @@ logger = logging.getLogger(__name__)
 
 AUTO, REQUIRE, OFF = "auto", "require", "off"
 WHEN_TUNED = (AUTO, REQUIRE, OFF)
-LENSES_FOLDER = "tuned_lenses"
-
-
-def clean_model_name(model: str) -> str:
-    """The last part of a Hub id or of a folder's path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
 
 
 def find_lens(model: str, tuned: str = AUTO, path: str | Path | None = None) -> Path | None:
@@ -36,7 +30,7 @@ def find_lens(model: str, tuned: str = AUTO, path: str | Path | None = None) -> 
     Args:
         model: Hub id or folder of the model.
         tuned: "auto" for the lens if there is one, "require" for an error if there is none, "off" for none.
-        path: where it lies; `tuned_lenses/<clean_model_name>` if None.
+        path: where it lies; see `default_folder` if None.
 
     Raises:
         ValueError: if one is required and there is none, or `tuned` is none of the three.
@@ -45,8 +39,8 @@ def find_lens(model: str, tuned: str = AUTO, path: str | Path | None = None) -> 
         raise ValueError(f"tuned must be one of {', '.join(WHEN_TUNED)}, got {tuned!r}")
     if tuned == OFF:
         return None
-    name = clean_model_name(model)
-    folder = Path(LENSES_FOLDER, name) if path is None else Path(path)
+    name = clean_name(model)
+    folder = default_folder(model) if path is None else Path(path)
     if is_lens(folder):
         return folder
     missing = (
