@@ -19,12 +19,13 @@ export DS_BUILD_OPS = 0
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help venv demo best objectives test test-slow lint format bench bench-gpu cards clean
+.PHONY: help venv demo best objectives tuned-lens tuned-lens-card test test-slow lint format bench bench-gpu cards clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       train and evaluate the lens of the embedded story model (outputs/tiny_stories)'
 	@echo 'make best       the best lens of that model, three seeds, up to half an hour each;  make objectives: compare objectives'
+	@echo 'make tuned-lens fit, judge and plot the tuned lens of that model (outputs/tuned_lenses);  make tuned-lens-card: into README.md'
 	@echo 'make test       run the tests;  make test-slow: the slow ones too'
 	@echo 'make lint       check style and types;  make format: mend what can be mended'
 	@echo 'make bench      run the benchmarks (tests/benchmarks/results);  make bench-gpu: a training step on GPUs (docs/gpu.md)'
@@ -44,6 +45,18 @@ demo: $(INSTALLED)
 
 best objectives: $(INSTALLED)
 	$(BIN)/python model_cards/measure.py $@ --jobs $(JOBS)
+
+TUNED_LENS := outputs/tuned_lenses/tiny_stories
+
+tuned-lens: $(INSTALLED)
+	$(BIN)/consistency-lens tuned-lens fit --config examples/recipes/tuned_lens_tiny_stories.yaml
+	$(BIN)/consistency-lens tuned-lens gates --lens $(TUNED_LENS) --suite stories --gates A C D
+	$(BIN)/consistency-lens tuned-lens sweep --model examples/tiny_stories --lens $(TUNED_LENS) --tuned require \
+		--suite stories --output_dir $(TUNED_LENS)/sweep
+	$(BIN)/consistency-lens tuned-lens plot --records $(TUNED_LENS)/sweep
+
+tuned-lens-card: $(INSTALLED)
+	$(BIN)/python model_cards/render_tuned_lens.py
 
 # Tiny models are slower on several threads than on one, so the tests run side by side instead.
 test: $(INSTALLED)

@@ -150,13 +150,13 @@ def objectives_block(runs: dict[str, Any]) -> str:
     )
 
 
-def put_into_readme(name: str, block: str) -> None:
-    """Replaces what stands between the markers of a name."""
+def put_into_readme(name: str, block: str, script: Path = Path(__file__)) -> None:
+    """Replaces what stands between the markers of a name, and says which script wrote it."""
     path = ROOT / "README.md"
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, rest = path.read_text(encoding="utf-8").split(begin)
     _, tail = rest.split(end)
-    written = "<!-- written by model_cards/render.py -->"
+    written = f"<!-- written by model_cards/{script.name} -->"
     path.write_text(f"{head}{begin}\n{written}\n{block}{end}{tail}", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """What the repository shows was measured, and meets what was promised."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def test_the_readme_shows_each_run_that_was_compared(name, runs):
 def test_the_objectives_were_compared_at_like_times():
     minutes = [run["laps"]["training"] / 60 for run in OBJECTIVES.values()]
     assert len(minutes) >= 4 and max(minutes) < 1.35 * min(minutes)
+
+
+def test_the_tuned_lens_passes_the_gates_that_the_readme_says_it_passes():
+    folder = ROOT / "model_cards/tuned_lens_tiny_stories"
+    metrics, gates = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "gates"))
+    assert all(gates["acceptance"][f"gate_{letter}"] for letter in "ACD")
+    block = README.split("<!-- tuned_lens:begin -->")[1].split("<!-- tuned_lens:end -->")[0]
+    for layer, nats in enumerate(metrics["kl"]["tuned"]):
+        assert re.search(rf"\| {layer} \|.*\| {nats / math.log(2):.3f} \|", block)
+    for value in gates["kpis"]["median_delta_kl_bits@{25,50,75}%"]:
+        assert f"| {value:.3f} |" in block
 
 
 def test_every_picture_of_the_readme_exists():

@@ -1,5 +1,6 @@
 """The embedded model, its recipe and the commands of the README, as they are written."""
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from consistency_lens import ConsistencyLensModel, Subject
+from consistency_lens import ConsistencyLensModel, Subject, TunedLens
 from consistency_lens.cli.parser import RECIPE_SECTIONS, parse_arguments
 from consistency_lens.cli.train import main
 from consistency_lens.data.generation import sample_documents
@@ -22,6 +23,7 @@ from consistency_lens.evaluation.metrics import text_nll
 from consistency_lens.losses import kl_divergence
 from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
 from consistency_lens.training.recipe_arguments import RecipeArguments
+from consistency_lens.tuned_lens.fit_arguments import FitArguments, TunedLensTrainingArguments
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny_stories"
@@ -97,7 +99,18 @@ def test_the_best_recipe_needs_no_change_but_the_model(subject, tmp_path, reques
     assert 2 <= metrics["rows"] <= 8 and metrics["controls"]["mean"]["fve"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+TUNED_LENS_RECIPES = [path for path in RECIPES if path.stem.startswith("tuned_lens")]
+
+
+@pytest.mark.parametrize("path", TUNED_LENS_RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_a_tuned_lens_has_known_keys(path):
+    arguments = ["--config", str(path), "--use_cpu", "true"]
+    fit, training = parse_arguments((FitArguments, TunedLensTrainingArguments), arguments)
+    assert fit.model == yaml.safe_load(path.read_text())["model"] and training.output_dir
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p not in TUNED_LENS_RECIPES], ids=lambda path: path.stem)
 def test_a_recipe_has_known_keys_and_stages_that_fit(path):
     classes = (RecipeArguments, ConsistencyLensTrainingArguments)
     arguments = ["--config", str(path), "--use_cpu", "true"]
@@ -111,10 +124,12 @@ def test_the_python_of_the_readme_runs_as_written(tmp_path, story_model):
     model, tokenizer = story_model
     lens = ConsistencyLensModel.from_subject(model, tokenizer, layer=2, training="frozen")
     lens.save_pretrained(tmp_path / "lens")
+    TunedLens.for_model(model, tokenizer, rank=4).save_pretrained(tmp_path / "tuned")
     code = blocks("python")
-    assert len(code) >= 2 and "outputs/tiny_stories" in code[0]
+    assert len(code) >= 3 and "outputs/tiny_stories" in code[0]
     for block in code:
         script = block.replace("outputs/tiny_stories", str(tmp_path / "lens"))
+        script = script.replace("outputs/tuned_lenses/tiny_stories", str(tmp_path / "tuned"))
         done = run([sys.executable, "-c", script], timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
 
@@ -141,6 +156,32 @@ def test_the_way_from_text_to_a_lens_in_the_readme_runs_as_written(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("layer_2") >= 2 and "FVE" in done.stdout
     assert (tmp_path / "own" / "model.safetensors").is_file() and not (tmp_path / "own" / "data").exists()
+
+
+def test_the_way_to_a_tuned_lens_in_the_readme_runs_as_written(tmp_path):
+    block = next(block for block in blocks("bash") if "tuned-lens fit" in block)
+    words = itertools.product(("dog", "cat", "bird", "bear", "fish"), ("park", "house", "sea"), range(20))
+    stories = [f"Once upon a time, a little {a} went to the {b}. It saw {n} trees and was happy." for a, b, n in words]
+    (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(stories))
+    small = (
+        f"--dataset {tmp_path}/corpus.txt --tokens 4096 --validation_tokens 128 --seq_len 32 "
+        f"--validation_fraction 0.1 --output_dir {tmp_path}/lens"
+    )
+    replacements = {
+        ". .venv/bin/activate\n": f"set -e\nexport PATH={Path(sys.executable).parent}:$PATH\n",
+        "tuned_lens_tiny_stories.yaml": f"tuned_lens_tiny_stories.yaml {small}",
+        "outputs/tuned_lenses/tiny_stories": f"{tmp_path}/lens",
+        "outputs/sweep": f"{tmp_path}/sweep",
+        "--gates A C D": "--gates C",  # so little text does not make a lens
+    }
+    for written, small_one in replacements.items():
+        assert written in block
+        block = block.replace(written, small_one)
+    done = run(["bash", "-c", block], timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for expected in ("The lens lies in", "passed: C", "sweep-overview.png"):
+        assert expected in done.stdout
+    assert (tmp_path / "lens" / "provenance.json").is_file() and (tmp_path / "sweep" / "sweep.json").is_file()
 
 
 def test_the_command_of_the_readme_trains_a_lens(tmp_path):

@@ -1,0 +1,62 @@
+"""Renders what the repository shows of the embedded model's tuned lens: its figures, pictures and the README's part.
+
+    make tuned-lens && make tuned-lens-card
+
+reads outputs/tuned_lenses/tiny_stories, as fit, gates, sweep and plot have left it, and writes
+model_cards/tuned_lens_tiny_stories/ and what stands between the markers `<!-- tuned_lens:begin -->` and
+`<!-- tuned_lens:end -->` of README.md. Every number comes from the run's own files.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from render import CARDS, ROOT, put_into_readme, read_json
+
+from consistency_lens.evaluation.report import markdown_table
+from consistency_lens.tuned_lens.held_out import BITS
+from consistency_lens.tuned_lens.tables import gates_markdown
+
+RUN = ROOT / "outputs/tuned_lenses/tiny_stories"
+TARGET = CARDS / "tuned_lens_tiny_stories"
+KEPT = ("metrics.json", "provenance.json", "gates.json")
+PICTURE = "sweep-overview.png"
+LENSES = {"norm": "norm lens", "calibrated": "norm lens, calibrated", "tuned": "tuned lens"}
+
+
+def kl_table(metrics: dict[str, Any]) -> str:
+    """Held-out KL of every layer and the mean, in bits."""
+    kl, mean = metrics["kl"], metrics["mean_kl"]
+    rows = [(str(layer), *(f"{kl[name][layer] * BITS:.3f}" for name in LENSES)) for layer in range(len(kl["tuned"]))]
+    rows.append(("mean", *(f"{mean[name] * BITS:.3f}" for name in LENSES)))
+    return markdown_table(("layer", *LENSES.values()), rows)
+
+
+def block(metrics: dict[str, Any], gates: dict[str, Any]) -> str:
+    """What the README says of the run."""
+    tokens, seconds = metrics["tokens"], metrics["seconds"]
+    fitting = seconds["ridge"] + seconds["training"]
+    return (
+        f"Measured by `make tuned-lens` on the embedded model (4 blocks; the last one is the model itself). "
+        f"{tokens['ridge'] + tokens['training']:,} tokens of its own text went through it; the fit took "
+        f"{fitting:.0f} seconds, writing the text {seconds['text']:.0f}. Bits of KL(P_final ‖ P_layer) on "
+        f"{metrics['positions']:,} positions of held-out text:\n\n{kl_table(metrics)}\n\n"
+        f"The gates, on the suite `{gates['arguments']['suite']}`:\n\n"
+        f"{gates_markdown(gates['kpis'], gates['acceptance'])}\n\n"
+        f"![KL, rank of the answer, cosine and KL gained against depth, for the norm lens and the tuned lens]"
+        f"(model_cards/{TARGET.name}/{PICTURE})\n"
+    )
+
+
+def main() -> None:
+    TARGET.mkdir(exist_ok=True)
+    for name in KEPT:
+        shutil.copy(RUN / name, TARGET / name)
+    shutil.copy(RUN / "sweep" / "plots" / PICTURE, TARGET / PICTURE)
+    put_into_readme(
+        "tuned_lens", block(read_json(RUN / "metrics.json"), read_json(RUN / "gates.json")), Path(__file__)
+    )
+
+
+if __name__ == "__main__":
+    main()
