@@ -9,7 +9,7 @@ from tuned_fits import BATCH, RIDGE_BLOCKS, SEQ_LEN, STEPS, TRAIN_BLOCKS, run_fi
 from consistency_lens.data.fingerprints import tokenizer_hash, weights_hash
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer
 from consistency_lens.tuned_lens import provenance
-from consistency_lens.tuned_lens.provenance import clean_name, git_commit
+from consistency_lens.tuned_lens.provenance import git_commit
 
 PLAN = {  # section 7, and what it holds
     "enabled": None, "model_id": None, "clean_model_name": None, "sha": None, "seed": None,
@@ -116,10 +116,3 @@ def test_the_commit_of_a_repository_that_is_not_ours_is_not_taken(tmp_path, monk
     assert len(git_commit()) == 40
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None
-
-
-def test_clean_names(tmp_path, monkeypatch):
-    assert clean_name("mistralai/Mistral-7B-v0.1") == "Mistral-7B-v0.1" and clean_name("gpt2") == "gpt2"
-    (tmp_path / "some" / "model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "some" / "model")
-    assert clean_name(".") == "model"

@@ -14,15 +14,11 @@ import transformers
 from .. import __version__
 from .fit_arguments import FitArguments
 from .held_out import HeldOutKL
+from .lens_places import clean_name
 from .trainer import TunedLensTrainer
 
 RANK_RULE = "clip(d//32,64,256); 256 from d=4096"
 DEPTH_KEY = "@{25,50,75}%"
-
-
-def clean_name(model: str) -> str:
-    """The last part of a Hub id or path: what folders of lenses and of runs are called."""
-    return Path(model).resolve().name if Path(model).exists() else model.rsplit("/", 1)[-1]
 
 
 def git_commit() -> str | None:
