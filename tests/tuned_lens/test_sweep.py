@@ -16,7 +16,7 @@ from consistency_lens.tuned_lens.readings import read_prompt
 from consistency_lens.tuned_lens.records import read_records
 from consistency_lens.tuned_lens.suite import CONTROL, FACTUAL, Prompt, suite_hash, tokenise_suite
 from consistency_lens.tuned_lens.summaries import artifact_risk, diagnostics
-from consistency_lens.tuned_lens.sweep import clean_model_name, find_lens, judge_lens, sweep
+from consistency_lens.tuned_lens.sweep import find_lens, judge_lens, sweep
 
 SUITE = [
     Prompt("a", "w5 w9 w11 w40", "w23", FACTUAL),
@@ -217,6 +217,11 @@ class TestFinding:
             assert find_lens("other", tuned, tmp_path / "tuned_lenses" / "tiny") == tmp_path / "tuned_lenses" / "tiny"
         assert find_lens("me/tiny", "off") is None
 
+    def test_a_place_that_was_said_has_to_hold_one(self, tmp_path):
+        with pytest.raises(ValueError, match=r"Tuned Lens not found for `tiny`.*looked in .*elsewhere'"):
+            find_lens("me/tiny", "auto", tmp_path / "elsewhere")
+        assert find_lens("me/tiny", "off", tmp_path / "elsewhere") is None
+
     def test_half_a_lens_is_none(self, lens, tmp_path):
         lens.save_pretrained(tmp_path / "tuned_lenses" / "tiny")
         (tmp_path / "tuned_lenses" / "tiny" / "model.safetensors").unlink()
@@ -226,11 +231,6 @@ class TestFinding:
     def test_another_word_is_an_error(self):
         with pytest.raises(ValueError, match="tuned must be one of auto, require, off, got 'on'"):
             find_lens("me/tiny", "on")
-
-    def test_a_clean_name_is_the_last_part(self, tmp_path):
-        (tmp_path / "folder").mkdir()
-        names = ["mistralai/Mistral-7B-v0.1", "gpt2", str(tmp_path / "folder"), f"{tmp_path}/folder/"]
-        assert [clean_model_name(name) for name in names] == ["Mistral-7B-v0.1", "gpt2", "folder", "folder"]
 
 
 def test_figures_do_not_depend_on_gradients_being_on(lens):

@@ -74,16 +74,17 @@ def sweep_and_show(args: SweepArguments, console: "Console") -> None:
     """
     from ...atomic_write import write_json
     from ...evaluation.report import rich_table
+    from ...tuned_lens.lens_places import clean_name
     from ...tuned_lens.saved import open_lens
     from ...tuned_lens.suite import read_suite, suite_of_texts
-    from ...tuned_lens.sweep import clean_model_name, find_lens, sweep
+    from ...tuned_lens.sweep import find_lens, sweep
     from ...tuned_lens.tables import LAYER_CAPTION, LAYER_COLUMNS, layer_rows
     from .verdict import gates_shown
 
     lens_folder = find_lens(args.model, args.tuned, args.lens)
     suite = read_suite(args.suite) if args.prompt is None else suite_of_texts(args.prompt)
     suite_name = args.suite if args.prompt is None else "command line"
-    folder = Path(args.output_dir or Path("outputs", "sweeps", clean_model_name(args.model)))
+    folder = Path(args.output_dir or Path("outputs", "sweeps", clean_name(args.model)))
     opened = open_lens(lens_folder, args.model, args.revision, args.dtype, args.device)
     run = sweep(
         opened.lens,
