@@ -178,6 +178,7 @@ def test_without_a_tuned_lens_the_norm_lens_is_swept_alone(lens, swept, tmp_path
         "run.json",
     ]
     assert run["tuned_lens"] == {"enabled": False} and run["lenses"] == ["norm"]
+    assert [layer["calibrated_norm"]["kl_from_final_bits"] for layer in run["layers"]] == [None] * run["num_layers"]
     assert all("tuned" not in layer for layer in run["layers"])
     for file in ("run-records.csv", "run-pure-next-token.csv"):
         assert (tmp_path / file).read_text() == (swept[0] / file).read_text()
