@@ -19,7 +19,8 @@ def reading(
     last_layer_kl = np.full((positions, len(TEMPERATURES)), last + 1.0)
     last_layer_kl[:, best] = last
     ranks = [None if rank is None else np.array(rank) for rank in (norm_rank, tuned_rank)]
-    return PromptReading(name, norm_kl, norm_kl - calibrated, tuned_kl, last_layer_kl, *ranks)
+    calibrated_kl = None if calibrated is None else norm_kl - calibrated
+    return PromptReading(name, norm_kl, calibrated_kl, tuned_kl, last_layer_kl, *ranks)
 
 
 def kpis(*readings, **arguments):

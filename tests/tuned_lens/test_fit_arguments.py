@@ -33,7 +33,12 @@ def test_the_defaults_are_the_plan():
         ({"rank": "half"}, "rank must be a whole number above 0, full or auto, got 'half'"),
         ({"ridge_tokens": -1}, "ridge_tokens must lie in 0..16000000 .tokens., got -1; "),
         ({"ridge_tokens": 16_000_001}, "ridge_tokens must lie in 0..16000000 .tokens., got 16000001"),
-        ({"ridge": -0.1}, "ridge must be 0 or more, got -0.1; 0.01 is a good start"),
+        ({"ridge": -0.1}, "ridge must be above 0, got -0.1; 0.01 is a good start"),
+        ({"ridge": 0.0}, "ridge must be above 0, got 0.0; 0.01 is a good start"),
+        (
+            {"ridge_tokens": 0, "preconditioner": "prism"},
+            "preconditioner: 'prism' is fitted with the closed form, but ridge_tokens is 0; leave one of them out",
+        ),
         ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
         ({"preconditioner": "zca"}, "preconditioner must be one of none, whitening, prism, got 'zca'"),
     ],

@@ -281,8 +281,8 @@ def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="before the norm have no closed form"):
         TunedLensFitter(before, make_head(before))
     lens = TunedLens.for_model(learnable())
-    with pytest.raises(ValueError, match=r"ridge must be 0 or more, got -0\.1"):
-        TunedLensFitter(lens, make_head(lens), ridge=-0.1)
+    with pytest.raises(ValueError, match=r"ridge must be above 0, got 0\.0"):
+        TunedLensFitter(lens, make_head(lens), ridge=0.0)
 
 
 def test_a_head_in_bfloat16_gives_nearly_the_same_lens():

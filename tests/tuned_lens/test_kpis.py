@@ -21,6 +21,12 @@ class TestDeltaKL:
         assert values(found.delta_kl_bits) == pytest.approx([(0.25 + 0.5) / 2, 3, (-1 + 2) / 2])
         assert found.positions == 8
 
+    def test_there_is_none_of_a_norm_lens_that_was_not_calibrated(self):
+        found = kpis(reading(delta=(1, 2, 3), calibrated=None))
+        assert found.delta_kl_bits_vs_calibrated_norm == (None, None, None)
+        assert values(found.delta_kl_bits) == pytest.approx([1, 2, 3])
+        assert found.last_layer_kl_after_temp_bits.value == 0
+
     def test_of_the_calibrated_norm_lens_stands_beside_it(self):
         found = kpis(reading(delta=(1, 2, 3), calibrated=0.75))
         assert values(found.delta_kl_bits) == pytest.approx([1, 2, 3])

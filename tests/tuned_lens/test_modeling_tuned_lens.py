@@ -1,7 +1,8 @@
 import pytest
 import torch
+from tiny_lenses import tiny_tokenizer
 from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, WIDTH, random_tokens, tiny_model
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from consistency_lens.losses import kl_divergence
 from consistency_lens.tuned_lens.configuration_tuned_lens import TunedLensConfig, default_rank
@@ -174,6 +175,9 @@ def test_a_trajectory_is_both_lenses_at_every_token():
     torch.testing.assert_close(found.kl_from_final[0], expected, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="no tokens"):
         lens.trajectory("")
+    most = lens.subject_model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"text: it has {most + 1} tokens, the model reads {most}; pass a shorter"):
+        lens.trajectory("a" * (most + 1))
 
 
 def test_a_seed_decides_the_first_values():
@@ -198,3 +202,17 @@ def test_a_configuration_keeps_its_settings(tmp_path):
     TunedLensConfig(width=8, num_layers=3, rank=2, preconditioner="whitening").save_pretrained(tmp_path)
     loaded = TunedLensConfig.from_pretrained(tmp_path)
     assert (loaded.width, loaded.num_layers, loaded.rank, loaded.preconditioner) == (8, 3, 2, "whitening")
+
+
+def test_a_lens_without_a_tokenizer_takes_that_of_its_model(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "subject")
+    subject = AutoModelForCausalLM.from_pretrained(tmp_path / "subject")
+    TunedLens.for_model(subject, rank=2).save_pretrained(tmp_path / "lens")
+    assert not list((tmp_path / "lens").glob("tokenizer*"))
+    with pytest.raises(ValueError, match="subject"):
+        TunedLens.from_pretrained(tmp_path / "lens").trajectory("once")
+    tiny_tokenizer().save_pretrained(tmp_path / "subject")
+    found = TunedLens.from_pretrained(tmp_path / "lens").trajectory("once")
+    assert found.input_ids.tolist() == tiny_tokenizer()("once")["input_ids"]
+    with pytest.raises(ValueError, match="tokenizer: this lens has none; set lens.tokenizer"):
+        TunedLens.for_model(tiny_model("llama")).trajectory("once")

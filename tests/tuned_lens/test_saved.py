@@ -5,8 +5,9 @@ from hub_server import Blob
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 
+from consistency_lens.tuned_lens.lens_places import clean_name
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
-from consistency_lens.tuned_lens.saved import clean_name, open_lens
+from consistency_lens.tuned_lens.saved import open_lens
 
 MODEL = "me/tiny"
 

@@ -178,6 +178,7 @@ def test_without_a_tuned_lens_the_norm_lens_is_swept_alone(lens, swept, tmp_path
         "run.json",
     ]
     assert run["tuned_lens"] == {"enabled": False} and run["lenses"] == ["norm"]
+    assert [layer["calibrated_norm"]["kl_from_final_bits"] for layer in run["layers"]] == [None] * run["num_layers"]
     assert all("tuned" not in layer for layer in run["layers"])
     for file in ("run-records.csv", "run-pure-next-token.csv"):
         assert (tmp_path / file).read_text() == (swept[0] / file).read_text()
@@ -216,6 +217,11 @@ class TestFinding:
             assert str(find_lens("me/tiny", tuned)) == "tuned_lenses/tiny"
             assert find_lens("other", tuned, tmp_path / "tuned_lenses" / "tiny") == tmp_path / "tuned_lenses" / "tiny"
         assert find_lens("me/tiny", "off") is None
+
+    def test_a_place_that_was_said_has_to_hold_one(self, tmp_path):
+        with pytest.raises(ValueError, match=r"Tuned Lens not found for `tiny`.*looked in .*elsewhere'"):
+            find_lens("me/tiny", "auto", tmp_path / "elsewhere")
+        assert find_lens("me/tiny", "off", tmp_path / "elsewhere") is None
 
     def test_half_a_lens_is_none(self, lens, tmp_path):
         lens.save_pretrained(tmp_path / "tuned_lenses" / "tiny")

@@ -124,7 +124,7 @@ class TestFiles:
 
     def test_the_calibrated_norm_lens_is_in_the_run_json(self, sweep):
         assert calibrated_kl(read_run(find_sweep(sweep))) == [3, 2, 0]
-        assert calibrated_kl({"lenses": ["norm"], "layers": []}) is None
+        assert calibrated_kl({"layers": [{"calibrated_norm": {"kl_from_final_bits": None}}]}) is None
 
     def test_a_sweep_without_a_run_json_is_drawn(self, sweep):
         (sweep / "tiny.json").unlink()

@@ -14,11 +14,11 @@ from ..data.activation_cache import file_hash
 from ..data.cache_check import Check
 from ..hub_connection import first_line
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
-from .configuration_tuned_lens import TunedLensConfig
 from .depth import DEPTHS
 from .gates import judge_figures
-from .index import CONFIG_FILE, GATES, PICKLED_SUFFIXES
+from .index import GATES, PICKLED_SUFFIXES
 from .kpis import COVERAGE, DELTA, EARLIER_BY, EARLIER_SHARE, EARLINESS, LAST_LAYER
+from .lens_places import CONFIG_FILE, is_own
 
 # What a release must name, so that the fit can be repeated (plan, 13.2).
 PINNED = ("model_id", "clean_model_name", "seed", "dataset", "budget", "capacity", "translator")
@@ -37,15 +37,6 @@ class TunedLensFolder(NamedTuple):
     provenance: dict[str, Any]
 
 
-def is_tuned_lens(path: Path) -> bool:
-    """Whether a folder is one of a tuned lens, by its configuration."""
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == TunedLensConfig.model_type
-
-
 def find_tuned_lenses(path: str | Path) -> list[Path]:
     """The folders of the tuned lenses at `path` or below it, hidden folders aside.
 
@@ -53,11 +44,11 @@ def find_tuned_lenses(path: str | Path) -> list[Path]:
         ValueError: if there is none.
     """
     path = Path(path)
-    if is_tuned_lens(path):
+    if is_own(path):
         return [path]
     configs = sorted(path.rglob(CONFIG_FILE)) if path.is_dir() else []
     visible = [file.parent for file in configs if not any(p.startswith(".") for p in file.relative_to(path).parts)]
-    found = [folder for folder in visible if is_tuned_lens(folder)]
+    found = [folder for folder in visible if is_own(folder)]
     # a fit's own checkpoints lie inside its folder
     found = [folder for folder in found if not any(other in folder.parents for other in found)]
     if not found:

@@ -40,11 +40,11 @@ from .fit_folder import (
 )
 from .fitter import TunedLensFitter, check_rows
 from .held_out import LENSES
+from .lens_places import default_folder
 from .modeling_tuned_lens import TunedLens
 from .provenance import provenance_of
 from .readout import Readout
 from .residual_batches import make_head, position_bounds, read_batch, sampled_positions
-from .saved import default_folder
 from .token_blocks import TokenBlocks, block_length, read_token_blocks
 from .trainer import TunedLensTrainer
 
@@ -125,8 +125,8 @@ class _Fit:
         ridge_blocks = self.ridge_blocks(num_blocks, seq_len, lens.config.width)
         training.resume_from_checkpoint = "auto"
         checkpoint = checkpoint_to_resume(training)
-        if ridge_blocks and checkpoint is None:  # which holds what the closed form has come to
-            self.solve(lens, blocks.train[:ridge_blocks])
+        if checkpoint is None:  # which holds what the closed form has come to
+            self.start_close(lens, blocks.train, ridge_blocks)
         self._lap("ridge")
         trainer = TunedLensTrainer(lens, training, blocks.train[ridge_blocks:], blocks.validation, ridge_blocks)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -218,6 +218,16 @@ class _Fit:
         if count:
             check_rows(count * (end - first), width)
         return count
+
+    def start_close(self, lens: TunedLens, blocks: np.ndarray, ridge_blocks: int) -> None:
+        """The closed form on the first blocks; without it the norm lens's temperatures alone, from one batch."""
+        if ridge_blocks:
+            self.solve(lens, blocks[:ridge_blocks])
+            return
+        fitter = TunedLensFitter(lens, make_head(lens, self.training.head_dtype), self.args.ridge)
+        bounds = position_bounds(self.training.position_range, blocks.shape[1])
+        self._update(fitter, blocks[: self.training.per_device_train_batch_size], bounds)
+        fitter.calibrate_norm_lens()
 
     def solve(self, lens: TunedLens, blocks: np.ndarray) -> None:
         """Sums up moments and solves; every process does all of it, which spares them to exchange the sums."""

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from ..data.subject_loading import DTYPES
 from .configuration_tuned_lens import PRECONDITIONERS
 from .modeling_tuned_lens import SEED
+from .moments import check_ridge
 from .optimizer import OPTIMIZERS
 from .token_arguments import TokenArguments
 
@@ -72,8 +73,12 @@ class FitArguments(TokenArguments):
                 f"ridge_tokens must lie in 0..{self.tokens} (tokens), got {self.ridge_tokens}; an eighth of them is a "
                 "good start"
             )
-        if self.ridge < 0:
-            raise ValueError(f"ridge must be 0 or more, got {self.ridge}; 0.01 is a good start")
+        if self.preconditioner != "none" and self.ridge_tokens == 0:
+            raise ValueError(
+                f"preconditioner: {self.preconditioner!r} is fitted with the closed form, but ridge_tokens is 0; "
+                "leave one of them out"
+            )
+        check_ridge(self.ridge)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..atomic_write import write_tensors
 from .modeling_tuned_lens import TunedLens
-from .moments import AffineMap, RidgeMoments, cut_to_rank, pooled
+from .moments import AffineMap, RidgeMoments, check_ridge, cut_to_rank, pooled
 from .passes import concatenated
 from .residual_batches import ResidualBatch
 from .streamed_kl import CHUNK_NUMBERS, Head, Teacher, mean_probabilities
@@ -37,14 +37,13 @@ class TunedLensFitter:
         rows: that were summed.
 
     Raises:
-        ValueError: for translators before the norm, or a ridge below 0.
+        ValueError: for translators before the norm, or a ridge that is not above 0.
     """
 
     def __init__(self, lens: TunedLens, head: Head, ridge: float = 1e-2) -> None:
         if lens.config.translator_place != "after_norm":
             raise ValueError("ridge: translators before the norm have no closed form; fit them by KL steps alone")
-        if ridge < 0:
-            raise ValueError(f"ridge must be 0 or more, got {ridge}; 0.01 is a good start")
+        check_ridge(ridge)
         self.lens, self.head, self.ridge = lens, head, ridge
         width, device = lens.config.width, lens.readout.device
         self._moments = {layer: RidgeMoments(width, device) for layer in range(lens.num_layers - 1)}
@@ -81,7 +80,8 @@ class TunedLensFitter:
         metric = None if self.lens.config.rank is None else self.metric()
         for layer, moments in self._moments.items():
             self._set(layer, moments, metric)
-        self._calibrate()
+        self.calibrate_translators()
+        self.calibrate_norm_lens()
 
     def metric(self) -> Tensor:
         """Of normalised final residuals, (d, d): to second order, a step s there costs s M s^T / 2 nats.
@@ -114,15 +114,20 @@ class TunedLensFitter:
         centre = torch.zeros_like(full.c) if basis is None else basis.mean.to(full.c)
         translator.c.copy_((centre @ full.W + full.c) @ matrix)
 
-    def _calibrate(self) -> None:
-        """Sets the temperatures of both lenses to what is best on the rows that were kept."""
-        lens = self.lens
-        kept = concatenated(self._kept)
+    @torch.no_grad()
+    def calibrate_translators(self) -> None:
+        """Sets the temperatures of the translators to what is best on the rows that were kept."""
+        lens, kept = self.lens, concatenated(self._kept)
         translated = torch.stack([lens.translate(layer, hidden) for layer, hidden in enumerate(kept.hidden)])
         translators: Any = lens.translators
         for translator, value in zip(translators, best_temperatures(translated, kept.teacher, self.head), strict=True):
             translator.set_temperature(value)
-        lens.norm_temperature[:-1] = best_temperatures(kept.hidden, kept.teacher, self.head)
+
+    @torch.no_grad()
+    def calibrate_norm_lens(self) -> None:
+        """Sets the norm lens's own temperatures likewise."""
+        kept = concatenated(self._kept)
+        self.lens.norm_temperature[:-1] = best_temperatures(kept.hidden, kept.teacher, self.head)
 
     def save(self, path: Path) -> None:
         """Writes all that was summed, as safetensors."""

@@ -13,8 +13,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
+from .lens_places import CONFIG_FILE
 
-INDEX_FILE, CONFIG_FILE = "INDEX.json", "config.json"
+INDEX_FILE = "INDEX.json"
 TREE, LICENSES = "tuned_lenses", "LICENSES"
 NEEDED = (CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE)
 LOCAL = "local"  # stands in the place of the organisation for models that are on no Hub

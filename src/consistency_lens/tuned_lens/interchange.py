@@ -21,13 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import extract_commit_hash
 
 from ..hub_connection import asking_hub
+from .lens_places import CONFIG_FILE, PARAMETERS_FILE
 from .modeling_tuned_lens import TunedLens
 from .readout import Readout
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED = "AlignmentResearch/tuned-lens"
-CONFIG_FILE, PARAMETERS_FILE = "config.json", "params.pt"
 LENS_TYPE = "linear_tuned_lens"
 # the hash is made of a few entries to one decimal or two digits, which a subject in another precision may round apart
 HASHED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

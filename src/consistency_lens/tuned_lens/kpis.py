@@ -42,8 +42,8 @@ class PromptReading:
     prompt_id: str
     norm_kl: Array
     """KL(P_final || P_layer) of the norm lens in bits, (L, S)."""
-    calibrated_kl: Array
-    """The same, each layer's logits divided by the norm lens's own fitted temperature."""
+    calibrated_kl: Array | None
+    """The same, each layer's logits divided by the norm lens's own fitted temperature; None where none was fitted."""
     tuned_kl: Array
     """The same of the tuned lens."""
     last_layer_kl: Array
@@ -72,8 +72,9 @@ class KPIs:
     num_layers: int
     delta_kl_bits: tuple[Estimate, ...]
     """Median over positions of KL of the norm lens - KL of the tuned lens, in bits, at the layers of `DEPTHS`."""
-    delta_kl_bits_vs_calibrated_norm: tuple[Estimate, ...]
-    """The same against the norm lens with its own temperatures: what calibration alone does not give."""
+    delta_kl_bits_vs_calibrated_norm: tuple[Estimate | None, ...]
+    """The same against the norm lens with its own temperatures: what calibration alone does not give. None where
+    none were fitted, as in the lenses that others have published."""
     earliness_shift: tuple[Estimate | None, ...]
     """Median over prompts of the layers by which the answer is earlier among the `RANKS` likeliest."""
     earlier_share: tuple[Estimate | None, ...]
@@ -133,7 +134,7 @@ def compute_kpis(readings: Sequence[PromptReading], num_resamples: int = 1000, s
         positions=sum(reading.norm_kl.shape[1] for reading in readings),
         num_layers=len(readings[0].norm_kl),
         delta_kl_bits=tuple(deltas[: len(DEPTHS)]),
-        delta_kl_bits_vs_calibrated_norm=tuple(deltas[len(DEPTHS) :]),
+        delta_kl_bits_vs_calibrated_norm=tuple(deltas[len(DEPTHS) :]) or (None,) * len(DEPTHS),
         earliness_shift=tuple(ranks[: len(RANKS)]),
         earlier_share=tuple(ranks[len(RANKS) : -1]),
         last_layer_kl_after_temp_bits=last_layer,
@@ -170,7 +171,7 @@ class _KLPart(NamedTuple):
     """One prompt's share in the statistics of KL."""
 
     deltas: Array
-    """ΔKL at the depths against the norm lens, then against the calibrated one, (6, S)."""
+    """ΔKL at the depths against the norm lens, then against the calibrated one if there is one, (6 or 3, S)."""
     last_layer: Array
     """Sums over positions at each temperature, (G,)."""
 
@@ -178,12 +179,13 @@ class _KLPart(NamedTuple):
 def _kl_part(reading: PromptReading) -> _KLPart:
     layers = [layer_at_depth(depth, len(reading.norm_kl)) for depth in DEPTHS]
     tuned = reading.tuned_kl[layers]
-    deltas = np.concatenate([norm[layers] - tuned for norm in (reading.norm_kl, reading.calibrated_kl)])
+    norms = (reading.norm_kl, reading.calibrated_kl)
+    deltas = np.concatenate([norm[layers] - tuned for norm in norms if norm is not None])
     return _KLPart(deltas, reading.last_layer_kl.sum(axis=0))
 
 
 def _kl_statistics(parts: Sequence[_KLPart]) -> Array:
-    """The six medians of ΔKL, and the last layer's mean KL at its best temperature."""
+    """The medians of ΔKL, and the last layer's mean KL at its best temperature."""
     deltas = np.concatenate([of.deltas for of in parts], axis=1)
     last_layer = np.sum([of.last_layer for of in parts], axis=0).min() / deltas.shape[1]
     return np.append(np.median(deltas, axis=1), last_layer)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from ..lens_artifact import TrainedTensorsModel, load_subject
+from ..data.subject_loading import load_tokenizer
+from ..lens_artifact import TrainedTensorsModel, load_subject, subject_location
 from ..residual_stream import ResidualStream
 from .configuration_tuned_lens import TunedLensConfig
 from .preconditioner import Preconditioner
@@ -208,6 +209,16 @@ class TunedLens(TrainedTensorsModel):
         assert self.stream  # loads it
         return self._readout[0]
 
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; where the lens came without one, as a published lens does, that of its pinned model.
+
+        Raises:
+            ValueError: if it cannot be loaded either.
+        """
+        if self.tokenizer is None and subject_location(self.config):
+            self.tokenizer = load_tokenizer(subject_location(self.config), self.config.base_model_revision)
+        return super().require_tokenizer()
+
     @property
     def num_layers(self) -> int:
         """L."""
@@ -340,12 +351,15 @@ class TunedLens(TrainedTensorsModel):
             text: a text, or its tokens (S,) int64.
 
         Raises:
-            ValueError: if the lens has no tokenizer, or the text no tokens.
+            ValueError: if the lens has no tokenizer, or the text no tokens or more than the model reads.
         """
         tokenizer = self.require_tokenizer()
         ids = text if isinstance(text, Tensor) else torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
         if ids.numel() == 0:
             raise ValueError("text: it has no tokens; pass some text")
+        most = context_length(self.subject_model)
+        if most is not None and ids.numel() > most:
+            raise ValueError(f"text: it has {ids.numel()} tokens, the model reads {most}; pass a shorter one")
         residuals = self.residuals(ids[None])[:, 0]
         layers = range(self.num_layers)
         tuned = torch.stack([self.logits(layer, residuals[layer]).log_softmax(dim=-1) for layer in layers])
@@ -360,6 +374,11 @@ class TunedLens(TrainedTensorsModel):
                 f"residual: its last dimension is {residual.shape[-1]}, the subject's width is {self.stream.width}; "
                 "pass outputs of its blocks"
             )
+
+
+def context_length(subject: PreTrainedModel) -> int | None:
+    """The most tokens that a model reads; None where its configuration sets no limit (ALiBi)."""
+    return getattr(subject.config.get_text_config(), "max_position_embeddings", None)
 
 
 AutoConfig.register(TunedLensConfig.model_type, TunedLensConfig, exist_ok=True)

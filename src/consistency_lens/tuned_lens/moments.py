@@ -102,6 +102,15 @@ class RidgeMoments:
             getattr(self, name).copy_(state[name])
 
 
+def check_ridge(ridge: float) -> None:
+    """Raises a ValueError for no penalty, with which the regression may have no solution.
+
+    Normalised residuals need not span all dimensions: those of a LayerNorm sum to 0.
+    """
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0, got {ridge}; 0.01 is a good start")
+
+
 def cut_to_rank(W: Tensor, rank: int, covariance: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """U (d, k) and V (d, k) with U V^T as close to W as rank k allows, where it counts.
 

@@ -14,7 +14,7 @@ import transformers
 from .. import __version__
 from .fit_arguments import FitArguments
 from .held_out import HeldOutKL
-from .saved import clean_name
+from .lens_places import clean_name
 from .trainer import TunedLensTrainer
 
 RANK_RULE = "clip(d//32,64,256); 256 from d=4096"

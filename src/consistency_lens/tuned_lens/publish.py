@@ -16,7 +16,8 @@ from ..lens_artifact import PROVENANCE_FILE
 from .cards import write_dataset_card
 from .content_checks import TunedLensFolder, content_checks, find_tuned_lenses, read_tuned_lens
 from .download import TunedLensRepository, fetch_checked, list_tuned_lenses
-from .index import CONFIG_FILE, INDEX_FILE, IndexEntry, TunedLensVerificationError, index_text, release_tag
+from .index import INDEX_FILE, IndexEntry, TunedLensVerificationError, index_text, release_tag
+from .lens_places import CONFIG_FILE
 from .public_files import MODEL_KEY, index_name, is_local
 from .staging import stage_lens
 from .upstream_license import upstream_license

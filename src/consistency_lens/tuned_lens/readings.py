@@ -63,8 +63,9 @@ class PromptResult:
     """The norm lens, and the tuned lens if there is one."""
     teacher_entropy_bits: Tensor
     """Entropy of P_final, (S,)."""
-    calibrated_kl_bits: Tensor
-    """KL(P_final || P_layer) of the norm lens with its own temperature at each layer, (L, S)."""
+    calibrated_kl_bits: Tensor | None
+    """KL(P_final || P_layer) of the norm lens with its own temperature at each layer, (L, S); None where no such
+    temperatures were fitted."""
     raw_kl_bits: Mapping[str, Tensor]
     """KL(lens || raw logit lens) by the lens's name, (L, S); empty where there is no raw one."""
     raw_rank: Tensor | None
@@ -83,9 +84,16 @@ class PromptResult:
     def for_kpis(self) -> PromptReading:
         """As far as it goes into the KPIs; there has to be a tuned lens."""
         norm, tuned = self.lenses[NORM], self.lenses[TUNED]
-        kls = (norm.kl_from_final_bits, self.calibrated_kl_bits, tuned.kl_from_final_bits, self.last_layer_kl_bits)
+        calibrated = self.calibrated_kl_bits
         ranks = (None if rank is None else rank.numpy() for rank in (norm.answer_rank, tuned.answer_rank))
-        return PromptReading(self.tokens.prompt.id, *(kl.double().numpy() for kl in kls), *ranks)
+        return PromptReading(
+            self.tokens.prompt.id,
+            norm.kl_from_final_bits.double().numpy(),
+            None if calibrated is None else calibrated.double().numpy(),
+            tuned.kl_from_final_bits.double().numpy(),
+            self.last_layer_kl_bits.double().numpy(),
+            *ranks,
+        )
 
 
 @torch.no_grad()
@@ -104,7 +112,8 @@ def read_prompt(lens: TunedLens, prompt: TokenisedPrompt, with_tuned: bool = Tru
     num_layers, length = residuals.shape[:2]
     decoders: dict[str, Decode] = {NORM: lens.logit_lens} | ({TUNED: lens.logits} if with_tuned else {})
     sheets = {name: _Sheet(num_layers, length, lens.readout.vocab_size, prompt.answer_id) for name in decoders}
-    teacher_entropy, calibrated_kl = torch.empty(length), torch.empty(num_layers, length)
+    teacher_entropy = torch.empty(length)
+    calibrated_kl = torch.empty(num_layers, length) if lens.is_calibrated else None
     raw = _RawSheet(lens, num_layers, length, list(decoders), prompt.answer_id)
     for rows in _chunks(length, lens.readout.vocab_size):
         final = lens.logit_lens(num_layers - 1, residuals[-1, rows])
@@ -113,7 +122,9 @@ def read_prompt(lens: TunedLens, prompt: TokenisedPrompt, with_tuned: bool = Tru
             logits = {name: decode(layer, hidden) for name, decode in decoders.items()}
             for name, sheet in sheets.items():
                 sheet.fill(layer, rows, logits[name], final)
-            calibrated_kl[layer, rows] = bits(kl_divergence(final, lens.logit_lens(layer, hidden, calibrated=True)))
+            if calibrated_kl is not None:
+                calibrated = lens.logit_lens(layer, hidden, calibrated=True)
+                calibrated_kl[layer, rows] = bits(kl_divergence(final, calibrated)).cpu()
             raw.fill(layer, rows, hidden, logits)
     _check_finite(prompt, sheets)
     return PromptResult(

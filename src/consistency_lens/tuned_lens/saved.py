@@ -7,12 +7,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.subject_loading import DTYPES, load_subject_and_tokenizer
-from ..lens_artifact import WEIGHTS_FILE, subject_location
+from ..lens_artifact import subject_location
 from .configuration_tuned_lens import TunedLensConfig
-from .interchange import CONFIG_FILE, PARAMETERS_FILE, from_alignment_research, read_config
+from .interchange import from_alignment_research, read_config
+from .lens_places import CONFIG_FILE, is_foreign, is_lens
 from .modeling_tuned_lens import TunedLens
-
-LENSES_FOLDER = Path("tuned_lenses")
 
 
 class OpenedLens(NamedTuple):
@@ -25,27 +24,6 @@ class OpenedLens(NamedTuple):
     """Hub id or folder of the model."""
     revision: str | None
     """The commit on the Hub; None for a local folder."""
-
-
-def clean_name(model: str) -> str:
-    """The last part of a Hub id or of a folder's path: what folders of lenses and of runs are called."""
-    return Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
-
-
-def default_folder(model: str) -> Path:
-    """Where the lens of a model lies unless it is said: tuned_lenses/<clean name>."""
-    return LENSES_FOLDER / clean_name(model)
-
-
-def is_lens(folder: Path) -> bool:
-    """Whether a folder holds a saved lens, of this library or of AlignmentResearch/tuned-lens."""
-    weights = (folder / WEIGHTS_FILE, folder / PARAMETERS_FILE)
-    return (folder / CONFIG_FILE).is_file() and any(file.is_file() for file in weights)
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds a lens of AlignmentResearch/tuned-lens."""
-    return (folder / PARAMETERS_FILE).is_file()
 
 
 def open_lens(

@@ -9,7 +9,8 @@ from ..data.activation_cache import file_hash
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from .cards import write_lens_card, write_notice
 from .content_checks import TunedLensFolder
-from .index import CONFIG_FILE, GATES, LICENSES, TREE, IndexEntry
+from .index import GATES, LICENSES, TREE, IndexEntry
+from .lens_places import CONFIG_FILE
 from .public_files import public_json, without_paths
 from .upstream_license import UpstreamLicense
 

@@ -35,16 +35,20 @@ def prompt_entry(result: PromptResult, text_of: Callable[[int], str]) -> dict[st
 
 
 def layer_figures(results: Sequence[PromptResult]) -> list[dict[str, Any]]:
-    """One entry a layer: medians of each lens over all positions, and what became of the answers."""
+    """One entry a layer: medians of each lens over all positions, and what became of the answers.
+
+    The calibrated norm lens's is None where no temperatures of its own were fitted.
+    """
     lenses = {name: _lens_figures([result.lenses[name] for result in results]) for name in results[0].lenses}
-    calibrated = _median([result.calibrated_kl_bits for result in results])
+    kls = [result.calibrated_kl_bits for result in results if result.calibrated_kl_bits is not None]
+    calibrated, num_layers = _median(kls) if kls else [], len(lenses[NORM])
     return [
         {
             "layer": layer,
             **{name: figures[layer] for name, figures in lenses.items()},
-            "calibrated_norm": {"kl_from_final_bits": calibrated[layer]},
+            "calibrated_norm": {"kl_from_final_bits": calibrated[layer] if kls else None},
         }
-        for layer in range(len(calibrated))
+        for layer in range(num_layers)
     ]
 
 

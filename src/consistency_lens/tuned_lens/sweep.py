@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..atomic_write import write_json
 from .gates import Judgement, judge
 from .kpis import SEED, compute_kpis
-from .modeling_tuned_lens import TunedLens
+from .lens_places import clean_name, default_folder, is_lens
+from .modeling_tuned_lens import TunedLens, context_length
 from .readings import NORM, TUNED, PromptResult, read_prompt
 from .records import file_names, record_files, token_texts
-from .saved import clean_name, default_folder, is_lens
 from .suite import Prompt, TokenisedPrompt, suite_hash, tokenise_suite
 from .summaries import diagnostics, layer_figures, prompt_entry
 
@@ -30,10 +30,11 @@ def find_lens(model: str, tuned: str = AUTO, path: str | Path | None = None) -> 
     Args:
         model: Hub id or folder of the model.
         tuned: "auto" for the lens if there is one, "require" for an error if there is none, "off" for none.
-        path: where it lies; see `default_folder` if None.
+        path: where it lies; `tuned_lenses/<name of the model>` if None.
 
     Raises:
-        ValueError: if one is required and there is none, or `tuned` is none of the three.
+        ValueError: if there is none, and one is required or was said to lie at `path`; if `tuned` is none of the
+            three.
     """
     if tuned not in WHEN_TUNED:
         raise ValueError(f"tuned must be one of {', '.join(WHEN_TUNED)}, got {tuned!r}")
@@ -47,7 +48,7 @@ def find_lens(model: str, tuned: str = AUTO, path: str | Path | None = None) -> 
         f"Tuned Lens not found for `{name}`. Train it with `consistency-lens tuned-lens fit --model {model}` "
         f"(looked in {str(folder)!r})"
     )
-    if tuned == REQUIRE:
+    if tuned == REQUIRE or path is not None:
         raise ValueError(missing)
     logger.info("%s; going on with the norm lens alone", missing)
     return None
@@ -121,11 +122,6 @@ def sweep(
     }
     write_json(folder / f"{name}.json", run)
     return run
-
-
-def context_length(subject: PreTrainedModel) -> int | None:
-    """The most tokens that a model reads; None where its configuration sets no limit (ALiBi)."""
-    return getattr(subject.config.get_text_config(), "max_position_embeddings", None)
 
 
 def suite_facts(suite: Sequence[Prompt], name: str) -> dict[str, Any]:

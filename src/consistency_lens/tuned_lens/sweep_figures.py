@@ -148,11 +148,10 @@ def read_run(sweep: SweepFiles) -> dict[str, Any]:
 
 
 def calibrated_kl(run: Mapping[str, Any]) -> list[float] | None:
-    """Median KL in bits at each layer of the norm lens with fitted temperatures; None where a run has no tuned lens,
-    with which they are fitted."""
-    if TUNED not in run.get("lenses", ()):
-        return None
-    return [layer["calibrated_norm"]["kl_from_final_bits"] for layer in run["layers"]]
+    """Median KL in bits at each layer of the norm lens with fitted temperatures; None where a run has none, as they
+    are fitted with a tuned lens."""
+    found = [layer["calibrated_norm"]["kl_from_final_bits"] for layer in run.get("layers", ())]
+    return None if not found or None in found else found
 
 
 def write_figure(path: Path, figure: "Figure") -> Path:

@@ -62,7 +62,7 @@ def kpi_rows(kpis: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for index, (rank, by) in enumerate(EARLIER_BY.items()):
         label = f"share of prompts with rank ≤ {rank} at least {by} layers earlier"
         rows.append((label, *_value(kpis, EARLIER_SHARE, index), f"B: ≥ {LEAST_SHARE_EARLIER:g}"))
-    rows.append(("share of layers that the answer comes on top in", *_value(kpis, COVERAGE), ""))
+    rows.append(("share of layers with the answer on top, less the norm lens's", *_value(kpis, COVERAGE), ""))
     label = f"bits between last layer and head (temperature {kpis['last_layer_temperature']:.2f})"
     return [*rows, (label, *_value(kpis, LAST_LAYER), f"C: ≤ {MOST_LAST_LAYER_BITS:g}")]
 

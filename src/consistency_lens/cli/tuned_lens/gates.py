@@ -67,7 +67,8 @@ def judge_and_show(args: GatesArguments, console: "Console") -> int:
     """
     from ...atomic_write import write_json
     from ...tuned_lens.gates import apply_to_provenance, check_letters, read_provenance
-    from ...tuned_lens.saved import is_foreign, open_lens
+    from ...tuned_lens.lens_places import is_foreign
+    from ...tuned_lens.saved import open_lens
     from ...tuned_lens.suite import read_suite
     from ...tuned_lens.sweep import judge_lens
     from ..command import DONE, NOT_VERIFIED

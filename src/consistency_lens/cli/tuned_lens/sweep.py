@@ -74,7 +74,8 @@ def sweep_and_show(args: SweepArguments, console: "Console") -> None:
     """
     from ...atomic_write import write_json
     from ...evaluation.report import rich_table
-    from ...tuned_lens.saved import clean_name, open_lens
+    from ...tuned_lens.lens_places import clean_name
+    from ...tuned_lens.saved import open_lens
     from ...tuned_lens.suite import read_suite, suite_of_texts
     from ...tuned_lens.sweep import find_lens, sweep
     from ...tuned_lens.tables import LAYER_CAPTION, LAYER_COLUMNS, layer_rows

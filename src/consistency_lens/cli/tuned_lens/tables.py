@@ -27,6 +27,6 @@ def kl_table(metrics: Mapping[str, Any]) -> "Table":
     ]:
         if label == "mean":
             table.add_section()
-        less = 1 - values["tuned"] / values["norm"]
+        less = round(1 - values["tuned"] / values["norm"], 2) + 0.0  # no -0%
         table.add_row(label, *(f"{values[name] * BITS:.3f}" for name in lenses), f"{less:.0%}")
     return table
