@@ -175,8 +175,7 @@ class TestGain:
         for label, bits in (("gate A: median at least", [0.2, 0.3, 0.3]), ("gate D: never below", [-0.1] * 3)):
             assert drawn[label][0].tolist() == depths and drawn[label][1].tolist() == bits
         upper = figure.axes[0].child_axes[0]
-        # two depths of a shallow model share a layer, and one label
-        names = ["25% depth", "50, 75% depth"] if layers == 4 else ["25% depth", "50% depth", "75% depth"]
+        names = ["25% depth", "50% depth", "75% depth"]
         assert [label.get_text() for label in upper.get_xticklabels()] == names
         assert upper.get_xticks().tolist() == sorted(set(depths))
 
