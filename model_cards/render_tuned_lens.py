@@ -21,6 +21,12 @@ RUN = ROOT / "outputs/tuned_lenses/tiny_stories"
 TARGET = CARDS / "tuned_lens_tiny_stories"
 KEPT = ("metrics.json", "provenance.json", "gates.json")
 PICTURE = "sweep-overview.png"
+RESULTS = ROOT / "tests/benchmarks/results"
+PEER_RESULTS = {
+    "tuned_lens_time_to_peer_kl": "seconds to its final KL",
+    "tuned_lens_kl_equal_tokens": "nats of KL at equal tokens",
+    "tuned_lens_memory": "bytes that the fit adds",
+}
 LENSES = {"norm": "norm lens", "calibrated": "norm lens, calibrated", "tuned": "tuned lens"}
 
 
@@ -30,6 +36,19 @@ def kl_table(metrics: dict[str, Any]) -> str:
     rows = [(str(layer), *(f"{kl[name][layer] * BITS:.3f}" for name in LENSES)) for layer in range(len(kl["tuned"]))]
     rows.append(("mean", *(f"{mean[name] * BITS:.3f}" for name in LENSES)))
     return markdown_table(("layer", *LENSES.values()), rows)
+
+
+def comparison() -> str:
+    """The benchmark's results: ours beside the peer's."""
+    rows = []
+    for name, label in PEER_RESULTS.items():
+        result = read_json(RESULTS / f"{name}.json")
+        rows.append((label, f"{result['theirs']:.3g}", f"{result['ours']:.3g}", f"{result['ratio']:.2f}"))
+    table = markdown_table(("", "tuned-lens 0.2.0", "here", "ratio"), rows)
+    return (
+        "Beside [tuned-lens](https://pypi.org/project/tuned-lens/) at its own learning rate, on the same 262,144 tokens "
+        f"of this model (`python tests/benchmarks/tuned_lens_vs_peer.py`; above 1 is better here):\n\n{table}\n"
+    )
 
 
 def block(metrics: dict[str, Any], gates: dict[str, Any]) -> str:
@@ -44,7 +63,7 @@ def block(metrics: dict[str, Any], gates: dict[str, Any]) -> str:
         f"The gates, on the suite `{gates['arguments']['suite']}`:\n\n"
         f"{gates_markdown(gates['kpis'], gates['acceptance'])}\n\n"
         f"![KL, rank of the answer, cosine and KL gained against depth, for the norm lens and the tuned lens]"
-        f"(model_cards/{TARGET.name}/{PICTURE})\n"
+        f"(model_cards/{TARGET.name}/{PICTURE})\n\n{comparison()}"
     )
 
 

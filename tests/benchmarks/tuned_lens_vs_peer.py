@@ -66,7 +66,7 @@ class PeerSettings(NamedTuple):
 
 # the peer's learning rate; its 2^18 tokens a step would be a single step here
 DEFAULT_PEER = PeerSettings(2048, 1)
-TUNED_PEERS = [PeerSettings(*pair) for pair in ((512, 4), (1024, 1), (1024, 4), (2048, 4), (2048, 16))]
+TUNED_PEERS = [PeerSettings(*pair) for pair in ((512, 4), (1024, 4), (2048, 4))]
 QUICK_TOKENS = [2**power for power in range(13, 19)]
 TOKENS_PER_PASS = 1024  # of the peer's subject: larger passes took more memory and no less time
 
