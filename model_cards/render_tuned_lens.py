@@ -46,8 +46,8 @@ def comparison() -> str:
         rows.append((label, f"{result['theirs']:.3g}", f"{result['ours']:.3g}", f"{result['ratio']:.2f}"))
     table = markdown_table(("", "tuned-lens 0.2.0", "here", "ratio"), rows)
     return (
-        "Beside [tuned-lens](https://pypi.org/project/tuned-lens/) at its own learning rate, on the same 262,144 tokens "
-        f"of this model (`python tests/benchmarks/tuned_lens_vs_peer.py`; above 1 is better here):\n\n{table}\n"
+        "Beside [tuned-lens](https://pypi.org/project/tuned-lens/) at its own learning rate, on the same 262,144 "
+        f"tokens of this model (`python tests/benchmarks/tuned_lens_vs_peer.py`; above 1 is better here):\n\n{table}\n"
     )
 
 
