@@ -49,7 +49,7 @@ best objectives: $(INSTALLED)
 TUNED_LENS := outputs/tuned_lenses/tiny_stories
 
 tuned-lens: $(INSTALLED)
-	$(BIN)/consistency-lens tuned-lens fit --config examples/recipes/tuned_lens_tiny_stories.yaml
+	$(BIN)/consistency-lens tuned-lens fit --config examples/recipes/tuned_lens/tiny_stories.yaml
 	$(BIN)/consistency-lens tuned-lens gates --lens $(TUNED_LENS) --suite stories --gates A C D
 	$(BIN)/consistency-lens tuned-lens sweep --model examples/tiny_stories --lens $(TUNED_LENS) --tuned require \
 		--suite stories --output_dir $(TUNED_LENS)/sweep

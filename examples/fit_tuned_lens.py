@@ -1,6 +1,6 @@
 """Fits a tuned lens of a model: one affine translator for each layer, decoded by the model's own head.
 
-python examples/fit_tuned_lens.py --config examples/recipes/tuned_lens_tiny_stories.yaml
+python examples/fit_tuned_lens.py --config examples/recipes/tuned_lens/tiny_stories.yaml
 accelerate launch examples/fit_tuned_lens.py --model gpt2 --tokens 16000000
 """
 

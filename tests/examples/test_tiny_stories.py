@@ -99,8 +99,8 @@ def test_the_best_recipe_needs_no_change_but_the_model(subject, tmp_path, reques
     assert 2 <= metrics["rows"] <= 8 and metrics["controls"]["mean"]["fve"] == pytest.approx(0, abs=1e-6)
 
 
-RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
-TUNED_LENS_RECIPES = [path for path in RECIPES if path.stem.startswith("tuned_lens")]
+RECIPES = ROOT / "examples" / "recipes"
+TUNED_LENS_RECIPES = sorted((RECIPES / "tuned_lens").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", TUNED_LENS_RECIPES, ids=lambda path: path.stem)
@@ -110,7 +110,7 @@ def test_a_recipe_of_a_tuned_lens_has_known_keys(path):
     assert fit.model == yaml.safe_load(path.read_text())["model"] and training.output_dir
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p not in TUNED_LENS_RECIPES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_has_known_keys_and_stages_that_fit(path):
     classes = (RecipeArguments, ConsistencyLensTrainingArguments)
     arguments = ["--config", str(path), "--use_cpu", "true"]
@@ -169,7 +169,7 @@ def test_the_way_to_a_tuned_lens_in_the_readme_runs_as_written(tmp_path):
     )
     replacements = {
         ". .venv/bin/activate\n": f"set -e\nexport PATH={Path(sys.executable).parent}:$PATH\n",
-        "tuned_lens_tiny_stories.yaml": f"tuned_lens_tiny_stories.yaml {small}",
+        "tuned_lens/tiny_stories.yaml": f"tuned_lens/tiny_stories.yaml {small}",
         "outputs/tuned_lenses/tiny_stories": f"{tmp_path}/lens",
         "outputs/sweep": f"{tmp_path}/sweep",
         "--gates A C D": "--gates C",  # so little text does not make a lens
