@@ -62,9 +62,7 @@ def provenance_of(
         ridge_tokens: that the closed form has read.
         held_out: the figures of the whole evaluation.
     """
-    lens, training, state = trainer.lens, trainer.args, trainer.state
-    seq_len = dataset["seq_len"]
-    micro_batch = training.per_device_train_batch_size * training.world_size
+    training = trainer.args
     shares = ",".join(f"{share:g}" for share in training.position_range)
     where = f"positions={trainer.num_positions} in [{shares}] of context"
     return {
@@ -77,20 +75,53 @@ def provenance_of(
         "dataset": {**dataset, "sample_description": f"{dataset['sample_description']}; {where}"},
         "budget": {
             "tokens": ridge_tokens + trainer.tokens,
-            "seq_len": seq_len,
+            "seq_len": dataset["seq_len"],
             "positions_per_seq": trainer.num_positions,
         },
-        "batching": {
-            "micro_batch_seqs": micro_batch,
-            "grad_accum": training.gradient_accumulation_steps,
-            "effective_batch_seqs": micro_batch * training.gradient_accumulation_steps,
+        **lens_settings(args, trainer),
+        **step_settings(trainer),
+        "ridge": {"penalty": args.ridge, "tokens": ridge_tokens},
+        "tokens_consumed": {
+            "ridge": ridge_tokens,
+            "training": trainer.tokens,
+            "validation": dataset["tokens"]["validation"],
         },
+        f"val_kl_bits{DEPTH_KEY}": held_out.metrics()[f"val_kl_bits{DEPTH_KEY}"],
+        "kpis": None,
+        "acceptance": None,
+        "versions": versions(),
+    }
+
+
+def lens_settings(args: FitArguments, trainer: TunedLensTrainer) -> dict[str, Any]:
+    """What the lens is, and what it was held to."""
+    lens, training = trainer.lens, trainer.args
+    return {
         "capacity": {"rank_k": RANK_RULE if args.rank == "auto" else args.rank},
         "translator": {
             "rank": lens.config.rank or "full",
             "temperature": lens.config.learn_temperature,
             "place": lens.config.translator_place,
             "parameters": sum(parameter.numel() for parameter in lens.parameters()),
+        },
+        "regularizers": {
+            "l2_smallness": training.smallness,
+            "smooth_depth": training.smoothness,
+            "precond": args.preconditioner,
+        },
+        "preconditioner": {"type": args.preconditioner, "path": None},
+    }
+
+
+def step_settings(trainer: TunedLensTrainer) -> dict[str, Any]:
+    """How the KL steps were taken."""
+    training, state = trainer.args, trainer.state
+    micro_batch = training.per_device_train_batch_size * training.world_size
+    return {
+        "batching": {
+            "micro_batch_seqs": micro_batch,
+            "grad_accum": training.gradient_accumulation_steps,
+            "effective_batch_seqs": micro_batch * training.gradient_accumulation_steps,
         },
         "optim": {
             "name": training.translator_optim,
@@ -102,13 +133,6 @@ def provenance_of(
             "warmup_steps": training.get_warmup_steps(state.max_steps),
             "early_stopping_patience": training.early_stopping_patience,
         },
-        "ridge": {"penalty": args.ridge, "tokens": ridge_tokens},
-        "regularizers": {
-            "l2_smallness": training.smallness,
-            "smooth_depth": training.smoothness,
-            "precond": args.preconditioner,
-        },
-        "preconditioner": {"type": args.preconditioner, "path": None},
         "schedule": {
             "layers_per_step": trainer.num_layers,
             "positions_per_seq": trainer.num_positions,
@@ -118,13 +142,4 @@ def provenance_of(
             "teacher_top_k": training.teacher_top_k,
             "head_dtype": str(trainer.head.weight.dtype).removeprefix("torch."),
         },
-        "tokens_consumed": {
-            "ridge": ridge_tokens,
-            "training": trainer.tokens,
-            "validation": dataset["tokens"]["validation"],
-        },
-        f"val_kl_bits{DEPTH_KEY}": held_out.metrics()[f"val_kl_bits{DEPTH_KEY}"],
-        "kpis": None,
-        "acceptance": None,
-        "versions": versions(),
     }

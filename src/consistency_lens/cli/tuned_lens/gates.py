@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .suite_arguments import SuiteArguments
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -12,39 +14,22 @@ GATES_FILE = "gates.json"
 
 
 @dataclass
-class GatesArguments:
+class GatesArguments(SuiteArguments):
     """Which lens is judged, on which prompts, and which gates have to pass."""
 
     lens: str = field(default="", metadata={"help": "Folder of the tuned lens."})
     model: str | None = field(
         default=None, metadata={"help": "The model, where it is not to be found at the place that the lens names."}
     )
-    revision: str | None = field(
-        default=None, metadata={"help": "Its commit, tag or branch; default: the one that the lens was fitted at."}
-    )
-    suite: str = field(
-        default="default",
-        metadata={"help": "default, stories, or a file of prompts (.json, .jsonl, or a text with one a line)."},
-    )
     gates: list[str] = field(
         default_factory=lambda: ["A", "B", "C", "D"],
         metadata={"help": "Those that have to pass, or the exit code is 3; all are judged and written."},
     )
-    num_bootstrap: int = field(default=1000, metadata={"help": "Resamples that the intervals are taken from."})
-    seed: int = field(default=316, metadata={"help": "Of the resamples."})
-    device: str | None = field(
-        default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
-    )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Precision of the weights; default: as the lens was fitted, else float32."}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.lens:
             raise ValueError("lens: got none; pass the folder of a lens, e.g. --lens tuned_lenses/gpt2")
-        if self.num_bootstrap < 1:
-            raise ValueError(f"num_bootstrap must be at least 1, got {self.num_bootstrap}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,18 +5,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .suite_arguments import SuiteArguments
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 @dataclass
-class SweepArguments:
+class SweepArguments(SuiteArguments):
     """Which model is read, with which lens, on which prompts, and where the records go."""
 
     model: str = field(default="", metadata={"help": "The model that is read: Hub id or folder."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Its commit, tag or branch; default: the one that the lens was fitted at."}
-    )
     lens: str | None = field(
         default=None, metadata={"help": "Folder of its tuned lens; default: tuned_lenses/<name of the model>."}
     )
@@ -24,32 +23,18 @@ class SweepArguments:
         default="auto",
         metadata={"help": "auto: with the tuned lens if there is one; require: not without it; off: norm lens alone."},
     )
-    suite: str = field(
-        default="default",
-        metadata={"help": "default, stories, or a file of prompts (.json, .jsonl, or a text with one a line)."},
-    )
     prompt: list[str] | None = field(default=None, metadata={"help": "Prompts in place of a suite."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the files; default: outputs/sweeps/<name of the model>."}
     )
     name: str = field(default="sweep", metadata={"help": "What the names of the files begin with."})
-    num_bootstrap: int = field(default=1000, metadata={"help": "Resamples that the intervals are taken from."})
-    seed: int = field(default=316, metadata={"help": "Of the resamples."})
-    device: str | None = field(
-        default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
-    )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Precision of the weights; default: as the lens was fitted, else float32."}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model:
             raise ValueError("model: got none; pass a Hub id or folder, e.g. --model gpt2")
         if self.suite != "default" and self.prompt is not None:
             raise ValueError(f"prompt: got prompts and the suite {self.suite!r}; pass one of them")
-        if self.num_bootstrap < 1:
-            raise ValueError(f"num_bootstrap must be at least 1, got {self.num_bootstrap}")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name: got {self.name!r}; pass the beginning of a file's name, without a folder")
 
