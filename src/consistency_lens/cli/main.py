@@ -15,6 +15,7 @@ COMMANDS = {
     "pull": "fetch a published activation cache (--repo me/cache --path data/cache)",
     "generate-chat": "complete prompts through an OpenAI-compatible server (--prompts prompts.jsonl)",
     "eval": "evaluate a saved lens on held-out documents (--lens outputs/tiny_stories)",
+    "report": "one HTML page of a run: figures, curves, and texts to walk through (report outputs/tiny_stories)",
     "tuned-lens": "fit, judge, plot and publish tuned lenses (tuned-lens fit --model gpt2)",
     "submit": "all of it: tokenize, cache, train, eval, on a Slurm cluster or here (--config recipe.yaml)",
 }
