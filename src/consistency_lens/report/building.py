@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..atomic_write import write_text
 from ..evaluation.saved_lens import SavedLensArguments, load_lens
@@ -59,9 +58,7 @@ class ReportArguments:
 
     def __post_init__(self) -> None:
         if not self.run:
-            raise ValueError(
-                "run: got none; pass the folder of a run, e.g. consistency-lens report outputs/tiny_stories"
-            )
+            raise ValueError("run: got none; pass the folder of a run, e.g. report outputs/tiny_stories")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.output is not None and Path(self.output).is_dir():

@@ -119,8 +119,8 @@ def lead(run: RunFolder) -> list[str]:
         )
     if "rows" in metrics and "documents" in metrics:
         sentences.append(
-            f"Measured on {metrics['rows']:,} activations of {metrics['documents']:,} documents that the training held "
-            "out; intervals are 95%, by bootstrap over documents."
+            f"Measured on {metrics['rows']:,} activations of {metrics['documents']:,} documents that the training "
+            "held out; intervals are 95%, by bootstrap over documents."
         )
     return sentences
 

@@ -46,7 +46,7 @@ def problem_of(content: Any) -> str | None:
     known = isinstance(content.get("source"), str) and isinstance(content.get("lens"), str | None)
     if not known or not is_place(content.get("max_tokens")):
         return "does not say where it is from"
-    if not is_list_of(words, str) or not isinstance(texts, list) or not texts:
+    if not isinstance(words, list) or not is_list_of(words, str) or not isinstance(texts, list) or not texts:
         return "holds no texts"
     for index, text in enumerate(texts):
         if not isinstance(text, dict) or not isinstance(text.get("title"), str):

@@ -1,4 +1,4 @@
-"""What a tuned lens of the same subject would predict after every layer, for the beginning of a report's first text."""
+"""What a tuned lens of the same subject predicts after every layer, for the beginning of a report's first text."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -29,7 +29,7 @@ PLOT_STYLE = """:where(.plot-d6a7b5) {
 :where(.plot-d6a7b5 tspan) {
   white-space: pre;
 }"""
-# What ends a script element, or begins what the parser treats in another way, and what old parsers take for a new line.
+# What ends a script element, or begins what is read in another way.
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
@@ -73,9 +73,9 @@ def policy(style: str, scripts: Sequence[str], connects: bool = False) -> str:
         "base-uri": "'none'",
         "form-action": "'none'",
     }
-    return "; ".join(
-        f"{name} {value}" for name, value in (parts | ({"connect-src": "'self'"} if connects else {})).items()
-    )
+    if connects:
+        parts["connect-src"] = "'self'"
+    return "; ".join(f"{name} {value}" for name, value in parts.items())
 
 
 def hash_of(source: str) -> str:

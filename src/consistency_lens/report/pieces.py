@@ -1,7 +1,5 @@
 """A text's tokens as the pieces of text that they are, and what kind of piece each is."""
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedTokenizerBase
 
 # Tokens before one that are decoded with it: a tokenizer may drop the space before the first of them.
@@ -12,7 +10,7 @@ WHITE_SPACE, OTHER = "white space", "other"
 CLASSES = (WORD, WORD_PIECE, NUMBER, PUNCTUATION, WHITE_SPACE, OTHER)
 
 
-def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """The text that each token adds, its leading space kept; a part of a character is shown as the token alone is."""
     pieces = []
     for place, token in enumerate(ids):

@@ -60,7 +60,7 @@ def token_columns(explorer: Explorer) -> dict[str, Tensor]:
         columns["kind"] += kinds_of(pieces)
         columns["position"] += text["positions"]
         for name in ("fve", "kl", "norm", "variance"):
-            columns[name] += text[name]  # type: ignore[literal-required]
+            columns[name] += text[name]
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
 

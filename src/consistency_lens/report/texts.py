@@ -81,16 +81,15 @@ def held_out_texts(lens: ConsistencyLensModel, args: SavedLensArguments, seed: i
 def documents_of(rows: Rows, seed: int) -> Iterator[list[int]]:
     """The longest known context of each document, in an order drawn by `seed`."""
     order = np.random.default_rng(seed)
-    if not isinstance(rows, SourceRows):
-        chosen = order.permutation(len(rows))[:ROWS_AT_MOST].tolist()
-        contexts = [(int(row["document"]), row["input_ids"]) for row in rows_at(rows, chosen)]
-        longest: dict[int, Any] = {}
-        for document, context in contexts:
-            if len(context) > len(longest.get(document, [])):
-                longest[document] = context
-        yield from ([int(token) for token in context] for context in longest.values())
+    if isinstance(rows, SourceRows):
+        source = rows.source
+        for document in order.permutation(np.unique(source.documents)):
+            contexts = source.contexts(np.flatnonzero(source.documents == document))
+            yield [int(token) for token in max(contexts, key=len)]
         return
-    source = rows.source
-    for document in order.permutation(np.unique(source.documents)):
-        contexts = source.contexts(np.flatnonzero(source.documents == document))
-        yield [int(token) for token in max(contexts, key=len)]
+    longest: dict[int, Any] = {}
+    for row in rows_at(rows, order.permutation(len(rows))[:ROWS_AT_MOST].tolist()):
+        document, context = int(row["document"]), row["input_ids"]
+        if len(context) > len(longest.get(document, [])):
+            longest[document] = context
+    yield from ([int(token) for token in context] for context in longest.values())

@@ -43,8 +43,9 @@ function dotPlot(label, rows, {axis, decimals = 2, domain, zero = false}) {
       y: {domain: rows.map(row => row.label), label: null, tickSize: 0},
       marks: [
         ...(zero ? [Plot.ruleX([0], {stroke: "var(--faint)"})] : []),
-        Plot.ruleY(inside.filter(row => Number.isFinite(row.low)), {y: "label", x1: "low", x2: "high", stroke, strokeWidth: 3, strokeLinecap: "round"}),
-        Plot.dot(inside, {x: "value", y: "label", fill: stroke, r: row => row.strong ? 6 : 4.5, title: row => `${row.label}: ${number(row.value, decimals)}`}),
+        Plot.ruleY(inside.filter(row => Number.isFinite(row.low)), {y: "label", x1: "low", x2: "high", stroke, strokeWidth: 2}),
+        Plot.tickX(inside.filter(row => Number.isFinite(row.low)).flatMap(row => [{...row, end: row.low}, {...row, end: row.high}]), {x: "end", y: "label", stroke, strokeWidth: 2, insetTop: 7, insetBottom: 7}),
+        Plot.dot(inside, {x: "value", y: "label", fill: stroke, r: row => row.strong ? 5 : 4, title: row => `${row.label}: ${number(row.value, decimals)}`}),
         Plot.text(inside, {x: row => Number.isFinite(row.high) ? Math.max(row.high, row.value) : row.value, y: "label", text: row => number(row.value, decimals), dx: 10, textAnchor: "start", fontWeight: row => row.strong ? "bold" : "normal"}),
         Plot.text(outside, {x: low, y: "label", text: row => `◂ ${number(row.value, decimals)}`, textAnchor: "start", dx: 4}),
       ],

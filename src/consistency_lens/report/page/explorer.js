@@ -25,7 +25,7 @@ class Explorer {
     this.legend = make("div", {className: "scale"});
     this.domains = this.measure();
     root.replaceChildren(this.toolbar(), make("div", {className: "explorer"}, this.flow, this.panel), this.said, this.help());
-    this.tokens = explorer.texts.map((text, index) => this.addText(text, index));
+    this.texts = explorer.texts.map((text, index) => this.addText(text, index));
     this.listen();
     this.colour();
     this.select(0, this.mostTelling(), false);
@@ -63,24 +63,46 @@ class Explorer {
       "Home and End lead to the ends of a text, j and k to the next text and the one before, c changes the colour.");
   }
 
+  // Adds a text in blocks of plain text. A block's tokens become elements when it comes into view or is asked for: a
+  // page of many texts opens at once, and the browser's own search finds all of them.
   addText(text, index) {
     const list = make("div", {role: "listbox", "aria-label": `Text ${index + 1}: ${visible(text.title)}`, "aria-orientation": "horizontal", dir: "auto"});
-    const elements = [];
-    let block = null, count = 0;
-    text.tokens.forEach((place, token) => {
-      const piece = this.explorer.words[place];
-      if (block === null) {
-        block = list.appendChild(make("div", {className: "block", role: "group"}));
-        count = 0;
-      }
-      const element = make("span", {role: "option", tabindex: "-1", "aria-selected": "false"}, visibleInFlow(piece));
-      this.places.set(element, [index, token]);
-      elements.push(block.appendChild(element));
-      count += 1;
-      if ((count >= BLOCK && /[\n.!?。]/.test(piece)) || count >= BLOCK_AT_MOST) block = null;
-    });
+    const pieces = text.tokens.map(place => this.explorer.words[place]), blocks = [];
+    for (let from = 0; from < pieces.length;) {
+      let to = Math.min(from + BLOCK, pieces.length);
+      while (to < Math.min(from + BLOCK_AT_MOST, pieces.length) && !/[\n.!?。]/.test(pieces[to - 1])) to++;
+      const element = make("div", {className: "block", role: "group"}, pieces.slice(from, to).map(piece => clipped(piece)).join(""));
+      const block = {element, from, to, tokens: null};
+      element.addEventListener("contentvisibilityautostatechange", event => {
+        if (!event.skipped) this.fill(index, block);
+      });
+      list.append(element);
+      blocks.push(block);
+      from = to;
+    }
     this.flow.append(make("section", {className: "text"}, make("h3", {}, `${index + 1}. `, foreign(text.title)), list));
-    return elements;
+    return {blocks, length: pieces.length};
+  }
+
+  fill(index, block) {
+    if (block.tokens) return;
+    const text = this.explorer.texts[index];
+    block.tokens = [];
+    for (let token = block.from; token < block.to; token++) {
+      const element = make("span", {role: "option", tabindex: "-1", "aria-selected": "false"}, visibleInFlow(this.explorer.words[text.tokens[token]]));
+      this.places.set(element, [index, token]);
+      block.tokens.push(element);
+    }
+    this.colourBlock(index, block);
+    block.element.replaceChildren(...block.tokens);
+  }
+
+  // The element of a token; undefined where there is no such token.
+  element(text, token) {
+    const block = this.texts[text]?.blocks.find(of => of.from <= token && token < of.to);
+    if (!block) return undefined;
+    this.fill(text, block);
+    return block.tokens[token - block.from];
   }
 
   listen() {
@@ -98,10 +120,10 @@ class Explorer {
 
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const [text, token] = this.current, last = this.tokens[text].length - 1;
+    const [text, token] = this.current, last = this.texts[text].length - 1;
     const moves = {
       ArrowRight: () => token < last ? [text, token + 1] : [text + 1, 0],
-      ArrowLeft: () => token > 0 ? [text, token - 1] : [text - 1, this.tokens[text - 1]?.length - 1],
+      ArrowLeft: () => token > 0 ? [text, token - 1] : [text - 1, this.texts[text - 1]?.length - 1],
       ArrowDown: () => this.nearestLine(1),
       ArrowUp: () => this.nearestLine(-1),
       Home: () => [text, 0],
@@ -114,25 +136,24 @@ class Explorer {
       this.setQuantity(names[(names.indexOf(this.quantity) + 1) % names.length]);
     } else if (event.key in moves) {
       const [nextText, nextToken] = moves[event.key]();
-      if (this.tokens[nextText]?.[nextToken]) this.select(nextText, nextToken);
+      if (this.element(nextText, nextToken)) this.select(nextText, nextToken);
     } else return;
     event.preventDefault();
   }
 
   // The token above or below the current one, over the border of a text too.
   nearestLine(step) {
-    const all = (text, token) => this.tokens[text]?.[token];
     const centre = box => (box.left + box.right) / 2;
-    const here = all(...this.current).getBoundingClientRect();
+    const here = this.element(...this.current).getBoundingClientRect();
     let [text, token] = this.current, line = null, best = this.current, nearest = Infinity;
     for (;;) {
       token += step;
-      if (!all(text, token)) {
+      if (!this.element(text, token)) {
         text += step;
-        if (!this.tokens[text]) return best;
-        token = step > 0 ? 0 : this.tokens[text].length - 1;
+        if (!this.texts[text]) return best;
+        token = step > 0 ? 0 : this.texts[text].length - 1;
       }
-      const box = all(text, token).getBoundingClientRect();
+      const box = this.element(text, token).getBoundingClientRect();
       if (Math.abs(box.top - here.top) < here.height / 2) continue;
       line ??= box.top;
       if (Math.abs(box.top - line) >= here.height / 2) return best;
@@ -151,11 +172,7 @@ class Explorer {
   colour() {
     const [low, high] = this.domains[this.quantity], {label, unit, decimals} = QUANTITIES[this.quantity];
     this.flow.dataset.quantity = this.legend.dataset.quantity = this.quantity;
-    this.explorer.texts.forEach((text, index) => text[this.quantity].forEach((value, token) => {
-      const share = Math.min(1, Math.max(0, (value - low) / (high - low || 1)));
-      const below = this.quantity === "fve" && value < 0 ? " below" : "";
-      this.tokens[index][token].className = `token level-${Math.round(share * (LEVELS - 1))}${below}`;
-    }));
+    this.texts.forEach((text, index) => text.blocks.filter(block => block.tokens).forEach(block => this.colourBlock(index, block)));
     const swatches = Array.from({length: LEVELS}, (_, level) => make("span", {className: `step level-${level}`}));
     const ends = QUANTITIES[this.quantity];
     const lowText = this.quantity === "norm" ? `${number(low, decimals)} ${ends.low}` : ends.low;
@@ -163,15 +180,24 @@ class Explorer {
     this.legend.replaceChildren(make("span", {}, `${label}${lowText ? ` ${lowText}` : ""}`), make("span", {className: "steps", "aria-hidden": "true"}, ...swatches), make("span", {}, highText));
   }
 
+  colourBlock(index, block) {
+    const [low, high] = this.domains[this.quantity], values = this.explorer.texts[index][this.quantity];
+    block.tokens.forEach((element, place) => {
+      const value = values[block.from + place], share = Math.min(1, Math.max(0, (value - low) / (high - low || 1)));
+      const below = this.quantity === "fve" && value < 0 ? " below" : "";
+      element.className = `token level-${Math.round(share * (LEVELS - 1))}${below}`;
+    });
+  }
+
   // Makes a token the current one; it alone can be reached with Tab.
   select(text, token, focus = true) {
     if (this.current) {
-      const before = this.tokens[this.current[0]][this.current[1]];
+      const before = this.element(...this.current);
       before.tabIndex = -1;
       before.setAttribute("aria-selected", "false");
     }
     this.current = [text, token];
-    const element = this.tokens[text][token];
+    const element = this.element(text, token);
     element.tabIndex = 0;
     element.setAttribute("aria-selected", "true");
     this.choice.value = text;

@@ -18,9 +18,9 @@ function caseCard(of, explorer) {
   const card = make("article", {className: "case"},
     context,
     make("p", {className: "said", dir: "auto"}, make("span", {className: "label"}, "the lens says"), make("bdi", {}, `“${visible(of.explanation.trim())}”`)),
+    make("p", {className: "worth"}, `FVE ${number(of.fve)} · KL ${number(of.kl)} nats`),
     make("p", {className: "next"}, make("span", {className: "label"}, "next, original"), ...tops(of.before)),
-    make("p", {className: "next"}, make("span", {className: "label"}, "next, from the words"), ...tops(of.after)),
-    make("p", {className: "worth"}, `FVE ${number(of.fve)} · KL ${number(of.kl)} nats`));
+    make("p", {className: "next"}, make("span", {className: "label"}, "next, from the words"), ...tops(of.after)));
   if (of.place && explorer) {
     const button = make("button", {type: "button"}, "show in the explorer");
     button.onclick = () => {
@@ -49,11 +49,16 @@ function overview() {
     : make("p", {className: "faint"}, "No samples."));
   const sides = {above: "Carries more than", level: "Level with", below: "Carries less than"};
   part("verdict", Object.entries(sides).filter(([side]) => report.verdict[side]?.length).map(([side, text]) =>
-    make("p", {}, make("strong", {}, `${text}: `), visible(report.verdict[side].join(", ")), ".")));
+    make("p", {}, make("strong", {}, `${text}: `), visible(report.verdict[side].map(label => side === "above" ? label : withMeaning(label)).join(", ")), ".")));
   part("comparison", report.comparison.length
     ? comparisonPlot("FVE of what is rebuilt from the lens's text and from its controls; bars are 95% intervals", report.comparison)
     : make("p", {className: "faint"}, "No figures."));
   part("notes", report.notes.map(note => make("li", {}, visible(note))));
+}
+
+function withMeaning(label) {
+  const meaning = report.comparison.find(of => of.label === label)?.meaning;
+  return meaning ? `${label} (${meaning})` : label;
 }
 
 function profileCharts(title, groups) {
@@ -62,11 +67,11 @@ function profileCharts(title, groups) {
     return {label: group.label, value, low, high, strong: true};
   });
   return [
-    make("h3", {}, title),
+    make("h3", {}, title[0].toUpperCase() + title.slice(1)),
     make("div", {className: "grid"},
-      dotPlot("FVE", rows("fve"), {axis: "FVE", decimals: 2, zero: true}),
-      dotPlot("KL", rows("kl"), {axis: "KL, nats", decimals: 2, zero: true}),
-      dotPlot("Norm of the activation", rows("norm"), {axis: "mean norm", decimals: 1})),
+      dotPlot(`FVE ${title}`, rows("fve"), {axis: "FVE", decimals: 2, zero: true}),
+      dotPlot(`KL ${title}`, rows("kl"), {axis: "KL, nats", decimals: 2, zero: true}),
+      dotPlot(`norm of the activation ${title}`, rows("norm"), {axis: "mean norm", decimals: 1})),
     make("details", {}, make("summary", {}, "as a table"), table(["", "tokens", "FVE", "KL, nats", "norm"],
       groups.map(group => [group.label, `${group.tokens}`, number(group.values.fve[0], 3), number(group.values.kl[0], 3), number(group.values.norm[0], 2)]), title)),
   ];
@@ -103,7 +108,7 @@ function show() {
     provenance: report.provenance.length > 0,
   };
   for (const [id, there] of Object.entries(filled)) document.getElementById(id).hidden = !there;
-  if (filled.where) part("profiles", profileCharts("By position in the text", report.profiles.position), profileCharts("By kind of token", report.profiles.token_class));
+  if (filled.where) part("profiles", profileCharts("by position in the text", report.profiles.position), profileCharts("by kind of token", report.profiles.token_class));
   if (filled.cases) part("cases", ["best", "worst"].map(kind => [make("h3", {}, kind === "best" ? "Highest FVE" : "Lowest FVE"), make("div", {className: "grid"}, ...report.cases[kind].map(of => caseCard(of, explorer)))]).flat());
   if (filled.figures) {
     part("figures", make("div", {className: "columns"},
