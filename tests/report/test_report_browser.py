@@ -130,7 +130,7 @@ class TestExplorer:
         page = opened.page
         page.locator("[role=listbox]").nth(0).locator(".token").nth(3).click()
         style = page.evaluate(
-            "(({outlineStyle, outlineWidth}) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
+            "(style => [style.outlineStyle, style.outlineWidth])(getComputedStyle(document.activeElement))"
         )
         assert style == ["solid", "3px"]
 
