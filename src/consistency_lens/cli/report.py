@@ -15,18 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(console: "Console") -> None:
         from ..report.building import ReportArguments, build_report
 
-        (args,) = parse_arguments((ReportArguments,), named_run(argv))
+        (args,) = parse_arguments((ReportArguments,), argv, "report", first="run")
         path, document = build_report(args)
-        for note in document["notes"]:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"Report: {path}", markup=False, highlight=False, soft_wrap=True)
+        for line in (*document["notes"], f"Report: {path}"):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return run_command(work)
-
-
-def named_run(argv: Sequence[str] | None) -> list[str]:
-    """The flags, where the run may be said first without its flag."""
-    import sys
-
-    given = list(sys.argv[1:] if argv is None else argv)
-    return ["--run", *given] if given and not given[0].startswith("-") else given
