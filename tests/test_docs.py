@@ -24,8 +24,8 @@ SCRIPTS = {
 }
 # flags of accelerate, torchrun and sbatch, those of all commands, and of scripts that are no commands of this package
 OF_OTHERS = {
-    "config_file", "num_processes", "num_machines", "nproc_per_node", "dependency", "help", "debug", "version", "model",
-    "stories",
+    "config_file", "num_processes", "num_machines", "nproc_per_node", "dependency", "help", "debug", "version",
+    "model", "stories",
 }  # fmt: skip
 
 
