@@ -1,7 +1,7 @@
 import pytest
 from report_documents import made_up_explorer
 
-from consistency_lens.report.cases import CASES, CHARACTERS, cases, sample_cases, spread
+from consistency_lens.report.cases import CASES, cases, sample_cases, spread
 
 
 def sample(fve, context="Once «upon»"):
@@ -45,7 +45,6 @@ def test_samples_stand_in():
     [
         ("Once «upon»", "Once ", "upon"),
         ("say «hi» «to»", "say «hi» ", "to"),
-        ("x" * 500 + "«y»", "…" + "x" * CHARACTERS, "y"),
     ],
 )
 def test_the_token_of_a_sample(context, before, token):

@@ -7,7 +7,6 @@ from .explorer import Explorer, ExplorerText
 
 CASES = 6  # of each kind
 CONTEXT = 40  # tokens before the one that is read
-CHARACTERS = 140  # of a sample's context, from its end
 
 
 class Case(TypedDict):
@@ -81,7 +80,7 @@ def sample_cases(samples: Sequence[dict[str, Any]]) -> list[Case]:
     """Rows of `samples.jsonl` as cases."""
     return [
         Case(
-            context=shortened(row["context"].rpartition("«")[0]),
+            context=row["context"].rpartition("«")[0],
             token=row["context"].rpartition("«")[2].removesuffix("»"),
             explanation=row["explanation"],
             fve=row["fve"],
@@ -100,7 +99,3 @@ def spread(samples: Sequence[Case], count: int = 3) -> list[Case]:
     if len(ranked) <= count:
         return ranked
     return [ranked[round((len(ranked) - 1) * (step + 1) / (count + 1))] for step in range(count)]
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= CHARACTERS else "…" + text[-CHARACTERS:]

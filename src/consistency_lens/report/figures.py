@@ -82,8 +82,12 @@ def readers(metrics: Mapping[str, Any]) -> list[Compared]:
     code = metrics.get("private_code")
     if not code:
         return []
-    own = compared("lens", f"{LENS}, its own encoder", "", metrics, interval_of(metrics, "fve"))
-    others = [compared(name, label, "", code[name], None) for name, label in READERS.items() if name in code]
+    own = compared("lens", "own encoder", f"{LENS}, its own encoder", metrics, interval_of(metrics, "fve"))
+    others = [
+        compared(name, name.replace("_", " "), meaning, code[name], None)
+        for name, meaning in READERS.items()
+        if name in code
+    ]
     return [own, *others]
 
 

@@ -71,7 +71,7 @@ function linePlot(title, lines, {axis, stages = [], dots = false, scale = "linea
     width, height: Math.min(260, 0.62 * width + 40), marginLeft: 50, marginBottom: 40, marginTop: 24,
     style: {fontSize: "12px"},
     x: {label: axis, labelAnchor: "center", labelArrow: "none", type: scale, base: scale === "log" ? 2 : undefined, ticks: ticks ?? Math.max(3, Math.round(width / 90)), tickFormat: ticks ? (value => `${value}`) : undefined},
-    y: {label: null, grid: true, nice: true, domain, tickFormat: "~s"},
+    y: {label: null, grid: true, nice: true, domain},
     marks: [
       Plot.ruleX(stages.filter(stage => stage.start > 0), {x: "start", stroke: "var(--faint)", strokeDasharray: "3,3"}),
       Plot.text(stages, {x: stage => stage.start, frameAnchor: "top", text: "label", dy: -14, dx: 3, textAnchor: stage => stage.start > 0.7 * last ? "end" : "start", fill: "var(--faint)"}),

@@ -2,6 +2,7 @@
 // The page: every part of the report's document where it belongs; parts that there is nothing for are left out.
 
 const report = JSON.parse(document.getElementById("report").textContent);
+const CONTEXT = 140;  // characters
 const TILES = {
   fve: "of the activations' variance is in the words (FVE)",
   kl_recovered: "of the prediction is kept (KL recovered)",
@@ -12,8 +13,13 @@ function part(name, ...children) {
   document.querySelector(`[data-part="${name}"]`).replaceChildren(...children.flat());
 }
 
+// The end of a context, which is where the token stands.
+function beginningCut(text) {
+  return text.length > CONTEXT ? `…${text.slice(-CONTEXT)}` : text;
+}
+
 function caseCard(of, explorer) {
-  const context = make("p", {className: "context", dir: "auto"}, visible(of.context.slice(-LONGEST)), make("mark", {}, visible(of.token) || "⟨empty⟩"));
+  const context = make("p", {className: "context", dir: "auto"}, visible(beginningCut(of.context)), make("mark", {}, visible(of.token) || "⟨empty⟩"));
   const tops = top => top.slice(0, 3).flatMap(([token, share], index) => [index ? " · " : "", make("bdi", {}, visibleToken(token)), ` ${percent(share)}`]);
   const card = make("article", {className: "case"},
     context,
