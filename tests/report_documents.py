@@ -54,6 +54,7 @@ def made_up_explorer(texts: int = 3, tokens: int = 40) -> Explorer:
     generator = np.random.default_rng(0)
     return Explorer(
         format=EXPLORER_FORMAT, version=EXPLORER_VERSION, source="Made up texts", lens=None, max_tokens=texts * tokens,
+        ablation=True,
         words=list(WORDS), texts=[made_up_text(index, tokens, generator) for index in range(texts)],
     )  # fmt: skip
 

@@ -13,10 +13,10 @@ def lens():
     return disturb(tiny_lens(), scale=0.3)
 
 
-def read(lens, *texts, max_tokens=100):
+def read(lens, *texts, max_tokens=100, **settings):
     ids = [lens.tokenizer(f"<s> {text}", add_special_tokens=False)["input_ids"] for text in texts]
     titled = ((f"text {index}", of) for index, of in enumerate(ids))
-    return read_texts(lens, titled, source="tests", max_tokens=max_tokens)
+    return read_texts(lens, titled, source="tests", max_tokens=max_tokens, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,11 @@ def test_losses_are_those_of_the_ablation(lens, explorer):
         expected = word_importance(lens, activations[index], "".join(words))
         assert [word.strip() for word in words] == [word for word, _ in expected]
         assert losses == pytest.approx([loss for _, loss in expected], rel=2e-3, abs=2e-4)
+
+
+def test_the_ablation_can_be_left_out(lens, explorer):
+    (text,) = read(lens, TEXT, ablation=False)["texts"]
+    assert text["losses"] == [[]] * 7 and text["fve"] == explorer["texts"][0]["fve"]
 
 
 def test_a_text_of_one_word_loses_nothing_by_name(lens):

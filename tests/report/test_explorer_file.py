@@ -11,6 +11,7 @@ BROKEN = {
     "of a later version": lambda e: e.update(version=99),
     "without a source": lambda e: e.update(source=None),
     "of a numbered lens": lambda e: e.update(lens=7),
+    "without a word on ablation": lambda e: e.pop("ablation"),
     "without texts": lambda e: e.update(texts=[]),
     "words that are numbers": lambda e: e["words"].append(7),
     "a text without a title": lambda e: e["texts"][1].pop("title"),

@@ -100,10 +100,12 @@ class TestTexts:
         assert build(run)[1]["explorer"] == kept
         assert build(run, max_tokens=6)[1]["explorer"] == kept
 
-    @pytest.mark.parametrize("changes", [{}, {"max_tokens": 7}])
-    def test_that_were_read_otherwise_are_read_anew(self, run, monkeypatch, changes):
-        lens = "0" * 64 if not changes else weights_sha256(run)
-        write_explorer(run / "explorer.json", {**made_up_explorer(texts=1, tokens=6), "lens": lens})
+    @pytest.mark.parametrize(
+        ("kept", "changes"), [({"lens": "0" * 64}, {}), ({}, {"max_tokens": 7}), ({"ablation": False}, {})]
+    )
+    def test_that_were_read_otherwise_are_read_anew(self, run, monkeypatch, kept, changes):
+        old = {**made_up_explorer(texts=1, tokens=6), "lens": weights_sha256(run), **kept}
+        write_explorer(run / "explorer.json", old)
         other = {**made_up_explorer(texts=2, tokens=7), "lens": weights_sha256(run)}
         monkeypatch.setattr(building, "read_with_lens", lambda *_: other)
         assert build(run, **changes)[1]["explorer"] == other

@@ -46,10 +46,17 @@ class ReportArguments:
     max_tokens: int | None = field(
         default=None, metadata={"help": f"Tokens of all texts together that the lens reads; default: {MAX_TOKENS}."}
     )
+    ablation: bool = field(
+        default=True,
+        metadata={
+            "help": "Shade the words of explanations by what is lost without each; the lens reads once for each."
+        },
+    )
     tuned_lens: str | None = field(
         default=None,
         metadata={"help": "Folder of a tuned lens of the subject; default: the one in tuned_lenses, if there is one."},
     )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
     seed: int = field(default=0, metadata={"help": "Of the choice of held-out documents."})
     device: str | None = field(
         default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
@@ -126,7 +133,9 @@ def explorer_of(args: ReportArguments, run: RunFolder) -> tuple[Explorer | None,
 def is_current(explorer: Explorer, args: ReportArguments) -> bool:
     """Whether what was kept is what would be read now: of the same weights, as far as asked for."""
     now = weights_sha256(args.place_of_lens)
-    return (now is None or explorer["lens"] == now) and args.max_tokens in (None, explorer["max_tokens"])
+    is_of_this_lens = now is None or explorer["lens"] == now
+    is_long_enough = args.max_tokens in (None, explorer["max_tokens"])
+    return is_of_this_lens and is_long_enough and (explorer["ablation"] or not args.ablation)
 
 
 def read_with_lens(args: ReportArguments, run: RunFolder) -> Explorer:
@@ -145,4 +154,6 @@ def read_with_lens(args: ReportArguments, run: RunFolder) -> Explorer:
         source=source,
         max_tokens=args.max_tokens or MAX_TOKENS,
         lens_hash=weights_sha256(args.place_of_lens),
+        ablation=args.ablation,
+        progress=not args.disable_tqdm,
     )

@@ -6,6 +6,7 @@ An explorer is a JSON object, and may lie beside a run as `explorer.json`:
 - `source`: where the texts are from, for people;
 - `lens`: sha256 of the lens's weights file, or null; a file of another lens is not shown as this one's;
 - `max_tokens`: how many tokens were to be read in all;
+- `ablation`: whether it was tried what is lost without each word;
 - `words`: every string that is a token or a prediction, each once;
 - `texts`: a list of `ExplorerText`.
 """
@@ -15,6 +16,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..evaluation.ablation import split_words, without_each
 from ..evaluation.metrics import squared_error
@@ -40,7 +42,8 @@ class ExplorerText(TypedDict):
     explanations: list[list[str]]
     """The lens's text as its words, each with the white space before it: joined they are the text."""
     losses: list[list[float]]
-    """For each of these words what the FVE of this activation loses without it; empty for a text of one word."""
+    """For each of these words what the FVE of this activation loses without it; empty for a text of one word, and
+    where that was not tried."""
     fve: list[float]
     kl: list[float]
     """KL(p(.|A) || p(.|Â)) in nats."""
@@ -62,6 +65,7 @@ class Explorer(TypedDict):
     source: str
     lens: str | None
     max_tokens: int
+    ablation: bool
     words: list[str]
     texts: list[ExplorerText]
 
@@ -88,6 +92,8 @@ def read_texts(
     max_tokens: int,
     lens_hash: str | None = None,
     top_k: int = TOP_K,
+    ablation: bool = True,
+    progress: bool = False,
 ) -> Explorer:
     """Reads texts with a lens, until `max_tokens` tokens are read; the last text may be cut.
 
@@ -98,18 +104,22 @@ def read_texts(
         max_tokens: how many tokens are read in all.
         lens_hash: of the lens's weights file.
         top_k: predictions kept of each token.
+        ablation: try what is lost without each word of an explanation; the encoder reads once more for each.
+        progress: show a progress bar.
 
     Raises:
         ValueError: if there is nothing to read.
     """
-    words, read, left = Words(), [], max_tokens
-    for title, ids in texts:
-        ids = list(ids)[: left + starts_with_bos(lens, ids)]
-        if left > 0 and len(ids) > starts_with_bos(lens, ids):
-            read.append(read_text(lens, title, ids, words, top_k))
-            left -= len(read[-1]["tokens"])
-        if left <= 0:
-            break
+    words, left, read = Words(), max_tokens, []
+    with tqdm(total=max_tokens, unit="token", desc="reading texts", disable=not progress) as bar:
+        for title, ids in texts:
+            ids = list(ids)[: left + starts_with_bos(lens, ids)]
+            if len(ids) > starts_with_bos(lens, ids):
+                read.append(read_text(lens, title, ids, words, top_k, ablation))
+                bar.update(len(read[-1]["tokens"]))
+                left -= len(read[-1]["tokens"])
+            if left <= 0:
+                break
     if not read:
         raise ValueError("texts: there is no token to read; pass a text, and --max_tokens of at least 1")
     return Explorer(
@@ -118,12 +128,15 @@ def read_texts(
         source=source,
         lens=lens_hash,
         max_tokens=max_tokens,
+        ablation=ablation,
         words=list(words),
         texts=read,
     )
 
 
-def read_text(lens: ConsistencyLensModel, title: str, ids: list[int], words: Words, top_k: int) -> ExplorerText:
+def read_text(
+    lens: ConsistencyLensModel, title: str, ids: list[int], words: Words, top_k: int = TOP_K, ablation: bool = True
+) -> ExplorerText:
     """Reads every token of a text but BOS; `words` grows by what is new in it."""
     tokenizer = lens.require_tokenizer()
     positions = list(range(starts_with_bos(lens, ids), len(ids)))
@@ -136,8 +149,9 @@ def read_text(lens: ConsistencyLensModel, title: str, ids: list[int], words: Wor
         chosen = positions[start : start + POSITIONS]
         # the tokens after the last of them change nothing
         reading = read_tokens(lens, ids[: chosen[-1] + 1], chosen)
-        text["explanations"] += [split_words(of) for of in reading.texts]
-        text["losses"] += losses_without_words(lens, reading.activations, reading.texts)
+        text["explanations"] += [split_words(of) or [of] for of in reading.texts]
+        ablated = losses_without_words(lens, reading.activations, reading.texts) if ablation else [[] for _ in chosen]
+        text["losses"] += ablated
         text["fve"] += rounded(reading.fve)
         text["kl"] += rounded(reading.kl)
         text["norm"] += rounded(reading.activations.norm(dim=-1))

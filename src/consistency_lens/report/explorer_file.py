@@ -44,7 +44,8 @@ def problem_of(content: Any) -> str | None:
         return f"is of version {content.get('version')!r}, and {VERSION} is read here"
     words, texts = content.get("words"), content.get("texts")
     known = isinstance(content.get("source"), str) and isinstance(content.get("lens"), str | None)
-    if not known or not is_place(content.get("max_tokens")):
+    known = known and is_place(content.get("max_tokens")) and isinstance(content.get("ablation"), bool)
+    if not known:
         return "does not say where it is from"
     if not isinstance(words, list) or not is_list_of(words, str) or not isinstance(texts, list) or not texts:
         return "holds no texts"

@@ -245,7 +245,7 @@ function explained(words, losses) {
   const place = make("p", {className: "words", dir: "auto"});
   words.forEach((word, index) => {
     const loss = losses[index];
-    const element = make("span", {className: "word"}, visible(word.trim()) || "⟨empty⟩");
+    const element = make("span", {className: "word"}, word.trim() ? visible(word.trim()) : visibleToken(word));
     if (loss !== undefined) {
       element.classList.add(`level-${Math.round(Math.min(1, Math.max(0, loss)) * (LEVELS - 1))}`);
       element.append(make("small", {title: "what the FVE loses without this word"}, number(-loss, 2).replace(/^([\d])/, "+$1")));
