@@ -94,7 +94,7 @@ def sample_cases(samples: Sequence[dict[str, Any]]) -> list[Case]:
 
 
 def spread(samples: Sequence[Case], count: int = 3) -> list[Case]:
-    """Samples from the best to the worst at equal steps, their ends left out: for three, the quartiles of FVE."""
+    """Samples from high to low FVE at equal steps, the ends left out: of many, three are the quartiles."""
     ranked = sorted(samples, key=lambda case: case["fve"], reverse=True)
     if len(ranked) <= count:
         return ranked

@@ -20,7 +20,12 @@ CHARTS: dict[str, dict[str, str]] = {
     "reward": {"reward": "mean"},
     "entropy of the text, nats a token": {"entropy": "decoder"},
     "perplexity of the text over true text's": {"eval_perplexity_ratio": "held-out rows"},
-    "learning rate": {"learning_rate_decoder": "decoder", "learning_rate_encoder": "encoder", "learning_rate": "all"},
+    "learning rate": {
+        "learning_rate_decoder_base": "decoder",
+        "learning_rate_decoder_lora": "decoder, LoRA",
+        "learning_rate_encoder_base": "encoder",
+        "learning_rate_encoder_lora": "encoder, LoRA",
+    },
 }
 
 

@@ -45,7 +45,7 @@ class ReportDocument(TypedDict):
     verdict: dict[str, list[str]]
     """Labels of controls that the lens is `above`, `level` with and `below`, by FVE."""
     examples: list[Case]
-    """Held-out samples at the quartiles of FVE."""
+    """Held-out samples, evenly spread from high to low FVE."""
     explorer: Explorer | None
     profiles: Profiles | None
     heatmap: dict[str, Any] | None

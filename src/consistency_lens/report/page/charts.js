@@ -68,13 +68,13 @@ function linePlot(title, lines, {axis, stages = [], dots = false, scale = "linea
   const points = lines.flatMap((line, index) => line.points.map(([x, y]) => ({x, y, label: line.label, stroke: LINES[index % LINES.length]})));
   const last = Math.max(...points.map(point => point.x));
   return chart(title, width => Plot.plot({
-    width, height: Math.min(260, 0.62 * width + 40), marginLeft: 50, marginBottom: 40, marginTop: 24,
+    width, height: Math.min(260, 0.62 * width + 40), marginLeft: 50, marginBottom: 40, marginTop: 30,
     style: {fontSize: "12px"},
     x: {label: axis, labelAnchor: "center", labelArrow: "none", type: scale, base: scale === "log" ? 2 : undefined, ticks: ticks ?? Math.max(3, Math.round(width / 90)), tickFormat: ticks ? (value => `${value}`) : undefined},
     y: {label: null, grid: true, nice: true, domain},
     marks: [
       Plot.ruleX(stages.filter(stage => stage.start > 0), {x: "start", stroke: "var(--faint)", strokeDasharray: "3,3"}),
-      Plot.text(stages, {x: stage => stage.start, frameAnchor: "top", text: "label", dy: -14, dx: 3, textAnchor: stage => stage.start > 0.7 * last ? "end" : "start", fill: "var(--faint)"}),
+      Plot.text(stages, {x: stage => stage.start, frameAnchor: "top", text: "label", dy: -20, dx: 3, textAnchor: stage => stage.start > 0.7 * last ? "end" : "start", fill: "var(--faint)"}),
       Plot.line(points, {x: "x", y: "y", z: "label", stroke: "stroke", strokeWidth: 2}),
       ...(dots ? [Plot.dot(points, {x: "x", y: "y", fill: "stroke", r: 4})] : []),
       Plot.tip(points, Plot.pointer({x: "x", y: "y", title: point => `${point.label}\n${axis} ${point.x}: ${point.y.toPrecision(3)}`})),

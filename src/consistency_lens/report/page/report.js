@@ -6,7 +6,7 @@ const CONTEXT = 140;  // characters
 const TILES = {
   fve: "of the activations' variance is in the words (FVE)",
   kl_recovered: "of the prediction is kept (KL recovered)",
-  top1_agreement: "of the next tokens stay the same (top-1)",
+  top1_agreement: "of the next tokens stay the same (top‑1)",
 };
 
 function part(name, ...children) {
@@ -51,7 +51,7 @@ function overview() {
   }
   part("tiles", tiles);
   part("examples", report.examples.length
-    ? [make("p", {className: "faint"}, "Held-out samples at the upper quartile, the median and the lower quartile of FVE:"), ...report.examples.map(of => caseCard(of))]
+    ? [make("p", {className: "faint"}, "Held-out samples, evenly spread from high to low FVE:"), ...report.examples.map(of => caseCard(of))]
     : make("p", {className: "faint"}, "No samples."));
   const sides = {above: "Carries more than", level: "Level with", below: "Carries less than"};
   part("verdict", Object.entries(sides).filter(([side]) => report.verdict[side]?.length).map(([side, text]) =>
