@@ -16,7 +16,7 @@ from .gates import REQUIREMENTS
 from .index import LICENSES, TREE, IndexEntry
 from .kpis import COVERAGE, DELTA, EARLINESS, LAST_LAYER, RANKS
 from .public_files import DATASET_KEY, MODEL_KEY, is_local
-from .upstream_license import UpstreamLicense
+from ..hub.upstream_license import UpstreamLicense
 
 TAGS = ("consistency-lens", "tuned-lens", "interpretability")
 CARD, NOTICE = "README.md", "NOTICE"

@@ -20,7 +20,7 @@ from .index import INDEX_FILE, IndexEntry, TunedLensVerificationError, index_tex
 from .lens_places import CONFIG_FILE
 from .public_files import MODEL_KEY, index_name, is_local
 from .staging import stage_lens
-from .upstream_license import upstream_license
+from ..hub.upstream_license import upstream_license
 
 
 class PublishedTunedLenses(NamedTuple):

@@ -12,7 +12,7 @@ from .content_checks import TunedLensFolder
 from .index import GATES, LICENSES, TREE, IndexEntry
 from .lens_places import CONFIG_FILE
 from .public_files import public_json, without_paths
-from .upstream_license import UpstreamLicense
+from ..hub.upstream_license import UpstreamLicense
 
 METRICS_FILE = "metrics.json"
 
