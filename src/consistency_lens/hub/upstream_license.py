@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, metadata_load
 
-from .card_metadata import LICENSES, check_card_metadata
 from ..hub_connection import asking_hub
+from .card_metadata import LICENSES, check_card_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ def _head(card: Path) -> dict[str, Any]:
         ValueError: if it is no YAML.
     """
     try:
-        return ModelCard.load(card).data.to_dict()
-    except (yaml.YAMLError, TypeError) as error:
+        return metadata_load(card) or {}
+    except (yaml.YAMLError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"license: the head of {card.name} beside the model cannot be read ({first})") from error
 

@@ -25,7 +25,7 @@ from ..evaluation.evaluator import Evaluator, write_metrics
 from ..evaluation.metrics import start_token
 from ..evaluation.samples import Sample, collect_samples, write_samples
 from ..evaluation.saved_lens import collator_for
-from ..hub.cards import write_lens_card
+from ..hub.lens_card import write_lens_card
 from ..hub.upstream_license import license_in_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
@@ -298,7 +298,7 @@ def evaluate_and_write(
     write_samples(output_dir / "samples.jsonl", samples)
     write_json(output_dir / "run.json", {**record, **resolved})
     write_json(output_dir / "log_history.json", [without_nan(entry) for entry in trainer.state.log_history])
-    write_lens_card(output_dir, trainer.lens, metrics, samples)
+    write_lens_card(output_dir)
     return metrics, samples
 
 
