@@ -51,7 +51,7 @@ def hub_link(name: str, revision: str | None, prefix: str = "") -> str:
     return f"[{plain(name)}](https://huggingface.co/{prefix}{name}), revision {code(revision)}"
 
 
-def license_metadata(license: UpstreamLicense, base: str | None, revision: str | None) -> dict[str, str]:
+def license_metadata(license: UpstreamLicense, base: str | None, revision: str | None) -> dict[str, Any]:
     """The licence in the head of a card, as the Hub wants it; empty where none is known.
 
     Args:

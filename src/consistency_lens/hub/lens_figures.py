@@ -81,7 +81,7 @@ def eval_results(
         dataset_on_hub: whether it is a repository's id.
         revision: of the data set.
     """
-    about = {
+    about: dict[str, Any] = {
         "task_type": task,
         "task_name": "explanation of activations, and reconstruction from the words",
         "dataset_type": dataset if dataset_on_hub else "text",
@@ -90,21 +90,25 @@ def eval_results(
     }
     size = {name: metrics[name] for name in ("rows", "documents") if name in metrics}
     intervals = metrics.get("ci95", {})
-    results = []
-    for name, (label, _) in METRICS.items():
-        if _is_number(metrics.get(name)):
-            arguments = size | ({"ci95": list(intervals[name])} if name in intervals else {})
-            results.append(EvalResult(metric_type=name, metric_value=metrics[name], metric_name=label,
-                                      metric_args=arguments, **about))  # fmt: skip
-    for control, of in metrics.get("controls", {}).items():
-        for name in ("fve", "kl_recovered"):
-            if _is_number(of.get(name)):
-                key = f"controls.{control}.{name}"
-                arguments = {"ci95": list(intervals[key])} if key in intervals else None
-                label = f"{METRICS[name][0]} of the control {control}"
-                results.append(EvalResult(metric_type=key, metric_value=of[name], metric_name=label,
-                                          metric_args=arguments, **about))  # fmt: skip
-    return results
+
+    def result(key: str, label: str, value: float, arguments: dict[str, Any]) -> EvalResult:
+        arguments = arguments | ({"ci95": list(intervals[key])} if key in intervals else {})
+        return EvalResult(
+            metric_type=key, metric_value=value, metric_name=label, metric_args=arguments or None, **about
+        )
+
+    own = [
+        result(name, label, metrics[name], size)
+        for name, (label, _) in METRICS.items()
+        if _is_number(metrics.get(name))
+    ]
+    controls = [
+        result(f"controls.{control}.{name}", f"{METRICS[name][0]} of the control {control}", of[name], {})
+        for control, of in metrics.get("controls", {}).items()
+        for name in ("fve", "kl_recovered")
+        if _is_number(of.get(name))
+    ]
+    return own + controls
 
 
 def _value(of: Mapping[str, Any], name: str) -> str:

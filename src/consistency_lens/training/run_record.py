@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", 
 # Where a run is and what it shows, whatever it trains; and what is set for every lens, or by the machine.
 NOT_OF_THE_LENS = {"output_dir", "use_cpu", "disable_tqdm", "report_to", "run_name", "project", "local_rank"}
 NOT_OF_THE_LENS |= {"dataloader_pin_memory", "accelerator_config", "remove_unused_columns", "dry_run", "hub_token"}
-NOTHING = (None, False, "", "no", "none", [], {})
+NOTHING: tuple[Any, ...] = (None, False, "", "no", "none", [], {})
 
 
 def run_record(
