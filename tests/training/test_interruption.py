@@ -20,12 +20,6 @@ from consistency_lens.training import interruption as module
 from consistency_lens.training.interruption import Interruption, RunInterrupted, interruptible
 
 
-@pytest.fixture(autouse=True)
-def no_power_failure(monkeypatch):
-    """Syncing takes most of the time that these runs take."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 class Asked(TrainerCallback):
     """Sends the process a signal in the middle of a step."""
 

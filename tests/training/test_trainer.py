@@ -1,13 +1,9 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from lens_runs import tiny_cache, tiny_lens, tiny_trainer
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 TERMS = ("ce", "mse", "kl", "lm", "entropy", "tau", "kl_weight", "mse_weight", "samples_per_second")
@@ -318,58 +314,6 @@ def test_checkpointing_gives_the_same_loss(tmp_path):
     assert recomputed.lens.train().decoder.checkpoints_gradients()  # it was on, and off in the other run
     assert not plain.lens.train().decoder.checkpoints_gradients()
     assert losses(plain) == pytest.approx(losses(recomputed), rel=1e-4)
-
-
-ONE_STAGE = {
-    "warm_start": ("warm_start", {"shorter_share": 0.5}),
-    "gumbel": ("gumbel", {}),
-    "policy": ("policy_gradient", {}),
-    "policy_options": (
-        "policy_gradient",
-        {"prefix_budgets": True, "straight_through": True, "lm_estimator": "k3", "reward": "-kl"},
-    ),
-}
-SCRIPT = """
-import os, sys
-from pathlib import Path
-from safetensors.torch import save_file
-from test_trainer import ONE_STAGE, gradients_of_a_run
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-for name in ONE_STAGE:
-    gradients = gradients_of_a_run(folder / name / f"rank{rank}", name, batch=4)
-    if rank == "0":
-        save_file(gradients, folder / f"{name}.safetensors")
-"""
-
-
-def gradients_of_a_run(folder, name, batch):
-    """The gradient of every trained tensor in each of two steps."""
-    keep, (stage, settings) = KeepGradients(), ONE_STAGE[name]
-    trainer = tiny_trainer(
-        folder, max_steps=2, per_device_train_batch_size=batch, stages=[stage], lm_reference="subject",
-        max_grad_norm=0.0, own_share=0.5, optim="sgd", learning_rate=0.01, **settings,
-    )  # fmt: skip
-    trainer.add_callback(keep)
-    trainer.train()
-    return {f"{i}.{n.removeprefix('module.')}": g for i, step in enumerate(keep.steps) for n, g in step.items()}
-
-
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ONE_STAGE:
-        one, two = (
-            gradients_of_a_run(tmp_path / name / "one", name, batch=8),
-            load_file(tmp_path / f"{name}.safetensors"),
-        )
-        assert one.keys() == two.keys() and len(one) > 20
-        for key, gradient in one.items():
-            torch.testing.assert_close(two[key], gradient, atol=1e-5, rtol=1e-4, msg=f"{name}: {key}")
 
 
 def test_a_bfloat16_subject_trains_float32_tensors(tmp_path):
