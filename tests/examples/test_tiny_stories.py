@@ -46,7 +46,7 @@ def run_commands(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for line in lines:
         words = shlex.split(line)
         if words[0] == "consistency-lens":
-            assert command_line.main(words[1:]) == 0, line
+            assert command_line(words[1:]) == 0, line
         else:
             assert words[:2] == ["accelerate", "launch"]
             monkeypatch.setattr(sys, "argv", words[2:])

@@ -28,8 +28,8 @@ from consistency_lens.training.trainer import ConsistencyLensTrainer
 
 GLOBAL_BATCH = 8
 STAGES = {
-    "max_steps": 20,
-    "stages": ["warm_start 6s", "gumbel 7s", "policy_gradient"],
+    "max_steps": 12,
+    "stages": ["warm_start 4s", "gumbel 4s", "policy_gradient"],
     "own_share": 0.25,
     "encoder_learning_rate": 3e-3,
     "max_grad_norm": 1.0,
@@ -120,7 +120,7 @@ def run_one(run: Run, folder: Path, rank: int, world: int) -> None:
         trainer.callback_handler.callbacks.insert(
             0, EvaluateLens(trainer, Evaluator(trainer.lens, rows, collator, arguments))
         )
-        trainer.add_callback(SampleTables(trainer, rows, 10, 4))
+        trainer.add_callback(SampleTables(trainer, rows, 6, 4))
         assert isinstance(rows, ActivationRows)
     poison = PoisonStep(trainer, run.poisoned_step)
     if run.poisoned_step is not None:

@@ -33,7 +33,7 @@ from consistency_lens.training.parameter_groups import group_of
 
 FROZEN = {"training": "frozen"}
 SHORT = {"max_steps": 6, "stages": ["warm_start 2s", "gumbel 2s", "policy_gradient"]}
-SAVED = {"save_strategy": "steps", "save_steps": 15, "eval_strategy": "steps", "eval_steps": 15}
+SAVED = {"save_strategy": "steps", "save_steps": 9, "eval_strategy": "steps", "eval_steps": 9}
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
@@ -114,7 +114,7 @@ def runs_of(strategy: str, clones: dict, **arguments) -> list[Run]:
     poisoned = {"max_steps": 3, "stages": ["warm_start"]}
     return [
         Run(strategy, strategy, clones, arguments | SAVED, watched=True),
-        Run(f"{strategy}_resumed", strategy, clones, arguments, resumed=(strategy, "checkpoint-15")),
+        Run(f"{strategy}_resumed", strategy, clones, arguments, resumed=(strategy, "checkpoint-9")),
         Run(f"{strategy}_skips", strategy, clones, poisoned, poisoned_step=1),
     ]
 
@@ -125,7 +125,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     runs = [Run("ddp", "ddp", LORA, {"share_weights": "false"}), *runs_of("fsdp2", LORA)]
     if HAS_DEEPSPEED:
-        runs += [Run("zero2", "zero2", LORA), Run("zero3", "zero3", LORA, SHORT)]
+        runs += [Run("zero2", "zero2", LORA, SHORT), Run("zero3", "zero3", LORA, SHORT)]
     on_two_processes(run_everything, folder, json.dumps([asdict(run) for run in runs]))
     return folder
 
@@ -165,7 +165,7 @@ def test_strategies_train_the_lens_of_one_process(two):
     assert not {path.suffix for path in (two / "fsdp2").rglob("*.*")} & {".pt", ".bin", ".pkl", ".distcp"}
     AutoModel.from_pretrained(two / "fsdp2", base_model=subject_of(two))
     if HAS_DEEPSPEED:
-        check_agreement(two, "zero2", "one")
+        check_agreement(two, "zero2", "one_short")
         check_spread(two, "zero2", "ddp", ())
         check_agreement(two, "zero3", "one_short")
         check_spread(two, "zero3", "ddp", ("lens", "subject", "reference"))
