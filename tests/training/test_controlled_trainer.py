@@ -4,7 +4,7 @@ import pytest
 import torch
 from lens_runs import tiny_trainer
 from safetensors.torch import load_file
-from test_trainer import LORA, KeepGradients, losses, parameters
+from test_trainer import LORA, KeepGradients, check_resuming, losses, parameters
 from transformers import TrainerCallback
 
 from consistency_lens.training.parameter_groups import group_of
@@ -93,16 +93,9 @@ def test_standing_still_changes_nothing_else(tmp_path):
 
 
 @CLONES
-@pytest.mark.parametrize("save_at", [1, 2, 4], ids=["before", "at", "after"])
-def test_a_resumed_run_unfreezes_clips_and_averages_as_an_undisturbed_one(tmp_path, save_at, clones):
+def test_a_resumed_run_unfreezes_clips_and_averages_as_an_undisturbed_one(tmp_path, clones):
     settings = late_groups(clones)[1] | {"ema_decay": 0.9, "group_max_grad_norm": {"projections": 0.01}}
-    whole = tiny_trainer(tmp_path, clones, save_strategy="steps", save_steps=save_at, **settings)
-    whole.train()
-    resumed = tiny_trainer(tmp_path, clones, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{save_at}"))
-    assert losses(resumed) == losses(whole)
-    for name, tensor in parameters(whole).items():  # the averages
-        assert torch.equal(tensor, parameters(resumed)[name]), name
+    check_resuming(tmp_path, [1, 2, 4], clones, **settings)  # before, at and after the first; of the averages, too
 
 
 EVERY_KIND = {
@@ -115,7 +108,11 @@ EVERY_KIND = {
 }
 
 
-@pytest.mark.parametrize("kind", EVERY_KIND)
+# what the kinds are is for `test_schedules`; here each of these takes a way of its own
+OTHER_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("linear", "polynomial", "exponential")]
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "restarts", *OTHER_KINDS])
 def test_a_resumed_run_continues_every_schedule(tmp_path, kind):
     """The rates, the weights and the temperature of each step; the run is cut inside its second stage."""
     text = EVERY_KIND[kind]
