@@ -3,14 +3,12 @@
     python model_cards/measure_short_prompts.py MODEL TEXT
 
 MODEL is a folder, TEXT a file of documents. Lenses go to outputs/tuned_lenses/short_prompts, where those that are
-there are kept; the figures to model_cards/tuned_lens_short_prompts.json, from which `render_tuned_lens.py` takes them.
+there are kept; the figures to model_cards/tuned_lens_short_prompts.json, from which `make cards` takes them.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
-
-from render import CARDS, ROOT
 
 from consistency_lens.atomic_write import write_json
 from consistency_lens.cli.parser import parse_arguments
@@ -20,9 +18,10 @@ from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.suite import read_suite
 from consistency_lens.tuned_lens.sweep import judge_lens
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "examples/recipes/tuned_lens/short_prompts.yaml"
 RUNS = ROOT / "outputs/tuned_lenses/short_prompts"
-RESULT = CARDS / "tuned_lens_short_prompts.json"
+RESULT = ROOT / "model_cards/tuned_lens_short_prompts.json"
 SEEDS = (316, 1)
 SUITES = ("stories", "default")
 

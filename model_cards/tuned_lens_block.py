@@ -1,28 +1,17 @@
-"""Renders what the repository shows of the embedded model's tuned lens: its figures, pictures and the README's part.
+"""What the README says of the embedded model's tuned lens, from model_cards/tuned_lens_tiny_stories and benchmarks."""
 
-    make tuned-lens && make tuned-lens-card
-
-reads outputs/tuned_lenses/tiny_stories, as fit, gates, sweep and plot have left it, and writes
-model_cards/tuned_lens_tiny_stories/ and what stands between the markers `<!-- tuned_lens:begin -->` and
-`<!-- tuned_lens:end -->` of README.md. Every number comes from the run's own files.
-"""
-
-import shutil
+import json
 from pathlib import Path
 from typing import Any
-
-from render import CARDS, ROOT, put_into_readme, read_json
 
 from consistency_lens.evaluation.report import markdown_table
 from consistency_lens.tuned_lens.depth import DEPTHS
 from consistency_lens.tuned_lens.gates import LEAST_DELTA_BITS
-from consistency_lens.tuned_lens.held_out import BITS
 from consistency_lens.tuned_lens.kpis import DELTA
-from consistency_lens.tuned_lens.tables import gates_markdown
+from consistency_lens.tuned_lens.tables import gates_markdown, kl_markdown
 
-RUN = ROOT / "outputs/tuned_lenses/tiny_stories"
-TARGET = CARDS / "tuned_lens_tiny_stories"
-KEPT = ("metrics.json", "provenance.json", "gates.json")
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "model_cards/tuned_lens_tiny_stories"
 PICTURE = "sweep-overview.png"
 RESULTS = ROOT / "tests/benchmarks/results"
 PEER_RESULTS = {
@@ -30,16 +19,7 @@ PEER_RESULTS = {
     "tuned_lens_kl_equal_tokens": "nats of KL at equal tokens",
     "tuned_lens_memory": "bytes that the fit adds",
 }
-SHORT_PROMPTS = CARDS / "tuned_lens_short_prompts.json"
-LENSES = {"norm": "norm lens", "calibrated": "norm lens, calibrated", "tuned": "tuned lens"}
-
-
-def kl_table(metrics: dict[str, Any]) -> str:
-    """Held-out KL of every layer and the mean, in bits."""
-    kl, mean = metrics["kl"], metrics["mean_kl"]
-    rows = [(str(layer), *(f"{kl[name][layer] * BITS:.3f}" for name in LENSES)) for layer in range(len(kl["tuned"]))]
-    rows.append(("mean", *(f"{mean[name] * BITS:.3f}" for name in LENSES)))
-    return markdown_table(("layer", *LENSES.values()), rows)
+SHORT_PROMPTS = ROOT / "model_cards/tuned_lens_short_prompts.json"
 
 
 def comparison() -> str:
@@ -71,39 +51,30 @@ def short_prompts(result: dict[str, Any]) -> str:
     return (
         f"For a story model made by others (`{result['model']}`, {kpis[0]['num_layers']} blocks) the recipe "
         f"[`short_prompts.yaml`](examples/recipes/tuned_lens/short_prompts.yaml) puts "
-        f"{tokens['ridge'] + tokens['training']:,} tokens through the model, in short sequences that start with BOS "
-        f"as prompts do. Median bits of KL below the norm lens's, least and most of {len(runs)} seeds, each of which "
+        f"{tokens['ridge'] + tokens['training']:,} tokens of `{result['text']}` through the model, in short sequences "
+        f"that start with BOS as prompts do. Median bits of KL below the norm lens's, least and most of {len(runs)} seeds, each of which "
         f"passes gates {', '.join(passed)} on both suites:\n\n"
         f"{markdown_table(('suite', 'ΔKL', 'asked for'), rows)}\n"
     )
 
 
-def block(metrics: dict[str, Any], gates: dict[str, Any]) -> str:
+def tuned_lens_block() -> str:
     """What the README says of the run."""
+    metrics, gates = read_json(KEPT / "metrics.json"), read_json(KEPT / "gates.json")
     tokens, seconds = metrics["tokens"], metrics["seconds"]
     fitting = seconds["ridge"] + seconds["training"]
     return (
         f"Measured by `make tuned-lens` on the embedded model (4 blocks; the last one is the model itself). "
         f"{tokens['ridge'] + tokens['training']:,} tokens of its own text went through it; the fit took "
         f"{fitting:.0f} seconds, writing the text {seconds['text']:.0f}. Bits of KL(P_final ‖ P_layer) on "
-        f"{metrics['positions']:,} positions of held-out text:\n\n{kl_table(metrics)}\n\n"
+        f"{metrics['positions']:,} positions of held-out text:\n\n{kl_markdown(metrics)}\n\n"
         f"The gates, on the suite `{gates['arguments']['suite']}`:\n\n"
         f"{gates_markdown(gates['kpis'], gates['acceptance'])}\n\n"
         f"![KL, rank of the answer, cosine and KL gained against depth, for the norm lens and the tuned lens]"
-        f"(model_cards/{TARGET.name}/{PICTURE})\n\n"
-        f"{short_prompts(read_json(SHORT_PROMPTS))}\n{comparison()}"
+        f"(model_cards/{KEPT.name}/{PICTURE})\n\n"
+        f"{comparison()}\n{short_prompts(read_json(SHORT_PROMPTS))}"
     )
 
 
-def main() -> None:
-    TARGET.mkdir(exist_ok=True)
-    for name in KEPT:
-        shutil.copy(RUN / name, TARGET / name)
-    shutil.copy(RUN / "sweep" / "plots" / PICTURE, TARGET / PICTURE)
-    put_into_readme(
-        "tuned_lens", block(read_json(RUN / "metrics.json"), read_json(RUN / "gates.json")), Path(__file__)
-    )
-
-
-if __name__ == "__main__":
-    main()
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
