@@ -52,8 +52,8 @@ def short_prompts(result: dict[str, Any]) -> str:
         f"For a story model made by others (`{result['model']}`, {kpis[0]['num_layers']} blocks) the recipe "
         f"[`short_prompts.yaml`](examples/recipes/tuned_lens/short_prompts.yaml) puts "
         f"{tokens['ridge'] + tokens['training']:,} tokens of `{result['text']}` through the model, in short sequences "
-        f"that start with BOS as prompts do. Median bits of KL below the norm lens's, least and most of {len(runs)} seeds, each of which "
-        f"passes gates {', '.join(passed)} on both suites:\n\n"
+        f"that start with BOS as prompts do. Median bits of KL below the norm lens's, least and most of {len(runs)} "
+        f"seeds, each of which passes gates {', '.join(passed)} on both suites:\n\n"
         f"{markdown_table(('suite', 'ΔKL', 'asked for'), rows)}\n"
     )
 
