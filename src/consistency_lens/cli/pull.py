@@ -30,7 +30,7 @@ class PullArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetches; prints what is where. Returns the exit code, 3 for a file that is not what its provenance says."""
-    from ..data.cache_check import CacheVerificationError
+    from ..data.cache_check import VerificationError
     from ..hub.cache_pull import pull_cache
     from .command import NOT_VERIFIED, run_command
     from .parser import parse_arguments
@@ -45,4 +45,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = f"{cache.split}: {cache.rows:,} rows of commit {cache.commit}{state}; {cache.path}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    return run_command(work, {CacheVerificationError: NOT_VERIFIED})
+    return run_command(work, {VerificationError: NOT_VERIFIED})

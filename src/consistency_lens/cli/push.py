@@ -39,7 +39,7 @@ class PushArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Publishes; prints the address. Returns the exit code."""
-    from ..data.cache_check import CacheVerificationError
+    from ..data.cache_check import VerificationError
     from .command import NOT_VERIFIED, run_command
     from .parser import parse_arguments
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args,) = parse_arguments((PushArguments,), argv)
         console.print(push(args), markup=False, highlight=False, soft_wrap=True)
 
-    return run_command(work, {CacheVerificationError: NOT_VERIFIED})
+    return run_command(work, {VerificationError: NOT_VERIFIED})
 
 
 def push(args: PushArguments) -> str:
@@ -55,7 +55,7 @@ def push(args: PushArguments) -> str:
 
     Raises:
         ValueError: for a user's mistake, also a path at which nothing lies that can be published.
-        CacheVerificationError: if a cache is not what its provenance says.
+        VerificationError: if a cache is not what its provenance says.
         OSError: if the Hub cannot be reached, or a file cannot be written.
     """
     from ..hub.cache_push import push_cache
