@@ -7,7 +7,7 @@ this file. One document in fifty, chosen by its hash, is held out and never trai
 the tuned lens reads it (about 7 million parameters):
 
     python examples/tiny_stories/train.py --stories stories.txt --vocab_size 8192 --hidden_size 256 --num_blocks 6 \
-        --epochs 0.8 --output_dir outputs/story_model_7m
+        --epochs 0.7 --output_dir outputs/story_model_7m
 """
 
 import argparse
