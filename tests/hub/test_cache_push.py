@@ -18,8 +18,9 @@ from consistency_lens.data.cache_check import CacheVerificationError
 from consistency_lens.data.cache_columns import cache_features
 from consistency_lens.hub import cache_push
 from consistency_lens.hub.cache_pull import pull_cache
-from consistency_lens.hub.cache_push import public_name, push_cache
+from consistency_lens.hub.cache_push import push_cache
 from consistency_lens.hub_connection import HubError
+from consistency_lens.public_names import public_name
 
 REPO = "user/tiny-activations"
 SPLITS = ("train", "validation")

@@ -27,6 +27,7 @@ from ..data.cache_folder import how_to_finish, writing
 from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import is_cache, verify_cache
 from ..hub_connection import asking_hub
+from ..public_names import is_path, public_name
 from .card_metadata import check_card_metadata
 from .cards import write_cache_card
 
@@ -285,16 +286,6 @@ def redacted_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
     local = [key for key, name in names.items() if is_path(name) or key in provenance.get("local", ())]
     kept = {key: value for key, value in provenance.items() if key != "pulled_from"}
     return kept | {key: public_name(name) for key, name in names.items()} | {"local": local}
-
-
-def public_name(name: str) -> str:
-    """A Hub id as it is; of a path the last part."""
-    return Path(name).expanduser().resolve().name if is_path(name) else name
-
-
-def is_path(name: str) -> bool:
-    """Whether a name is one of a file or folder, and no Hub id."""
-    return Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 # Upload
