@@ -4,7 +4,7 @@ Importing the package registers its models with `AutoConfig` and `AutoModel`, so
 `transformers.AutoModel.from_pretrained(<a published lens>)` works.
 """
 
-__version__ = "0.1.0"
+from transformers import AutoConfig, AutoModel
 
 from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
 from .explanation import Explanation, TokenExplanation
@@ -14,6 +14,7 @@ from .steering import Steering
 from .subject import Subject
 from .tuned_lens.configuration_tuned_lens import TunedLensConfig
 from .tuned_lens.modeling_tuned_lens import Trajectory, TunedLens
+from .version import __version__
 
 __all__ = [
     "ConsistencyLensConfig",
@@ -30,4 +31,10 @@ __all__ = [
     "Trajectory",
     "TunedLens",
     "TunedLensConfig",
+    "__version__",
 ]
+
+# Here and not beside the classes: code that comes with an artifact must not take the place of an installed package.
+for _model_class in (LensDecoder, LensEncoder, ConsistencyLensModel, TunedLens):
+    AutoConfig.register(_model_class.config_class.model_type, _model_class.config_class, exist_ok=True)
+    AutoModel.register(_model_class.config_class, _model_class, exist_ok=True)

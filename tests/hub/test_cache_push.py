@@ -19,8 +19,8 @@ from consistency_lens.data.cache_columns import cache_features
 from consistency_lens.hub import cache_push
 from consistency_lens.hub.cache_pull import pull_cache
 from consistency_lens.hub.cache_push import push_cache
-from consistency_lens.hub.public_names import public_name
 from consistency_lens.hub_connection import HubError
+from consistency_lens.public_names import public_name
 
 REPO = "user/tiny-activations"
 SPLITS = ("train", "validation")

@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 
 import pytest
 import yaml
+from consistency_lens.hub.public_names import without_paths
 from hub_server import TOKEN, Reply
 from published_lenses import ACCEPTANCE, KPIS, LICENSE_TEXT, add_subject, fit_lens, save_subject
 from publishing import COMMIT, FILES, NEXT, REPO, TAG, below, change, files_of, publish
 
-from consistency_lens.hub.public_names import without_paths
 from consistency_lens.hub_connection import HubError
+from consistency_lens.public_names import without_paths
 from consistency_lens.tuned_lens.index import read_index
 
 # What is published

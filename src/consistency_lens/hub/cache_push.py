@@ -26,10 +26,10 @@ from ..data.cache_folder import how_to_finish, writing
 from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import is_cache, verify_cache
 from ..hub_connection import asking_hub
+from ..public_names import is_path, public_name
 from .artifact_checks import raise_if_failed
 from .card_metadata import check_card_metadata
 from .cards import write_cache_card
-from .public_names import is_path, public_name
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..hub.public_names import LOCAL_KEY, is_path, public_name, without_paths
+from ..public_names import is_path, public_name, without_paths
 from .content_checks import TunedLensFolder
 from .index import LOCAL, MODEL_PATTERN
 
+LOCAL_KEY = "local"
 MODEL_KEY, DATASET_KEY = "model_id", "dataset.repo_id"
 
 

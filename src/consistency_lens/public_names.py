@@ -1,4 +1,4 @@
-"""Names and texts as others may read them: the same content, but no place on the publisher's disk."""
+"""What is published as others may read it: names of local files and folders, but no place on the publisher's disk."""
 
 import re
 from collections.abc import Mapping
@@ -8,9 +8,11 @@ from typing import Any
 # A path from the root inside a longer text; addresses such as https://... and Hub ids are none.
 ABSOLUTE_PATH = r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)*(?P<last>[^\s/'\",;]+)/?"
 LONGEST_PATH = 250  # characters; what is longer is prose
-# Key of a provenance under which those keys are listed whose names are of local files or folders: nobody should look
-# for them on the Hub.
-LOCAL_KEY = "local"
+
+
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a path the last part."""
+    return Path(name).expanduser().resolve().name if is_path(name) else name
 
 
 def is_path(name: str) -> bool:
@@ -18,9 +20,12 @@ def is_path(name: str) -> bool:
     return Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) or name.count("/") > 1
 
 
-def public_name(name: str) -> str:
-    """A Hub id as it is; of a path the last part."""
-    return Path(name).expanduser().resolve().name if is_path(name) else name
+def public_place(name: str) -> str:
+    """A Hub id as it is; a path as one that is relative, and cannot be taken for the id of somebody's repository."""
+    if not is_path(name):
+        return name
+    inside = not Path(name).expanduser().is_absolute() and ".." not in Path(name).parts
+    return f"./{Path(name).as_posix() if inside else public_name(name)}"
 
 
 def without_paths(value: Any, stand_ins: Mapping[str, str]) -> Any:
