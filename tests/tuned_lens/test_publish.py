@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 
 import pytest
 import yaml
-from consistency_lens.hub.public_names import without_paths
 from hub_server import TOKEN, Reply
 from published_lenses import ACCEPTANCE, KPIS, LICENSE_TEXT, add_subject, fit_lens, save_subject
 from publishing import COMMIT, FILES, NEXT, REPO, TAG, below, change, files_of, publish

@@ -9,6 +9,7 @@ from huggingface_hub import DatasetCardData, HfApi, ModelCardData
 from ..atomic_write import write_text
 from ..evaluation.report import markdown_table
 from ..hub.cards import hub_link, render
+from ..hub.upstream_license import UpstreamLicense
 from ..lens_artifact import WEIGHTS_FILE
 from .content_checks import FULL
 from .depth import DEPTHS
@@ -16,7 +17,6 @@ from .gates import REQUIREMENTS
 from .index import LICENSES, TREE, IndexEntry
 from .kpis import COVERAGE, DELTA, EARLINESS, LAST_LAYER, RANKS
 from .public_files import DATASET_KEY, MODEL_KEY, is_local
-from .upstream_license import UpstreamLicense
 
 TAGS = ("consistency-lens", "tuned-lens", "interpretability")
 CARD, NOTICE = "README.md", "NOTICE"

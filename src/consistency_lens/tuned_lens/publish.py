@@ -14,6 +14,7 @@ from ..hub.artifact_checks import raise_if_failed
 from ..hub.download import DATASET, FileRecord, fetch_checked
 from ..hub.index import INDEX_FILE
 from ..hub.releases import look_at, release_tag, upload_release
+from ..hub.upstream_license import upstream_license
 from ..lens_artifact import PROVENANCE_FILE
 from .cards import write_dataset_card
 from .content_checks import TunedLensFolder, content_checks, find_tuned_lenses, read_tuned_lens
@@ -22,7 +23,6 @@ from .index import index_text
 from .lens_places import CONFIG_FILE
 from .public_files import MODEL_KEY, index_name, is_local
 from .staging import stage_lens
-from .upstream_license import upstream_license
 
 
 class PublishedTunedLenses(NamedTuple):
