@@ -1,7 +1,8 @@
 """A Hugging Face Hub on loopback: as much of its API as the real client needs to publish and to fetch repositories.
 
 Models and datasets live in memory, with commits, branches and tags, and with large files by the LFS protocol. A test
-looks at what came in (`requests`, `repos`) and says what is to fail (`faults`).
+looks at what came in (`requests`, `repos`) and says what is to fail: always (`faults`), or at a request that it counts
+(`plan`).
 """
 
 import base64
@@ -9,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_faults import Fault, PlannedFaults
 
 USER, TOKEN = "user", "hf_loopback_token"
 LARGE_SUFFIXES = (".parquet", ".safetensors", ".arrow", ".bin")
@@ -106,7 +109,7 @@ def error(status: int, code: str, message: str) -> Reply:
     return Reply({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
 
 
-class HubServer:
+class HubServer(PlannedFaults):
     """Serves while its `with` block lasts.
 
     Args:
@@ -122,6 +125,7 @@ class HubServer:
     """
 
     def __init__(self, token: str = TOKEN) -> None:
+        super().__init__()
         self.token = token
         self.repos: dict[tuple[str, str], Repo] = {}
         self.large: dict[str, bytes] = {}
@@ -454,6 +458,12 @@ ROUTES: list[tuple[str, tuple[str, ...], Callable[..., Reply]]] = [
 ]
 
 
+FAILURES: dict[Fault | None, Callable[[HubServer], Reply]] = {
+    Fault.ERROR: lambda hub: error(500, "", "Internal Error - We're working hard to fix this as soon as possible!"),
+    Fault.BUSY: lambda hub: Reply({"error": "Too Many Requests"}, 429, {"Retry-After": str(hub.retry_after)}),
+}
+
+
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
@@ -470,16 +480,31 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.closing.is_set():
             self.close_connection = True
             return
-        reply = self.hub.handle(request)
+        fault = self.hub.fault_of(request.method, request.path)
+        if fault is Fault.REFUSED:
+            self.close_connection = True
+            return
+        if fault is Fault.SLOW:
+            time.sleep(self.hub.slowness)
+        reply = FAILURES[fault](self.hub) if fault in FAILURES else self.hub.handle(request)
+        if fault is Fault.LOST:
+            self.close_connection = True
+            return
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        if fault is Fault.CORRUPT and isinstance(reply.body, bytes) and body:
+            body = bytes([body[0] ^ 1]) + body[1:]
         kind = "application/octet-stream" if isinstance(reply.body, bytes) else "application/json"
         self.send_response(reply.status)
         headers = {"Content-Type": kind, "Content-Length": str(len(body)), **reply.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if fault is Fault.CUT:
+            self.close_connection = True
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = answer
 

@@ -20,9 +20,14 @@ def made_check(name: str, problems: Sequence[str], otherwise: str) -> Check:
     return Check(name, not problems, "\n".join(problems) or otherwise)
 
 
-def files_check(path: Path) -> Check:
-    """Whether there are weights, nothing that may run code when it is read, and no link to somewhere else."""
-    files = [file for file in sorted(path.rglob("*")) if file.is_symlink() or file.is_file()]
+def files_check(path: Path, below: bool = True) -> Check:
+    """Whether there are weights, nothing that may run code when it is read, and no link to somewhere else.
+
+    Args:
+        below: also in the folders inside it.
+    """
+    found = path.rglob("*") if below else path.iterdir()
+    files = [file for file in sorted(found) if file.is_symlink() or file.is_file()]
     problems = [f"{file.relative_to(path)}: {fault}" for file in files if (fault := _fault(file)) is not None]
     if not (path / WEIGHTS_FILE).is_file():
         problems.append(f"{WEIGHTS_FILE}: missing")
