@@ -15,7 +15,7 @@ LAYERS = [
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes"},
     {"lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
-    | {"modeling_consistency_lens"},
+    | {"modeling_consistency_lens", "activation_to_text_pipeline"},
     {"data"},
     {"evaluation", "hub", "checkpoints"},
     {"training", "tuned_lens"},

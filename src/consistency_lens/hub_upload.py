@@ -11,20 +11,22 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
-from .atomic_write import write_json, write_text
+from .atomic_write import write_json
 from .hub_connection import asking_hub
 from .public_names import is_path, public_place, without_paths
 from .remote_code import auto_map, remote_code
 
 CONFIG_FILE, CARD_FILE = "config.json", "README.md"
 # What a run leaves beside the model, in which paths of its machine may stand.
-RECORDS = ("provenance.json", "metrics.json", "log_history.json", "training_arguments.json")
+RECORDS = ("provenance.json", "metrics.json", "log_history.json", "run.json", "training_arguments.json")
 # All that leaves a folder in which corpora, caches and checkpoints may lie too; nothing of it is a pickle.
 ARTIFACT_FILES = (
     CONFIG_FILE, "model.safetensors", CARD_FILE, "LICENSE*", "NOTICE*", *RECORDS, "samples.jsonl", "explanation.png",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+# where a configuration has the name of its subject
+SUBJECT_KEYS = ("base_model_name_or_path", "_name_or_path")
 TAGS = ("consistency-lens", "interpretability")
 SHORT_CARD = """# {name}
 
@@ -61,12 +63,11 @@ def stage_artifact(folder: Path, staging: Path, model_class: type) -> None:
     for file in artifact_files(folder):
         if file.name in RECORDS:
             write_json(staging / file.name, without_paths(json.loads(file.read_text(encoding="utf-8")), places))
-        else:
+        elif file.name != CONFIG_FILE:
             link_or_copy(file, staging / file.name)
-    (staging / CONFIG_FILE).unlink()
     write_json(staging / CONFIG_FILE, {**renamed(config, places), "auto_map": auto_map(model_class)})
     for name, text in remote_code(model_class).items():
-        write_text(staging / name, text)
+        (staging / name).write_text(text, encoding="utf-8")
 
 
 def subjects(config: Any) -> set[str]:
@@ -75,9 +76,6 @@ def subjects(config: Any) -> set[str]:
         return set()
     inside = set().union(*map(subjects, config.values())) if config else set()
     return inside | {config[key] for key in SUBJECT_KEYS if config.get(key)}
-
-
-SUBJECT_KEYS = ("base_model_name_or_path", "_name_or_path")
 
 
 def renamed(config: Any, places: Mapping[str, str]) -> Any:

@@ -124,7 +124,9 @@ def test_an_existing_tag_is_refused_with_nothing_uploaded(hub, lens):
     push(lens)
     change(lens, "provenance.json", seed=8)
     hub.requests.clear()
-    with pytest.raises(ValueError, match=f"tag: '{REPO}' has {TAG} already, and a release never changes; pass another"):
+    with pytest.raises(
+        ValueError, match=f"tag: '{REPO}' has {TAG} already, and a release never changes; pass another"
+    ):
         push(lens)
     assert {method for method, _ in hub.requests} == {"GET"} and len(hub.model(REPO).commits) == 2
     with pytest.raises(ValueError, match="tag: got 'v1'; pass a date as vYYYY.MM.DD"):
@@ -248,7 +250,9 @@ def test_a_first_release_without_its_tag_is_an_error(hub, lens):
     hub.faults["POST", "/tag/"] = Reply({"error": "down"}, 500)
     with pytest.raises(HubError):
         push(lens)
-    with pytest.raises(ValueError, match=f"the release {TAG} of '{REPO}' is not finished, it has no tag; push it once"):
+    with pytest.raises(
+        ValueError, match=f"the release {TAG} of '{REPO}' is not finished, it has no tag; push it once"
+    ):
         list_lenses(REPO)
 
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((ListArguments,), argv)
+        (args,) = parse_arguments((ListArguments,), argv, "list")
         show(args, console)
 
     return run_command(work, {VerificationError: NOT_VERIFIED})

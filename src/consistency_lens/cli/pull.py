@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((PullArguments,), argv)
+        (args,) = parse_arguments((PullArguments,), argv, "pull")
         for line in pull(args):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 

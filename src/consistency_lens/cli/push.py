@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((PushArguments,), argv)
+        (args,) = parse_arguments((PushArguments,), argv, "push")
         for line in push(args):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 

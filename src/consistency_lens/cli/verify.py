@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> int:
-        (args,) = parse_arguments((VerifyArguments,), argv)
+        (args,) = parse_arguments((VerifyArguments,), argv, "verify")
         found = find_artifacts(Path(args.path)) if args.path else {CACHE: caches_at(args.cache)}
         if not found:
             raise ValueError(f"path: no lens and no activation cache at {args.path!r} or below it; pass one")

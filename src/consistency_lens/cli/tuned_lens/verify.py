@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..parser import parse_arguments
 
     def work(console: "Console") -> int:
-        (args,) = parse_arguments((VerifyArguments,), argv)
+        (args,) = parse_arguments((VerifyArguments,), argv, "tuned-lens verify")
         return DONE if verify(args, console) else NOT_VERIFIED
 
     return run_command(work)
