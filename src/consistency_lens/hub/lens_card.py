@@ -71,6 +71,7 @@ def lens_card(
     local = f"{code(lens.base)}, a local model" if lens.base else "a model that was not recorded"
     where = {"subfolder": subfolder, "revision": revision}
     path_of_base = f"path/of/{Path(lens.base).name or 'the-base-model'}" if repo is not None else lens.base
+    log_rows = sum("loss" in entry for entry in lens.log)
     current = metrics.get("controls", {}).get("current_token_only", {}).get("fve")
     return render(
         "lens_card.md.jinja",
@@ -95,7 +96,8 @@ def lens_card(
         training=training_facts(lens),
         settings=settings(lens.run),
         log=log_table(lens.log),
-        log_is_thinned=sum("loss" in entry for entry in lens.log) > LOG_ROWS,
+        log_rows=log_rows,
+        log_is_thinned=log_rows > LOG_ROWS,
         evaluations=evaluation_table(lens.log),
         own=metrics.get("fve"),
         current_token=current,

@@ -51,7 +51,8 @@ def glance(metrics: Mapping[str, Any], num_text_tokens: int) -> str:
 
 def all_figures(metrics: Mapping[str, Any]) -> str:
     """Every metric with its interval, every control, and the checks that were run; the others by name."""
-    measured = {label: (value, span) for label, value, span in metric_rows(metrics)} if metrics else {}
+    there = {name: value for name, value in metrics.items() if value is not None}
+    measured = {label: (value, span) for label, value, span in metric_rows({"ci95": {}} | there)}
     rows = [(label, *measured.get(label, (NOT_MEASURED, ""))) for label, _ in METRICS.values()]
     controls = metrics.get("controls", {})
     beside = [(OWN, *(_value(metrics, key) for key in ("fve", "kl_recovered")))]

@@ -8,7 +8,7 @@ from typing import Any
 from .cards import NOT_MEASURED, NOT_RECORDED, count
 from .emissions import Emissions
 from .lens_folder import LensFolder, public
-from .markdown import code, table
+from .markdown import code, plain, table
 
 LOG_ROWS = 12
 # objective -> what it asks for, and the terms of its loss
@@ -44,12 +44,20 @@ def stage_table(run: Mapping[str, Any]) -> str:
         weights = {term: of_stages(training[f"{term}_weight"], len(stages))[number] for term in terms}
         shown = ", ".join(f"{term} {weight}" for term, weight in weights.items() if str(weight) != "0")
         rows.append(
-            (str(number + 1), f"{code(objective)}: {asks}" if asks else code(objective), length or "to the end",
+            (str(number + 1), f"{code(objective)}: {asks}" if asks else code(objective), _length(length),
              code(rate), code(shown) if shown else "")
         )  # fmt: skip
     return table(
         ("stage", "objective", "length", "learning rate schedule", "weights of the loss"), rows, numbers=False
     )
+
+
+def _length(duration: str) -> str:
+    """How long a stage was, in words: `500s`, `2e` or `60%` as the schedules have it."""
+    if not duration:
+        return "to the end"
+    units = {"s": " steps", "e": " epochs", "%": "% of the steps"}
+    return plain(duration[:-1] + units.get(duration[-1], duration[-1]))
 
 
 def of_stages(values: Sequence[Any], stages: int) -> list[Any]:
@@ -127,7 +135,7 @@ def _shown(value: Any) -> str:
 
 def log_table(log: Sequence[Mapping[str, Any]]) -> str:
     """The training's losses at evenly spaced steps, the last one among them."""
-    return _thinned([entry for entry in log if "loss" in entry], LOSSES) or f"{NOT_MEASURED.capitalize()}."
+    return _thinned([entry for entry in log if "loss" in entry], LOSSES) or f"{NOT_RECORDED.capitalize()}."
 
 
 def evaluation_table(log: Sequence[Mapping[str, Any]]) -> str:
@@ -141,11 +149,12 @@ def _thinned(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[s
     last = len(entries) - 1
     picks = sorted({round(last * number / (LOG_ROWS - 1)) for number in range(LOG_ROWS)})
     there = {name: shown for name, shown in columns.items() if any(entry.get(name) is not None for entry in entries)}
+    staged = any("stage" in entry for entry in entries)
     rows = []
     for entry in (entries[pick] for pick in picks):
         values = (_figure(entry.get(name), decimals) for name, (_, decimals) in there.items())
-        rows.append((count(entry["step"]), str(entry.get("stage", "")), *values))
-    return table(("step", "stage", *(label for label, _ in there.values())), rows)
+        rows.append((count(entry["step"]), *([str(entry.get("stage", ""))] if staged else []), *values))
+    return table(("step", *(["stage"] if staged else []), *(label for label, _ in there.values())), rows)
 
 
 def _figure(value: float | None, decimals: int) -> str:
