@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -119,7 +120,7 @@ class HubServer(PlannedFaults):
         url: for `HF_ENDPOINT`.
         repos: (kind, name) -> repository; kind is "model", "dataset", or "space", of which files can be read alone.
         requests: (method, path) of all requests so far.
-        authorizations: all that came in that header.
+        authorizations, ranges: all that came in these headers.
         faults: (method, pattern of the path) -> the reply that is given instead.
         licenses: those that a card may name.
     """
@@ -131,6 +132,7 @@ class HubServer(PlannedFaults):
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.authorizations: set[str | None] = set()
+        self.ranges: list[str] = []
         self.faults: dict[tuple[str, str], Reply] = {}
         self.licenses = {"apache-2.0", "mit", "odc-by", "other"}
         self.lock, self.closing = threading.Lock(), threading.Event()
@@ -172,6 +174,7 @@ class HubServer(PlannedFaults):
         with self.lock:
             self.requests.append((request.method, request.path))
             self.authorizations.add(authorization)
+            self.ranges += [request.headers["Range"]] if "Range" in request.headers else []
             for (method, pattern), reply in self.faults.items():
                 if method == request.method and re.search(pattern, request.path):
                     return reply
@@ -467,6 +470,11 @@ FAILURES: dict[Fault | None, Callable[[HubServer], Reply]] = {
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of clients that have gone, as those do that waited for too long."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

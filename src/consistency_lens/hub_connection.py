@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, parse_ratelimit_headers
 
 if TYPE_CHECKING:
-    from httpx2 import Response
+    from httpx2 import Request, Response
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (400, 422)
@@ -74,17 +74,25 @@ def asking_hub(repo: str, revision: str | None = None) -> Iterator[None]:
 def _bounded_waits() -> Iterator[None]:
     """Sets the limits of the client that all calls share, until the outermost block ends."""
     client = get_session()
-    timeout, hooks = client.timeout, client.event_hooks
+    hooks = client.event_hooks
     if _refuse_long_wait in hooks["response"]:
         yield
         return
-    if timeout.read is None:
-        client.timeout = PATIENCE
-    client.event_hooks = {**hooks, "response": [*hooks["response"], _refuse_long_wait]}
+    client.event_hooks = {
+        "request": [*hooks["request"], _limit_silence],
+        "response": [*hooks["response"], _refuse_long_wait],
+    }
     try:
         yield
     finally:
-        client.timeout, client.event_hooks = timeout, hooks
+        client.event_hooks = hooks
+
+
+def _limit_silence(request: "Request") -> None:
+    """Sets the time-outs of a request that has none; some calls ask for that."""
+    asked = request.extensions.get("timeout", {})
+    names = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {name: asked.get(name) or PATIENCE for name in names}
 
 
 def _refuse_long_wait(response: "Response") -> None:

@@ -8,6 +8,7 @@ relative import made one of a sibling. Nothing else in them changes.
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ NOTICE = "# From consistency-lens"
 HEADER = f"{NOTICE} {__version__}, Apache-2.0; written beside the model for trust_remote_code. Change it there."
 
 
+@cache
 def remote_code(model_class: type) -> dict[str, str]:
     """File name -> text of each module that a model needs, the same ones for the same package.
 
