@@ -27,7 +27,7 @@ def planted(hub, monkeypatch):
 def test_it_stands_in_no_log_message_file_or_output(planted, tmp_path, waits, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     for name in ("huggingface_hub", "httpx2", "httpcore"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
+        caplog.set_level(logging.DEBUG, name)
     lens = write_lens(tmp_path / "small", base="somewhere", revision=None)
     told = [str(push_lenses(lens, REPO, tag="v2026.01.31", dry_run=True))]
     for fault in (Fault.ERROR, Fault.BUSY, Fault.REFUSED, Fault.CUT):
