@@ -2,8 +2,8 @@
 
     make demo && make tuned-lens && make keep && make cards
 
-copies figures, samples and records from outputs/tiny_stories and outputs/tuned_lenses/tiny_stories, whichever is there,
-and writes explanation.json: the demo's lens on one sentence. `make cards` needs nothing else than these files.
+copies figures, samples and records from outputs/tiny_stories and outputs/tuned_lenses/tiny_stories, if there,
+and writes explanation.json, the demo's lens on one sentence. `make cards` needs nothing else than these files.
 """
 
 import argparse

@@ -116,13 +116,9 @@ def lens_card(
     """
     local, commit = is_local(provenance, MODEL_KEY), provenance.get("model_commit")
     on_hub = None if local else place.model
-    card = ModelCardData(
-        library_name=LIBRARY,
-        tags=list(TAGS),
-        base_model=on_hub,
-        **license_metadata(license, on_hub, commit),
-        **({} if local else {"base_model_relation": "adapter"}),
-    )
+    of_base: dict[str, Any] = {} if local else {"base_model_relation": "adapter"}
+    of_base |= license_metadata(license, on_hub, commit)
+    card = ModelCardData(library_name=LIBRARY, tags=list(TAGS), base_model=on_hub, **of_base)
     kpis, acceptance = provenance.get("kpis") or {}, provenance.get("acceptance") or {}
     return render(
         "tuned_lens_card.md.jinja",
