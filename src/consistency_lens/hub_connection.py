@@ -4,7 +4,7 @@ import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -17,9 +17,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session, parse_ratelimit_headers
-
-if TYPE_CHECKING:
-    from httpx2 import Request, Response
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (400, 422)
@@ -88,14 +85,14 @@ def _bounded_waits() -> Iterator[None]:
         client.event_hooks = hooks
 
 
-def _limit_silence(request: "Request") -> None:
+def _limit_silence(request: Any) -> None:
     """Sets the time-outs of a request that has none; some calls ask for that."""
     asked = request.extensions.get("timeout", {})
     names = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {name: asked.get(name) or PATIENCE for name in names}
 
 
-def _refuse_long_wait(response: "Response") -> None:
+def _refuse_long_wait(response: Any) -> None:
     """Gives up where `huggingface_hub` would sleep for as long as the Hub likes."""
     wait = _asked_wait(response.headers) if response.status_code in BUSY else 0
     if wait > LONGEST_WAIT:

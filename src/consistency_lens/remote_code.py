@@ -18,7 +18,6 @@ NOTICE = "# From consistency-lens"
 HEADER = f"{NOTICE} {__version__}, Apache-2.0; written beside the model for trust_remote_code. Change it there."
 
 
-@cache
 def remote_code(model_class: type) -> dict[str, str]:
     """File name -> text of each module that a model needs, the same ones for the same package.
 
@@ -51,6 +50,7 @@ def module_closure(path: Path) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
+@cache
 def relative_imports(path: Path) -> list[ast.ImportFrom]:
     """The relative imports of a module, wherever they stand in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .artifact_kinds import CACHE, LENS, find_artifacts
+from .checks import show_checks
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from ..data.cache_against_subject import LoadedWeights
-    from ..data.cache_check import Check
 
 
 @dataclass
@@ -118,12 +117,6 @@ def verify_tuned_lenses(args: VerifyArguments, _lenses: Sequence[Path], _console
     return verify(asked, _console)
 
 
-def show_checks(path: Path, checks: "Sequence[Check]", console: "Console") -> None:
-    """Prints a folder and what was found in it."""
-    console.print(str(path), markup=False, highlight=False, soft_wrap=True)
-    console.print(checks_table(checks))
-
-
 def load_subject(args: VerifyArguments, caches: Sequence[Path]) -> "LoadedWeights":
     """The subject, loaded as it was when the caches were made unless `dtype` says otherwise.
 
@@ -153,21 +146,3 @@ def load_subject(args: VerifyArguments, caches: Sequence[Path]) -> "LoadedWeight
     quantization = next(iter(quantizations), None)
     subject = load_subject_and_tokenizer(args.model, args.revision, dtype, quantization, device=args.device)
     return load_weights(subject, args.blocks)
-
-
-def checks_table(checks: "Sequence[Check]") -> "Table":
-    """One row a check; what failed stands out."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for name in ("check", "", "found"):
-        table.add_column(name)
-    for check in checks:
-        if check.passed:
-            verdict = Text("passed", style="green")
-        else:
-            verdict = Text("FAILED", style="bold red") if check.checked else Text("not checked", style="yellow")
-        # as Text, since a name may look like rich's markup
-        table.add_row(Text(check.name), verdict, Text(check.detail))
-    return table

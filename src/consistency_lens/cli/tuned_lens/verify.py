@@ -53,7 +53,7 @@ def verify(args: VerifyArguments, console: "Console") -> bool:
     """
     from ...tuned_lens.content_checks import find_tuned_lenses
     from ...tuned_lens.verification import verify_tuned_lens
-    from ..verify import show_checks
+    from ..checks import show_checks
 
     lenses = find_tuned_lenses(args.lens)
     if args.model is not None and len(lenses) > 1:
