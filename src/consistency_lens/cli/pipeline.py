@@ -78,7 +78,9 @@ def read_recipe(argv: Sequence[str], config: Mapping[str, Any], beside: Collecti
     if not given.get("output_dir"):
         raise ValueError("output_dir: got none; pass the folder of the run, e.g. --output_dir outputs/mine")
     if given.get("hub_token"):
-        raise ValueError("hub_token: the settings of the steps are files; log in with `hf auth login`, or set HF_TOKEN")
+        raise ValueError(
+            "hub_token: settings of steps are kept in files; log in with `hf auth login`, or set HF_TOKEN"
+        )
     names = known_names((RecipeArguments,))
     # command -> its arguments, and those that the recipe itself has, or the pipeline
     commands: dict[str, tuple[tuple[Any, ...], set[str]]] = {
