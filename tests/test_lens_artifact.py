@@ -83,6 +83,7 @@ def test_a_lens_comes_back_as_it_was(hub, commit, training, tmp_path):
     loaded = AutoModel.from_pretrained(REPO)
     assert str(loaded.explain(TEXT)) == str(lens.explain(TEXT))
     assert loaded.provenance == lens.provenance
+    assert type(AutoModel.from_pretrained(REPO, trust_remote_code=True)) is ConsistencyLensModel, "the installed one"
     assert saved(loaded, tmp_path / "again") == local
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_runs import curve, tensors, tiny_run
+from checkpoint_runs import DiesAt, Killed, curve, tensors, tiny_run
 from hub_server import ORGANISATION, TOKEN, error
 from huggingface_hub import snapshot_download
 from transformers import AutoModel
@@ -50,6 +50,7 @@ def test_checkpoints_and_the_lens_go_up_and_nothing_else(hub, tmp_path):
     checkpoint = run / "checkpoint-6"
     assert last == {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file()}
     assert {path for path in files(hub) if not path.startswith("last-checkpoint/")} == ARTIFACT
+    trainer.lens.set_statistics(torch.ones(32), 2.0)
     assert trainer.push_to_hub("The end").oid == repo.head.oid and repo.head.title == "The end"
     assert not list(run.glob(".push-*"))
     loaded = AutoModel.from_pretrained(REPO, base_model=trainer.lens.subject.model)
@@ -59,7 +60,11 @@ def test_checkpoints_and_the_lens_go_up_and_nothing_else(hub, tmp_path):
 def test_a_run_goes_on_from_the_checkpoint_on_the_hub(hub, tmp_path):
     whole = tiny_run(tmp_path / "whole", stages=["warm_start"], max_steps=6, save_steps=3)
     whole.train()
-    publishing_run(tmp_path / "first", max_steps=3, hub_strategy="checkpoint").train()
+    killed = publishing_run(tmp_path / "first", hub_strategy="checkpoint")
+    killed.add_callback(DiesAt(4))
+    with pytest.raises(Killed):
+        killed.train()
+    killed._finish_current_push()
     shutil.rmtree(tmp_path / "first")
     snapshot_download(REPO, allow_patterns="last-checkpoint/*", local_dir=tmp_path / "pulled")
     resumed = publishing_run(tmp_path / "second", hub_strategy="every_save")
