@@ -22,6 +22,7 @@ import yaml
 from hub_faults import Fault, PlannedFaults
 
 USER, TOKEN = "user", "hf_loopback_token"
+ORGANISATION = "lab"  # which the user may write to
 LARGE_SUFFIXES = (".parquet", ".safetensors", ".arrow", ".bin")
 TIME = "2026-01-01T00:00:00.000Z"
 
@@ -201,7 +202,7 @@ class HubServer(PlannedFaults):
         owner = wanted.get("organization") or USER
         kind, name = wanted.get("type") or "model", f"{owner}/{wanted['name']}"
         where = {"url": f"{self.url}/{'' if kind == 'model' else 'datasets/'}{name}"}
-        if owner != USER:
+        if owner not in (USER, ORGANISATION):
             message = f'You don\'t have the rights to create a {kind} under the namespace "{owner}"'
             return error(403, "", message)
         if (kind, name) in self.repos:
@@ -235,7 +236,7 @@ class HubServer(PlannedFaults):
         if action in writes and request.method in ("POST", "DELETE"):
             if not self.is_signed_in(request):
                 return error(401, "", "Invalid username or password.")
-            if not name.startswith(f"{USER}/"):
+            if not name.startswith((f"{USER}/", f"{ORGANISATION}/")):
                 return error(403, "", f"You have no write access to {name}")
         return ACTIONS[action](self, request, repo, rest if action == "tree" else unquote(rest))
 
@@ -366,10 +367,15 @@ class HubServer(PlannedFaults):
                 del files[path]
             elif item["key"] == "deletedFolder":
                 files = {name: blob for name, blob in files.items() if not name.startswith(path)}
+        pull_request = {}
+        if "create_pr" in request.query:
+            branch = f"refs/pr/{1 + sum(name.startswith('refs/pr/') for name in repo.branches)}"
+            where = f"{self.url}/{repo.name}/discussions/{branch.rpartition('/')[2]}"
+            pull_request = {"pullRequestUrl": where}
         commit = repo.commit(branch, title, files)
         prefix = "" if repo.kind == "model" else "datasets/"
         url = f"{self.url}/{prefix}{repo.name}/commit/{commit.oid}"
-        return Reply({"success": True, "commitOid": commit.oid, "commitUrl": url})
+        return Reply({"success": True, "commitOid": commit.oid, "commitUrl": url, **pull_request})
 
     def resolve(self, request: Request, name: str, rest: str, prefix: str = "") -> Reply:
         """A file, whole or a range of it."""

@@ -1,7 +1,7 @@
 """The code that artifacts carry: complete, laid flat, and in need of nothing that transformers does not bring."""
 
 import ast
-import subprocess
+import importlib
 import sys
 
 import pytest
@@ -15,14 +15,6 @@ BROUGHT = {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizer
 
 # what a user of transformers alone may lack, and the package itself
 HIDDEN = {"consistency_lens", "accelerate", "datasets", "peft", "pyarrow", "jinja2", "bitsandbytes"}
-IMPORTS = """
-import importlib, sys
-
-for name in {hidden}:
-    sys.modules[name] = None  # whoever imports it is told that there is none
-for name in {modules}:
-    importlib.import_module(name)
-"""
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
@@ -51,19 +43,24 @@ def test_the_classes_are_where_the_configuration_says(model_class):
         )
 
 
-def test_all_of_it_imports_where_the_package_is_not(tmp_path):
-    package = tmp_path / "copied"
-    for model_class in CLASSES:
-        folder = package / model_class.__name__
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").touch()
-        for name, text in remote_code(model_class).items():
-            (folder / name).write_text(text)
-    names = [".".join(file.relative_to(tmp_path).with_suffix("").parts) for file in sorted(package.glob("*/*.py"))]
-    modules = [name for name in names if not name.endswith("__init__")]
-    (tmp_path / "imports.py").write_text(IMPORTS.format(hidden=HIDDEN, modules=modules))
-    done = subprocess.run([sys.executable, "imports.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_all_of_it_imports_where_the_package_is_not(model_class, tmp_path, monkeypatch):
+    package = f"copied_{model_class.__name__}"
+    (tmp_path / package).mkdir()
+    for name, text in remote_code(model_class).items():
+        (tmp_path / package / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in HIDDEN:
+        monkeypatch.setitem(sys.modules, name, None)  # whoever imports it is told that there is none
+    try:
+        for name in remote_code(model_class):
+            importlib.import_module(f"{package}.{name.removesuffix('.py')}")
+        module, name = auto_map(model_class)["AutoModel"].split(".")
+        copy = getattr(sys.modules[f"{package}.{module}"], name)
+        assert copy is not model_class and copy.config_class.__module__.startswith(package)
+    finally:
+        for name in [name for name in sys.modules if name.startswith(package)]:
+            del sys.modules[name]
 
 
 def write_package(root, **modules):

@@ -15,8 +15,8 @@ class ActivationToTextPipeline(Pipeline):
     """Reads activations in words, by `pipeline("activation-to-text", model=<a lens>)`.
 
     A text gives a list with a dictionary for each of its tokens: `position, token, text, fve, kl, top_before` and
-    `top_after`, see `TokenExplanation`. An activation (d,), or activations (N, d), give one for each: `text, fve`; what
-    the subject then predicts is not known, as its context is not. A list of inputs gives a list of such lists.
+    `top_after`, see `TokenExplanation`. An activation (d,), or activations (N, d), give one for each: `text, fve`;
+    what the subject then predicts is not known, as its context is not. A list of inputs gives a list of such lists.
 
     Args of a call:
         positions: of a text, the indices of the tokens to read; all by default.

@@ -277,6 +277,8 @@ class TrainedTensorsModel(PreTrainedModel):
         optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
         if cached_file(path, "tokenizer_config.json", **optional):
             model.tokenizer = AutoTokenizer.from_pretrained(path, config=config, **hub_kwargs)
+            for name in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
+                model.tokenizer.init_kwargs.pop(name, None)
         provenance = cached_file(path, PROVENANCE_FILE, **optional)
         if provenance:
             model.provenance = json.loads(Path(provenance).read_text(encoding="utf-8"))

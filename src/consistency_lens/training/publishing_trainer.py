@@ -14,10 +14,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from ..atomic_write import write_text
 from ..checkpoints.trainer import WholeCheckpointTrainer
+from ..hub.lens_card import write_lens_card
 from ..hub_connection import first_line
-from ..hub_upload import CARD_FILE, card_text, commit_folder, create_repo, link_or_copy, stage_artifact
+from ..hub_upload import commit_folder, create_repo, link_or_copy, stage_artifact
 from ..modeling_consistency_lens import ConsistencyLensModel
 
 logger = logging.getLogger(__name__)
@@ -96,17 +96,11 @@ class PublishingTrainer(WholeCheckpointTrainer):
         revision = arguments.pop("revision", None) or self.args.hub_revision
         repo_id = str(self.hub_model_id)
         try:
-            self.write_card(folder, token, revision)
+            # of these very weights; written last, for transformers and PEFT have cards of their own
+            write_lens_card(folder, repo_id, revision=revision)
             return commit_folder(folder, repo_id, commit_message=message, token=token, revision=revision, **arguments)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def write_card(self, folder: Path, token: str | None, revision: str | None) -> None:
-        """Writes the card of a staged artifact, unless it has one."""
-        if not (folder / CARD_FILE).is_file():
-            lens = self.lens
-            text = card_text(str(self.hub_model_id), lens.artifact_kind, lens.config, (), token, revision)
-            write_text(folder / CARD_FILE, text)
 
     # --- when it has trained
 
@@ -149,7 +143,7 @@ class PublishingTrainer(WholeCheckpointTrainer):
         return job.result() if blocking else job
 
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
-        """Does nothing: the card of a lens is written when it is measured, or else when it is published."""
+        """Does nothing: the card of a lens is written when it is measured, and anew when it is published."""
 
 
 def make_repository(args: TrainingArguments, token: str | None = None, private: bool | None = None) -> str:
