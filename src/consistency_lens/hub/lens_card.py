@@ -29,6 +29,7 @@ KINDS = {ConsistencyLensConfig: "lens", LensDecoderConfig: "decoder", LensEncode
 # The Hub's name for what comes nearest: a lens and an encoder find features, a decoder writes text.
 PIPELINE_TAGS = {"lens": "feature-extraction", "decoder": "text-generation", "encoder": "feature-extraction"}
 CONTEXT_WIDTH = 160  # characters of a sample's context that are shown, up to the token that is read
+LONGEST_WORD = 24
 SAMPLE_COLUMNS = ("context", "words", "FVE", "KL", "next before", "next after")
 
 
@@ -194,7 +195,7 @@ def sample_table(samples: list[Sample]) -> str:
     """Contexts up to the token that is read, the words and what they were worth."""
     rows = [
         (
-            plain(_end(sample.context)),
+            _context(sample.context),
             plain(sample.explanation.strip()) or "(no words)",
             f"{sample.fve:.2f}",
             f"{sample.kl:.2f}",
@@ -213,8 +214,14 @@ def held_weights(lens: LensFolder) -> str:
     return "The weights are adapters, projections and prompts that were trained on that model, without its own."
 
 
-def _end(text: str) -> str:
-    return text if len(text) <= CONTEXT_WIDTH else "…" + text[-CONTEXT_WIDTH:]
+def _context(text: str) -> str:
+    """The end of a context from a word on, the token that is read in bold."""
+    if len(text) > CONTEXT_WIDTH:
+        end = text[-CONTEXT_WIDTH:]
+        # a text without spaces is cut where it is
+        text = f"…{end[end.index(' ') :] if ' ' in end[:LONGEST_WORD] else end}"
+    before, mark, token = text.rpartition("«")
+    return f"{plain(before)}<b>{plain(mark + token)}</b>" if mark else plain(text)
 
 
 def _prediction(top: list[tuple[str, float]]) -> str:
