@@ -87,7 +87,7 @@ def test_a_lens_comes_back_as_it_was(hub, commit, training, tmp_path):
     assert saved(loaded, tmp_path / "again") == local
 
 
-@pytest.mark.parametrize("training", ["frozen", "full", "lora"])
+@pytest.mark.parametrize("training", ["full", "lora"])
 def test_decoder_and_encoder_come_back_as_they_were(hub, commit, training):
     lens = new_lens(commit, training)
     lens.decoder.push_to_hub("user/decoder")

@@ -57,6 +57,7 @@ def test_checkpoints_and_the_lens_go_up_and_nothing_else(hub, tmp_path):
     assert all(torch.equal(tensor, tensors(trainer)[name]) for name, tensor in loaded.trained_tensors().items())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_on_the_hub(hub, tmp_path):
     whole = tiny_run(tmp_path / "whole", stages=["warm_start"], max_steps=6, save_steps=3)
     whole.train()
@@ -74,6 +75,7 @@ def test_a_run_goes_on_from_the_checkpoint_on_the_hub(hub, tmp_path):
     assert any(path.startswith("last-checkpoint/") for path in files(hub)), "another strategy leaves it there"
 
 
+@pytest.mark.slow
 def test_each_checkpoint_or_none_but_the_end(hub, tmp_path):
     publishing_run(tmp_path / "all", hub_strategy="all_checkpoints").train()
     assert {path.split("/")[0] for path in files(hub) if "/" in path} == {"checkpoint-3", "checkpoint-6"}
