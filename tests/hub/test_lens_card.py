@@ -151,6 +151,12 @@ def test_a_long_context_is_shown_from_a_word_on_up_to_its_token(tmp_path):
     assert "| «a» b <b>«c»</b> | w4 w5 | 0.50 | 0.25 | `w6` 75% | `w7` 50% |" in card
 
 
+def test_activations_that_were_read_on_the_fly_name_no_rule(tmp_path):
+    data = {"positions": {"per_sequence": 8, "min_position": 1}}
+    card = lens_card(write_files(save_config(tmp_path / "lens"), provenance={"cache": data}))
+    assert "| positions | up to 8 of a sequence, min_position 1 |" in card
+
+
 def test_emissions_of_codecarbon_are_summed_over_the_runs(folder):
     (folder / "emissions.csv").write_text(EMISSIONS)
     card, head = card_and_head(folder)

@@ -167,15 +167,20 @@ def reading_facts(lens: LensFolder, kind: str) -> list[tuple[str, str]]:
     if origin:
         rows.append(("activations", hub_link(origin["repo"], origin["commit"], "datasets/")))
     if "positions" in data:
-        of_positions = data["positions"]
-        rule = f"{of_positions['rule']}; up to {of_positions['per_sequence']} of a sequence"
-        rows.append(("positions", plain(f"{rule}, min_position {of_positions['min_position']}")))
+        rows.append(("positions", positions_text(data["positions"])))
     held = [
         f"{count(of[name])} {what}"
         for name, what in (("train_rows", "for training"), ("validation_rows", "held out"))
         if name in of
     ]
     return [*rows, ("activations read", ", ".join(held) or NOT_RECORDED)]
+
+
+def positions_text(positions: Mapping[str, Any]) -> str:
+    """Which positions of a sequence were read; activations that were read on the fly name no rule."""
+    rule = [positions["rule"]] if "rule" in positions else []
+    least = f"min_position {positions['min_position']}"
+    return plain("; ".join([*rule, f"up to {positions['per_sequence']} of a sequence, {least}"]))
 
 
 def clone_text(config: Any) -> str:
