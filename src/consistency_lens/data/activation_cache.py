@@ -162,6 +162,11 @@ def file_hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_sha256(digest: Any) -> bool:
+    """Whether this is a sha256 as `file_hash` writes it; what others wrote may be anything, also a path."""
+    return isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+
+
 def activation_matrix(table: pa.Table) -> np.ndarray:
     """The activations of a table's rows, (N, d)."""
     column = table["activation"].combine_chunks()

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic_write import atomic_file
 from ..hub_connection import asking_hub, first_line
-from .activation_cache import file_hash, token_lists
+from .activation_cache import file_hash, is_sha256, token_lists
 
+DTYPES = ("float16", "float32")
 PARQUET_PATTERN = r"data/[\w.-]+\.parquet"
 # A row group is what a viewer reads to show one row, and a stream to read on.
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 512, 1 << 20
@@ -37,12 +38,34 @@ def published_provenance(repo: str, split: str, commit: str) -> dict[str, Any]:
     name = f"provenance/{split}.json"
     with asking_hub(repo, commit):
         file = HfApi().hf_hub_download(repo, name, repo_type="dataset", revision=commit)
-    provenance = json.loads(Path(file).read_text(encoding="utf-8"))
-    parts = provenance.get("parquet") or []
-    # the names come from outside, and become paths
-    if not parts or not all(re.fullmatch(PARQUET_PATTERN, part["file"]) for part in parts):
+    try:
+        provenance = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"repo: {name} of {repo!r} is no JSON ({error}); publish it anew") from error
+    parts = provenance.get("parquet") if isinstance(provenance, dict) else None
+    if not isinstance(parts, list) or not parts or not all(map(_is_part, parts)):
         raise ValueError(f"repo: {name} of {repo!r} names no parquet files of a cache; publish it anew")
+    if not all(_is_count(provenance.get(key)) for key in ("layer", "width", "rows")):
+        raise ValueError(f"repo: {name} of {repo!r} has no layer, width or number of rows; publish it anew")
+    if provenance.get("dtype") not in DTYPES:
+        raise ValueError(f"repo: {name} of {repo!r} has the dtype {provenance.get('dtype')!r}; publish it anew")
     return provenance
+
+
+def _is_part(part: Any) -> bool:
+    """Whether this is the record of a parquet file; its name and its checksum come from outside, and become paths."""
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("file"), str)
+        and re.fullmatch(PARQUET_PATTERN, part["file"]) is not None
+        and is_sha256(part.get("sha256"))
+        and _is_count(part.get("bytes"))
+        and _is_count(part.get("rows"))
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def write_parquet(

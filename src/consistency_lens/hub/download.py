@@ -19,7 +19,7 @@ from huggingface_hub.utils import build_hf_headers
 from tqdm.auto import tqdm
 
 from ..atomic_write import sync_folder
-from ..data.activation_cache import file_hash
+from ..data.activation_cache import file_hash, is_sha256
 from ..data.cache_check import VerificationError
 from ..hub_connection import asking_hub
 
@@ -170,8 +170,11 @@ def fetch_checked(
         says: where the checksum is from, for the message.
 
     Raises:
+        ValueError: if the checksum that it should have is none.
         VerificationError: if it has another checksum; the folder is removed.
     """
+    if not is_sha256(record.sha256):  # it is the name of a file here
+        raise ValueError(f"repo: the checksum of {name} in {source.repo!r} is no sha256; pass another revision")
     target = folder / name
     if _is_here(target, record):
         return target

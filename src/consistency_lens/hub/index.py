@@ -23,7 +23,6 @@ INDEX_FILE = "INDEX.json"
 LARGEST_INDEX = 16 * 2**20  # bytes
 # No part begins with a dot, and none has a slash, a backslash or a colon: no path leads out of its folder anywhere.
 PART = r"[A-Za-z0-9_][\w.-]*"
-SHA256 = "[0-9a-f]{64}"
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 
 
@@ -161,6 +160,11 @@ def read_mapping(content: str | bytes, repo: str) -> dict[str, Any]:
     return found
 
 
+def is_printable(text: Any) -> bool:
+    """Whether this is a text that does nothing to a terminal."""
+    return isinstance(text, str) and text.isprintable()
+
+
 def is_pickled(file: str) -> bool:
     """Whether a file's name is one of a format that may run code when it is read."""
     return PurePosixPath(file).suffix.lower() in PICKLED_SUFFIXES
@@ -174,7 +178,3 @@ def name_problem(names: Sequence[str], of: str) -> str | None:
     if len({name.casefold() for name in names}) < len(names):
         return "two of its files have one name where capitals do not count"
     return None
-
-
-def is_sha256(digest: Any) -> bool:
-    return isinstance(digest, str) and re.fullmatch(SHA256, digest) is not None

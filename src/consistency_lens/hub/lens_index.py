@@ -6,14 +6,15 @@ A lone lens lies at the root of a repository, several in a folder each, which ha
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..data.activation_cache import is_sha256
 from .download import FileRecord
-from .index import INDEX_FILE, PART, is_sha256, name_problem, read_mapping
+from .index import INDEX_FILE, PART, is_printable, name_problem, read_mapping
 from .lens_folder import CONFIGS
 from .releases import is_release_tag
 
@@ -117,21 +118,21 @@ def _problem(name: str, entry: Any, alone: bool) -> str | None:
         return f"it must have the fields {', '.join(field.name for field in fields(LensEntry))}"
     if not re.fullmatch(PART, name) or not (entry["path"] == name or (alone and entry["path"] == "")):
         return f"the path is {entry['path']!r}, not that of its folder"
-    if entry["kind"] not in CONFIGS:
+    if not isinstance(entry["kind"], str) or entry["kind"] not in CONFIGS:
         return f"the kind is {entry['kind']!r}, not one of {', '.join(CONFIGS)}"
     if not is_release_tag(entry["release"]):
         return f"the release is {entry['release']!r}, not vYYYY.MM.DD"
     base = entry["base_model"]
-    if not _has_fields(base, BaseModel) or not isinstance(base["name"], str):
+    if not _has_fields(base, BaseModel) or not is_printable(base["name"]):
         return "base_model must have name, revision and weights_hash"
-    if not all(value is None or isinstance(value, str) for value in (*base.values(), entry["license"])):
+    if not all(value is None or is_printable(value) for value in (*base.values(), entry["license"])):
         return "a text of base_model or license is none"
     numbers, metrics = (entry["layer"], entry["num_text_tokens"]), entry["metrics"]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         return "layer and num_text_tokens must be whole numbers"
     if not isinstance(metrics, dict) or not all(map(_is_figure, metrics.values())):
         return "metrics must be numbers"
-    if not isinstance(entry["package_version"], str):
+    if not is_printable(entry["package_version"]):
         return "package_version must be a text"
     return _files_problem(entry["files"])
 
@@ -155,4 +156,4 @@ def _has_fields(found: Any, of: type[Any]) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # a whole number may be larger

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..data.activation_cache import is_sha256
 from ..hub.download import FileRecord
-from ..hub.index import INDEX_FILE, PART, is_sha256, name_problem, read_mapping
+from ..hub.index import INDEX_FILE, PART, is_printable, name_problem, read_mapping
 from ..hub.releases import is_release_tag
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from .lens_places import CONFIG_FILE
@@ -101,6 +102,10 @@ def _problem(name: str, entry: Any) -> str | None:
         return "a checksum is no sha256"
     if not is_release_tag(entry["tl_version"]):
         return f"the version is {entry['tl_version']!r}, not vYYYY.MM.DD"
+    if not all(
+        entry[key] is None or is_printable(entry[key]) for key in ("model_commit", "tokenizer_commit", "license")
+    ):
+        return "a commit or the license is no text"
     gates = entry["acceptance"]
     if not isinstance(gates, dict) or sorted(gates) != sorted(GATES):
         return f"acceptance must have {', '.join(GATES)}"
