@@ -71,10 +71,13 @@ def _code_check(path: Path) -> Check:
     named, problems = set(), []
     for file in (CONFIG_FILE, "tokenizer_config.json"):
         try:
-            config = json.loads((path / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            places = list(_code_places(json.loads((path / file).read_text(encoding="utf-8"))))
+        except FileNotFoundError:
             continue
-        for place in _code_places(config):
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{file}: no JSON ({first_line(error)})")
+            continue
+        for place in places:
             if "--" in place:
                 problems.append(f"{file} names code of another repository ({place}); remove it")
             else:

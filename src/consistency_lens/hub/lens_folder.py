@@ -81,15 +81,15 @@ def read_lens_folder(path: str | Path) -> LensFolder:
         ValueError: if it holds no lens, decoder or encoder, or a file in it cannot be read.
     """
     path = Path(path)
-    config = _json(path / "config.json", None)
-    kind = (config or {}).get("model_type")
-    if kind not in CONFIGS:
-        found = "no config.json" if config is None else f"a model of type {kind!r}"
+    config = _json(path / "config.json", {})
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        found = f"a model of type {kind!r}" if config else "no config.json"
         raise ValueError(f"card: {str(path)!r} has {found}; pass the folder of a lens, decoder or encoder")
-    return LensFolder(
+    folder = LensFolder(
         path=path,
         config=CONFIGS[kind].from_dict(config),
-        with_code="auto_map" in (config or {}),
+        with_code="auto_map" in config,
         provenance=_json(path / PROVENANCE_FILE, {}),
         run=_json(path / "run.json", {}),
         metrics=_json(path / "metrics.json", {}),
@@ -97,6 +97,12 @@ def read_lens_folder(path: str | Path) -> LensFolder:
         log=_json(path / "log_history.json", []),
         emissions=read_emissions(path),
     )
+    name = folder.clone.base_model_name_or_path
+    if not isinstance(name, str | None) or not isinstance(folder.data, dict):
+        raise ValueError(
+            f"card: {str(path)!r} has {name!r} as base model, {folder.data!r} as its data; write it again"
+        )
+    return folder
 
 
 def public(name: str, revision: str | None) -> str:
@@ -108,12 +114,16 @@ def public(name: str, revision: str | None) -> str:
 
 
 def _json(file: Path, missing: Any) -> Any:
+    """The content of a file, which must be of the type of what stands for a missing one."""
     if not file.is_file():
         return missing
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"card: {str(file)!r} is no JSON ({error}); write it again") from error
+    if not isinstance(content, type(missing)):
+        raise ValueError(f"card: {str(file)!r} holds a {type(content).__name__}, not a {type(missing).__name__}")
+    return content
 
 
 def _samples(file: Path) -> list[Sample]:
