@@ -130,6 +130,12 @@ def _readable(error: BaseException, repo: str) -> Exception:
     return HubError(f"hub: {constants.ENDPOINT} fails or cannot be reached ({said}); try again later")
 
 
+def check_token(token: str | bool | None) -> None:
+    """Raises a ValueError, without it, for a token that cannot be sent: the error of whoever tries would show it."""
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError("token: it has white space or other signs that no token has, perhaps at its end; strip it")
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     told = error.server_message if isinstance(error, HfHubHTTPError) and error.server_message else str(error)

@@ -2,17 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import EntryNotFoundError
 
 from .atomic_write import write_json
-from .hub_connection import asking_hub
+from .hub_connection import asking_hub, check_token
 from .public_names import is_path, public_place, without_paths
 from .remote_code import auto_map, remote_code
 
@@ -27,6 +28,9 @@ ARTIFACT_FILES = (
 )  # fmt: skip
 # where a configuration has the name of its subject
 SUBJECT_KEYS = ("base_model_name_or_path", "_name_or_path")
+TOKEN_PATTERN = r"hf_[A-Za-z0-9]{20,}"
+SHORTEST_TOKEN = 8  # a shorter one, as some mirrors take, stands in every text
+TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".csv", "")
 TAGS = ("consistency-lens", "interpretability")
 SHORT_CARD = """# {name}
 
@@ -105,6 +109,7 @@ def create_repo(
         ValueError: for a user's mistake, such as a token without the right.
         HubError: if the Hub cannot be reached, or fails.
     """
+    check_token(token)
     api = HfApi(token=token)
     with asking_hub(repo_id, revision):
         whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -132,8 +137,11 @@ def commit_folder(
         delete: patterns of what the repository has, and the folder may lack.
 
     Raises:
-        ValueError, HubError: as in `create_repo`.
+        ValueError: as in `create_repo`, or if a token stands in a file.
+        HubError: as in `create_repo`.
     """
+    check_token(token)
+    check_no_token(folder)
     with asking_hub(repo_id, revision):
         return HfApi(token=token).upload_folder(
             repo_id=repo_id,
@@ -144,6 +152,17 @@ def commit_folder(
             create_pr=create_pr,
             delete_patterns=list(delete) or None,
         )
+
+
+def check_no_token(folder: Path) -> None:
+    """Raises a ValueError if a text that is to be published has a token of the Hub in it."""
+    own = get_token() or ""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.suffix in TEXT_SUFFIXES:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if (len(own) >= SHORTEST_TOKEN and own in text) or re.search(TOKEN_PATTERN, text):
+                name = file.relative_to(folder)
+                raise ValueError(f"path: a token of the Hub stands in {str(name)!r}; take it out there, and revoke it")
 
 
 def card_in_repo(repo_id: str, token: str | bool | None = None, revision: str | None = None) -> ModelCard | None:

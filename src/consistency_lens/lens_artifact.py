@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .atomic_write import write_json, write_tensors, write_text
+from .hub_connection import check_token
 from .hub_upload import CARD_FILE, card_text, commit_folder, create_repo, stage_artifact
 from .quantised import keep_gradients
 from .remote_code import auto_map, remote_code
@@ -248,6 +249,7 @@ class TrainedTensorsModel(PreTrainedModel):
         """
         for name in unused.keys() - UNUSED_KWARGS:
             raise TypeError(f"from_pretrained: there is no argument {name!r}")
+        check_token(token)
         path = str(pretrained_model_name_or_path)
         hub_kwargs: dict[str, Any] = {
             "revision": revision,

@@ -26,6 +26,7 @@ from ..data.cache_folder import how_to_finish, writing
 from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import is_cache, verify_cache
 from ..hub_connection import asking_hub
+from ..hub_upload import check_no_token
 from ..public_names import is_path, public_name
 from .artifact_checks import raise_if_failed
 from .cache_card import write_cache_card
@@ -110,6 +111,7 @@ def push_cache(
     records = {split: _records(staging, split) for split in caches}
     features = _features(caches, tokenizer)
     write_cache_card(folder, repo, published, descriptions, records, features, license, list(language))
+    check_no_token(folder)
     rows = {split: len(cache) for split, cache in caches.items()}
     url = f"{HfApi().endpoint}/datasets/{repo}"
     if dry_run:

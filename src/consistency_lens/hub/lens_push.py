@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 
 from ..data.activation_cache import file_hash
-from ..hub_upload import ARTIFACT_FILES, stage_artifact
+from ..hub_upload import ARTIFACT_FILES, check_no_token, stage_artifact
 from ..public_names import is_path
 from ..version import __version__
 from .artifact_checks import raise_if_failed
@@ -29,8 +29,6 @@ from .releases import look_at, release_tag, upload_release
 from .upstream_license import UpstreamLicense, upstream_license
 
 CARD = "README.md"
-TOKEN_PATTERN = r"hf_[A-Za-z0-9]{20,}"
-TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".txt", ".py", ".jinja", ".csv", "")
 
 
 class PushedLenses(NamedTuple):
@@ -95,7 +93,7 @@ def push_lenses(
     if "" not in (entry.path for entry in merged.values()):
         (upload / CARD).write_text(collection_card(repo, tag, merged), encoding="utf-8")
     (upload / INDEX_FILE).write_text(index_text(merged), encoding="utf-8")
-    _check_no_token(upload)
+    check_no_token(upload)
     replaced = {named: known[named].release for named in entries if named in known}
     url = f"{HfApi().endpoint}/{repo}"
     if dry_run:
@@ -215,14 +213,3 @@ def stage_lens(
         license=found.name,
         files={file.name: FileRecord(file_hash(file), file.stat().st_size) for file in sorted(target.iterdir())},
     )
-
-
-def _check_no_token(upload: Path) -> None:
-    """Raises a ValueError if a text that is to be published has a token of the Hub in it."""
-    own = get_token()
-    for file in sorted(upload.rglob("*")):
-        if file.is_file() and file.suffix in TEXT_SUFFIXES:
-            text = file.read_text(encoding="utf-8", errors="replace")
-            if (own and own in text) or re.search(TOKEN_PATTERN, text):
-                name = file.relative_to(upload)
-                raise ValueError(f"path: a token of the Hub stands in {str(name)!r}; take it out there, and revoke it")

@@ -15,6 +15,7 @@ from ..hub.download import DATASET, FileRecord, fetch_checked
 from ..hub.index import INDEX_FILE
 from ..hub.releases import look_at, release_tag, upload_release
 from ..hub.upstream_license import upstream_license
+from ..hub_upload import check_no_token
 from ..lens_artifact import PROVENANCE_FILE
 from .cards import write_dataset_card
 from .content_checks import TunedLensFolder, content_checks, find_tuned_lenses, read_tuned_lens
@@ -85,6 +86,7 @@ def publish_tuned_lens(
     (staging / "upload" / INDEX_FILE).write_text(index_text(merged), encoding="utf-8")
     write_dataset_card(staging / "upload", repo, tag, merged, provenances)
     shutil.rmtree(staging / "before", ignore_errors=True)
+    check_no_token(staging / "upload")
     models = {name: known[name].tl_version if name in known else None for name in entries}
     url = f"{HfApi().endpoint}/datasets/{repo}"
     if dry_run:
