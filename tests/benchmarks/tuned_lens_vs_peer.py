@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from fit_memory import FitMemory
 from harness import NUM_THREADS, prepare, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -174,6 +175,7 @@ def measure_ours(options: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     blocks = np.load(options.blocks)
     folder = Path(options.output)
+    Accelerator(cpu=True)  # imports what it finds installed, such as deepspeed
     memory, start = FitMemory(), time.perf_counter()
     lens = fit_ours(model, blocks, settings, folder)
     seconds = time.perf_counter() - start
