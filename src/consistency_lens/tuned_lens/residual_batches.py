@@ -15,8 +15,8 @@ from ..residual_stream import gather_positions
 from .modeling_tuned_lens import TunedLens
 from .streamed_kl import Head, Teacher, read_teacher
 
-# from this vocabulary on the unembedding is multiplied in bfloat16 (plan, section 15) where that is fast: on a GPU, and on
-# a CPU with instructions for it; one without takes many times as long as in float32
+# from this vocabulary on the unembedding is multiplied in bfloat16 (plan, section 15) where that is fast: on a GPU, and
+# on a CPU with instructions for it; one without takes many times as long as in float32
 LARGE_VOCABULARY = 100_000
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 # layers and positions of a step at a vocabulary of 32,000, and the fewest (plan, section 15)
