@@ -15,7 +15,7 @@ from ..residual_stream import gather_positions
 from .modeling_tuned_lens import TunedLens
 from .streamed_kl import Head, Teacher, read_teacher
 
-# from this vocabulary on the unembedding is multiplied in bfloat16 (plan, section 15) where that is fast: on a GPU, and
+# from this vocabulary on the unembedding is multiplied in bfloat16 (plan, section 15) where that is fast: on a GPU and
 # on a CPU with instructions for it; one without takes many times as long as in float32
 LARGE_VOCABULARY = 100_000
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
