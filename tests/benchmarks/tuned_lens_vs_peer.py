@@ -56,7 +56,7 @@ PEER_VENV = HERE / ".peer_venv"
 # what the peer's training imports, in the versions of today, and what it needs in its own
 PEER_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "requests")
 PEER_OWN_PACKAGES = ("tuned-lens==0.2.0", "torchdata==0.9.0", "simple-parsing==0.1.9", "docstring-parser==0.18.0")
-HELD_OUT_BLOCKS, SEED, RUNS = 64, 0, 3
+HELD_OUT_BLOCKS, SEED, RUNS = 32, 0, 3
 EMBEDDED_SUFFIX = "_embedded"  # of its results
 
 
