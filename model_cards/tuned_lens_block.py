@@ -1,25 +1,14 @@
-"""Renders what the repository shows of the embedded model's tuned lens: its figures, pictures and the README's part.
+"""What the README says of the embedded model's tuned lens, from model_cards/tuned_lens_tiny_stories and benchmarks."""
 
-    make tuned-lens && make tuned-lens-card
-
-reads outputs/tuned_lenses/tiny_stories, as fit, gates, sweep and plot have left it, and writes
-model_cards/tuned_lens_tiny_stories/ and what stands between the markers `<!-- tuned_lens:begin -->` and
-`<!-- tuned_lens:end -->` of README.md. Every number comes from the run's own files.
-"""
-
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
-from render import CARDS, ROOT, put_into_readme, read_json
-
 from consistency_lens.evaluation.report import markdown_table
-from consistency_lens.tuned_lens.held_out import BITS
-from consistency_lens.tuned_lens.tables import gates_markdown
+from consistency_lens.tuned_lens.tables import gates_markdown, kl_markdown
 
-RUN = ROOT / "outputs/tuned_lenses/tiny_stories"
-TARGET = CARDS / "tuned_lens_tiny_stories"
-KEPT = ("metrics.json", "provenance.json", "gates.json")
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "model_cards/tuned_lens_tiny_stories"
 PICTURE = "sweep-overview.png"
 RESULTS = ROOT / "tests/benchmarks/results"
 PEER_RESULTS = {
@@ -28,23 +17,14 @@ PEER_RESULTS = {
     "tuned_lens_memory": "MiB that the fit adds",
 }
 SCALES = {"tuned_lens_memory": 2**20}
-# by the suffixes of the results' names: at its defaults, and at settings that were chosen for it
+# by the suffixes of the results' names: the peer at its defaults, and at settings that were chosen for it
 PEERS = {"": "", "_tuned_peer": ", peer tuned"}
 PEER_MODELS = {"": "A model of 7 million parameters", "_embedded": "The embedded model"}
 SUBJECT = "after as many tokens, "  # what a result says before it names the model
-LENSES = {"norm": "norm lens", "calibrated": "norm lens, calibrated", "tuned": "tuned lens"}
-
-
-def kl_table(metrics: dict[str, Any]) -> str:
-    """Held-out KL of every layer and the mean, in bits."""
-    kl, mean = metrics["kl"], metrics["mean_kl"]
-    rows = [(str(layer), *(f"{kl[name][layer] * BITS:.3f}" for name in LENSES)) for layer in range(len(kl["tuned"]))]
-    rows.append(("mean", *(f"{mean[name] * BITS:.3f}" for name in LENSES)))
-    return markdown_table(("layer", *LENSES.values()), rows)
 
 
 def peer_table(suffix: str) -> str:
-    """The benchmark's results of one model: ours beside the peer's, and beside the peer with settings chosen for it."""
+    """The benchmark on one model: ours beside the peer's, and beside the peer with settings chosen for it."""
     rows = []
     for peer, of_peer in PEERS.items():
         for name, label in PEER_RESULTS.items():
@@ -69,35 +49,27 @@ def comparison() -> str:
         "(`python tests/benchmarks/tuned_lens_vs_peer.py`; ratios above 1 are better here).\n"
     )
     for suffix, title in PEER_MODELS.items():
-        text += f"\n{title}: {conditions(suffix)}.\n\n{peer_table(suffix)}\n"
+        if (RESULTS / f"tuned_lens_kl_equal_tokens{suffix}.json").is_file():
+            text += f"\n{title}: {conditions(suffix)}.\n\n{peer_table(suffix)}\n"
     return text
 
 
-def block(metrics: dict[str, Any], gates: dict[str, Any]) -> str:
+def tuned_lens_block() -> str:
     """What the README says of the run."""
+    metrics, gates = read_json(KEPT / "metrics.json"), read_json(KEPT / "gates.json")
     tokens, seconds = metrics["tokens"], metrics["seconds"]
     fitting = seconds["ridge"] + seconds["training"]
     return (
         f"Measured by `make tuned-lens` on the embedded model (4 blocks; the last one is the model itself). "
         f"{tokens['ridge'] + tokens['training']:,} tokens of its own text went through it; the fit took "
         f"{fitting:.0f} seconds, writing the text {seconds['text']:.0f}. Bits of KL(P_final ‖ P_layer) on "
-        f"{metrics['positions']:,} positions of held-out text:\n\n{kl_table(metrics)}\n\n"
+        f"{metrics['positions']:,} positions of held-out text:\n\n{kl_markdown(metrics)}\n\n"
         f"The gates, on the suite `{gates['arguments']['suite']}`:\n\n"
         f"{gates_markdown(gates['kpis'], gates['acceptance'])}\n\n"
         f"![KL, rank of the answer, cosine and KL gained against depth, for the norm lens and the tuned lens]"
-        f"(model_cards/{TARGET.name}/{PICTURE})\n\n{comparison()}"
+        f"(model_cards/{KEPT.name}/{PICTURE})\n\n{comparison()}"
     )
 
 
-def main() -> None:
-    TARGET.mkdir(exist_ok=True)
-    for name in KEPT:
-        shutil.copy(RUN / name, TARGET / name)
-    shutil.copy(RUN / "sweep" / "plots" / PICTURE, TARGET / PICTURE)
-    put_into_readme(
-        "tuned_lens", block(read_json(RUN / "metrics.json"), read_json(RUN / "gates.json")), Path(__file__)
-    )
-
-
-if __name__ == "__main__":
-    main()
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
