@@ -85,7 +85,7 @@ class OurSettings:
     blocks_per_pass: int = 4
     positions: int | None = None
     rows_per_step: int = 128
-    learning_rate: float = 7e-3
+    learning_rate: float = 2e-3
     optimizer: str = "adamw"
     rank: int | None = None
 
@@ -106,8 +106,8 @@ QUICK_SETTINGS = [OurSettings(tokens, tokens // 2) for tokens in (2**power for p
 
 
 def equal_settings(tokens: int) -> OurSettings:
-    """Our fit on as many tokens as the peer's."""
-    return OurSettings(tokens, tokens // 8)
+    """Our fit on as many tokens as the peer's, at half of the positions."""
+    return OurSettings(tokens, tokens // 8, positions=128, rows_per_step=256, learning_rate=3e-3)
 
 
 def token_blocks(
