@@ -102,7 +102,8 @@ class OurSettings:
 
 
 # the shortest fit first
-QUICK_SETTINGS = [OurSettings(tokens, tokens // 2) for tokens in (2**power for power in range(12, 19))]
+QUICK_TOKENS = [tokens for power in range(12, 19) for tokens in (2**power, 3 * 2 ** (power - 1))]
+QUICK_SETTINGS = [OurSettings(tokens, tokens // 2) for tokens in QUICK_TOKENS]
 
 
 def equal_settings(tokens: int) -> OurSettings:
