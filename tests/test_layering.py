@@ -18,6 +18,7 @@ LAYERS = [
     {"data"},
     {"evaluation", "hub", "checkpoints"},
     {"training", "tuned_lens"},
+    {"report"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -26,6 +26,9 @@ COMMANDS = {
         "what a lens says about a text, token by token",
         '"Once upon a time there was a little dog" --lens outputs/tiny_stories',
     ),
+    "report": Command(
+        LENS, "one HTML page of a run: its figures, its curves, and texts to walk through", "outputs/tiny_stories"
+    ),
     TUNED_LENS: Command(LENS, "fit, judge, plot and publish tuned lenses", "fit --model gpt2"),
     "tokenize": Command(
         DATA, "text or chats to tokens, once", "--dataset corpus.txt --model gpt2 --output_dir data/corpus"
