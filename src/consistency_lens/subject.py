@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .attention import attention_with_masks
 from .residual_stream import ResidualStream, gather_positions
+from .spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Subject:
             input_ids: right-padded tokens, (B, S) int64.
             attention_mask: 1 for real tokens, (B, S).
         """
-        with self.stream.capture(self.layer, stop=True) as captured:
+        with span("context pass"), self.stream.capture(self.layer, stop=True) as captured:
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return captured.activations
 
@@ -100,7 +101,8 @@ class Subject:
         """
         _check_inputs(input_ids, attention_mask, positions)
         one_token = self.check_one_token(input_ids.shape[1] + positions.shape[1])
-        return self._context(input_ids, attention_mask, positions, keep_cache=one_token)
+        with span("context pass"):
+            return self._context(input_ids, attention_mask, positions, keep_cache=one_token)
 
     def replaced_logits(self, context: SubjectContext, activations: Tensor) -> Tensor:
         """Next-token logits at each position after its residual alone was replaced; gradient flows to `activations`.

@@ -46,16 +46,20 @@ def compare(
     Returns:
         What was written; `ratio` is theirs / ours, so above 1 means that ours is faster.
     """
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    sides = {"ours": ours, "theirs": theirs}
+    medians = interleaved({"ours": ours, "theirs": theirs}, device, runs)
+    return write_result(name, what, "seconds", medians["ours"], medians["theirs"], runs, device)
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], device: torch.device, runs: int) -> dict[str, float]:
+    """Median seconds of each callable by name, of `runs` calls after two warm-up calls, all in turn."""
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for run in range(-2, runs):
         # The order changes, so that neither side always runs on the other's warm cache.
         for side in sorted(sides, reverse=bool(run % 2)):
             elapsed = seconds(sides[side], device)
             if run >= 0:
                 times[side].append(elapsed)
-    medians = {side: statistics.median(values) for side, values in times.items()}
-    return write_result(name, what, "seconds", medians["ours"], medians["theirs"], runs, device)
+    return {side: statistics.median(values) for side, values in times.items()}
 
 
 def write_result(

@@ -109,17 +109,28 @@ class SpecStep(nn.Module):
         return kl_loss(reference.flatten(0, 1), logits.flatten(0, 1))
 
     def forward(
-        self, batch: dict[str, Tensor], tau: float = 1.0, noise: Noise = fresh_noise, other_noise: Noise = fresh_noise
+        self,
+        batch: dict[str, Tensor],
+        tau: float = 1.0,
+        noise: Noise = fresh_noise,
+        other_noise: Noise = fresh_noise,
+        judged: bool = True,
     ) -> dict[str, Tensor]:
-        """The two losses of a batch with rows (B, S) whose activation is read at `positions` (B,)."""
+        """The two losses of a batch with rows (B, S) whose activation is read at `positions` (B,).
+
+        Without `judged` the original does not run for the KL, which shows what that costs.
+        """
         one_hots, logits = self.generate_soft(batch["activations"], tau, noise)
         reconstruction = self.reconstruct(one_hots)
         other = self.reconstruct(self.generate_soft(batch["other_activations"], tau, other_noise)[0])
         with torch.no_grad():
             delta_residual = batch["other_activations"] - other
+        lm = self.lm_loss(one_hots.argmax(-1), logits)
+        if not judged:
+            return {"lm": lm}
         original = self.forward_with_replacement(batch, batch["activations"])
         replaced = self.forward_with_replacement(batch, reconstruction + delta_residual)
-        return {"kl": kl_loss(original, replaced), "lm": self.lm_loss(one_hots.argmax(-1), logits)}
+        return {"kl": kl_loss(original, replaced), "lm": lm}
 
 
 def kl_loss(p_logits: Tensor, q_logits: Tensor) -> Tensor:
