@@ -105,7 +105,7 @@ def test_to_dict_is_plain_data(explanation):
             rf"has {MAX_POSITIONS + 1} tokens, the subject reads {MAX_POSITIONS}",
         ),
         (TEXT, [1, 6], r"position 6 lies outside the text's 0\.\.5"),
-        (TEXT, [-1], r"position -1 lies outside the text's 0\.\.5"),
+        (TEXT, [-7], r"position -7 lies outside the text's 0\.\.5"),
         (TEXT, [], "explain: got no positions"),
     ],
 )

@@ -3,11 +3,11 @@
     python examples/tiny_stories/train.py --stories stories.txt
 
 writes config.json, model.safetensors, the tokenizer and README.md (the model's card, with what was measured) beside
-this file. One document in fifty, chosen by its hash, is held out and never trained on. A larger one, as the benchmark of
-the tuned lens reads it (about 7 million parameters):
+this file. One document in fifty, chosen by its hash, is held out and never trained on. A larger one, of about 7
+million parameters, which the benchmark of the tuned lens reads:
 
     python examples/tiny_stories/train.py --stories stories.txt --vocab_size 8192 --hidden_size 256 --num_blocks 6 \
-        --epochs 0.8 --output_dir outputs/story_model_7m
+        --epochs 0.7 --output_dir outputs/story_model_7m
 """
 
 import argparse

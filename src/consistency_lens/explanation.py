@@ -129,7 +129,7 @@ def explain_text(lens: ConsistencyLensModel, text: str, positions: list[int] | N
     Args:
         lens: with its tokenizer and its subject.
         text: any text; BOS is put before it where the tokenizer has one.
-        positions: token indices to read, BOS being index 0; every token after BOS if None.
+        positions: token indices to read, BOS being index 0, negative ones from the end; every token after BOS if None.
 
     Raises:
         ValueError: if the text is empty or longer than the subject's context, or if there are no positions or one lies
@@ -140,9 +140,10 @@ def explain_text(lens: ConsistencyLensModel, text: str, positions: list[int] | N
     positions = list(range(start, len(ids))) if positions is None else positions
     if not positions:
         raise ValueError("explain: got no positions; leave them out to read every token")
-    outside = [p for p in positions if not 0 <= p < len(ids)]
+    outside = [p for p in positions if not -len(ids) <= p < len(ids)]
     if outside:
         raise ValueError(f"explain: position {outside[0]} lies outside the text's 0..{len(ids) - 1}")
+    positions = [p % len(ids) for p in positions]
 
     input_ids = torch.tensor([ids], device=lens.device)
     context = subject.context(input_ids, torch.ones_like(input_ids), torch.tensor([positions], device=lens.device))

@@ -6,32 +6,88 @@ import sys
 import pytest
 from cache_runs import ENVIRONMENT
 
-from consistency_lens.cli import tuned_lens
-from consistency_lens.cli.command import FIRST_SPEAKS, MISTAKE, run_command
-from consistency_lens.cli.main import COMMANDS, main
+from consistency_lens import __version__
+from consistency_lens.cli.command import FAILED, FIRST_SPEAKS, MISTAKE, run_command
+from consistency_lens.cli.commands import COMMANDS, TUNED_LENS, TUNED_LENS_COMMANDS, all_commands
+from consistency_lens.cli.dispatch import DEBUG_VARIABLE, dispatch
+from consistency_lens.cli.main import main
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-TUNED_LENS = "tuned-lens"
-LINES = [[name] for name in COMMANDS if name != TUNED_LENS] + [[TUNED_LENS, name] for name in tuned_lens.COMMANDS]
+@pytest.fixture
+def undisturbed(monkeypatch):
+    """What `--debug` sets is taken back."""
+    monkeypatch.setenv(DEBUG_VARIABLE, "")
 
 
-@pytest.mark.parametrize("line", LINES, ids=" ".join)
-def test_every_command_explains_its_arguments(line, capsys):
+@pytest.mark.parametrize("command", all_commands())
+def test_every_command_says_what_it_does_and_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
-        main([*line, "--help"])
-    shown = capsys.readouterr().out
+        main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    about = all_commands()[command]
     assert exit.value.code == 0 and "--config" in shown
     assert "MISSING" not in shown and "%%" not in shown
+    assert shown.startswith(f"usage: consistency-lens {command} ") and about.summary[1:] in shown
+    assert shown.endswith(f"Example: consistency-lens {command} {about.example}".rstrip())
 
 
-@pytest.mark.parametrize("line", [[], [TUNED_LENS]], ids=["all", TUNED_LENS])
-def test_commands_are_listed_where_none_is_named(line, capsys):
+@pytest.mark.parametrize(("line", "commands"), [([], COMMANDS), ([TUNED_LENS], TUNED_LENS_COMMANDS)], ids=len)
+def test_commands_are_listed_in_their_groups(line, commands, capsys):
     assert main(line) == 0
-    assert "usage: consistency-lens" in capsys.readouterr().out
-    assert main([*line, "fitt"]) == MISTAKE
-    assert "unknown command 'fitt'" in capsys.readouterr().err
+    shown = capsys.readouterr().out
+    for name, command in commands.items():
+        assert f"\n{command.group}:\n" in shown and f"  {name} " in shown and command.summary in shown
+    assert main(["--help"]) == 0 and "Exit codes: 0 done" in capsys.readouterr().out
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"consistency-lens {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["trian"], "error: unknown command 'trian'; did you mean 'train'?\n"),
+        ([TUNED_LENS, "fitt"], "error: unknown command 'fitt'; did you mean 'fit'?\n"),
+        (["zzz"], f"error: unknown command 'zzz'; one of: {', '.join(COMMANDS)}\n"),
+    ],
+)
+def test_an_unknown_command_is_told_with_the_nearest(line, said, capsys):
+    assert main(line) == MISTAKE
+    assert capsys.readouterr().err == said
+
+
+def test_a_mistake_is_one_line_and_with_debug_a_traceback(undisturbed, capsys):
+    assert main(["describe"]) == MISTAKE
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["describe", "--debug"]) == MISTAKE
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.splitlines()[-1].startswith("error: cache: got none")
+
+
+def test_debug_with_a_value_is_left_to_the_trainer(undisturbed, monkeypatch):
+    seen = []
+    module = type(sys)("seeing")
+    module.main = lambda argv: seen.append(argv) or 0
+    monkeypatch.setitem(sys.modules, "seeing.train", module)
+    dispatch("program", COMMANDS, "seeing", ["train", "--debug", "underflow_overflow", "--debug", "--seed", "1"])
+    assert seen == [["--debug", "underflow_overflow", "--seed", "1"]]
+
+
+def test_an_unexpected_error_is_told_in_a_line_on_a_terminal_and_whole_in_a_log(undisturbed, monkeypatch, capsys):
+    def work(console):
+        raise RuntimeError("the kernel\nfailed")
+
+    with pytest.raises(RuntimeError):
+        run_command(work)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run_command(work) == FAILED
+    assert capsys.readouterr().err == (
+        "failed: RuntimeError: the kernel failed (an unexpected error; --debug shows where)\n"
+    )
 
 
 def test_libraries_that_are_imported_on_the_way_say_nothing():

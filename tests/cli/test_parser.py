@@ -81,3 +81,12 @@ def test_an_unknown_flag_is_named_before_what_the_arguments_check():
 
     with pytest.raises(ValueError, match="did you mean --layer"):
         parse_arguments((Checked,), ["--layers", "3"])
+
+
+def test_the_first_argument_may_stand_without_its_flag():
+    assert parse_arguments((Arguments,), ["Once upon", "--layer", "2"], first="name")[0] == Arguments(
+        2, name="Once upon"
+    )
+    assert parse_arguments((Arguments,), ["--name=-x"], first="name")[0].name == "-x"
+    with pytest.raises(ValueError, match="'more': belongs to no flag"):
+        parse_arguments((Arguments,), ["Once", "more"], first="name")

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((CacheArguments,), argv)
+        (args,) = parse_arguments((CacheArguments,), argv, "cache")
         state = process_state(args)
         caches = cache_activations(args, state)
         if state.is_main_process:

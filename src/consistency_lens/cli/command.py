@@ -4,9 +4,12 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+from .dispatch import DEBUG_FLAG, DEBUG_VARIABLE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +31,7 @@ def run_command(
     Args:
         work: gets the console that it prints to; returns the exit code, None for 0.
         failures: kinds of errors that end in one line, with their exit codes, besides `ValueError`, the user's
-            mistake, and `OSError`.
+            mistake, and `OSError`. With CONSISTENCY_LENS_DEBUG (`--debug`) their tracebacks are shown too.
     """
     import transformers
     from rich.console import Console
@@ -46,8 +49,23 @@ def run_command(
         return work(Console(width=None if sys.stdout.isatty() else 150)) or DONE
     except tuple(codes) as error:
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        if os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exc()
         if int(os.environ.get("RANK") or 0) > 0:  # mostly all of them make the same mistake; alone it is told late
             time.sleep(FIRST_SPEAKS)
         message = f"{'error' if code == MISTAKE else 'failed'}: {str(error) or type(error).__name__}"
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+        _complain(message)
         return code
+    except Exception as error:
+        # A fault of this library or of one below it. A job's log keeps where it was; a person is told how to see it.
+        if os.environ.get(DEBUG_VARIABLE) or not sys.stderr.isatty():
+            raise
+        said = " ".join(str(error).split())
+        _complain(f"failed: {type(error).__name__}: {said} (an unexpected error; {DEBUG_FLAG} shows where)")
+        return FAILED
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((DescribeArguments,), argv)
+        (args,) = parse_arguments((DescribeArguments,), argv, "describe")
         figures, shown = describe(args)
         console.print(shown)
         if args.json is not None:

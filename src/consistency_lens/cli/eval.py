@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..evaluation.report import metrics_table, samples_table
         from ..evaluation.saved_lens import SavedLensArguments, WholeEvaluationArguments, evaluate_saved_lens
 
-        lens, evaluation = parse_arguments((SavedLensArguments, WholeEvaluationArguments), argv)
+        lens, evaluation = parse_arguments((SavedLensArguments, WholeEvaluationArguments), argv, "eval")
         metrics, samples, folder = evaluate_saved_lens(lens, evaluation)
         console.print(samples_table(samples))
         console.print(metrics_table(metrics))

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> int:
-        (arguments,) = parse_arguments((ChatGenerationArguments,), argv)
+        (arguments,) = parse_arguments((ChatGenerationArguments,), argv, "generate-chat")
         try:
             with logging_redirect_tqdm():
                 statistics = generate_chat(arguments, on_first=lambda row: print_example(console, row))

@@ -3,26 +3,13 @@
 import sys
 from collections.abc import Sequence
 
+from .commands import COMMANDS, PROGRAM
 from .dispatch import dispatch
-
-COMMANDS = {
-    "train": "train a lens from a recipe (--config examples/recipes/tiny_stories.yaml)",
-    "tokenize": "text or chats to tokens, once (--dataset corpus.txt --model gpt2 --output_dir data/corpus)",
-    "cache": "a subject's activations on such tokens (--model gpt2 --layer 6 --dataset data/corpus)",
-    "describe": "what an activation cache holds (--cache data/.../train)",
-    "verify": "an activation cache against its provenance and its subject (--cache data/.../train)",
-    "push": "publish an activation cache on the Hub (--path data/.../layer_6 --repo me/cache)",
-    "pull": "fetch a published activation cache (--repo me/cache --path data/cache)",
-    "generate-chat": "complete prompts through an OpenAI-compatible server (--prompts prompts.jsonl)",
-    "eval": "evaluate a saved lens on held-out documents (--lens outputs/tiny_stories)",
-    "tuned-lens": "fit, judge, plot and publish tuned lenses (tuned-lens fit --model gpt2)",
-    "submit": "all of it: tokenize, cache, train, eval, on a Slurm cluster or here (--config recipe.yaml)",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns its exit code."""
-    return dispatch("consistency-lens", COMMANDS, __package__, argv)
+    return dispatch(PROGRAM, COMMANDS, __package__, argv)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .commands import PROGRAM, all_commands
+
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
@@ -18,20 +20,25 @@ RECIPE_SECTIONS = ("submit", "tokenize", "cache", "eval")
 def parse_arguments(
     dataclasses: Sequence[Any],
     argv: Sequence[str] | None = None,
-    prog: str | None = None,
+    command: str | None = None,
     sections: Collection[str] = (),
+    first: str | None = None,
 ) -> tuple:
     """Reads `--config file.yaml` and flags into dataclasses; a flag wins over the file.
 
     Args:
+        command: what is typed after `consistency-lens`, for its help; see `commands`.
         sections: keys of the file that are for other commands, and are not read here.
+        first: the argument that may be given without its flag, before all others.
 
     Raises:
         ValueError: for an unknown flag or key in the file (with the nearest known one), a value of another kind, or a
             file that is not there.
     """
     config, rest = split_config(argv)
-    parser = make_parser(dataclasses, prog)
+    if first is not None and rest and not rest[0].startswith("-"):
+        rest = [f"--{first}={rest[0]}", *rest[1:]]
+    parser = make_parser(dataclasses, command, first)
     if config is not None:
         parser.set_defaults(**read_config(config, dataclasses, sections))
     # before any dataclass is made, whose checks would speak first
@@ -43,13 +50,14 @@ def parse_arguments(
 
 
 def parse_given(
-    dataclasses: Sequence[Any], argv: Sequence[str], config: Mapping[str, Any]
+    dataclasses: Sequence[Any], argv: Sequence[str], config: Mapping[str, Any], command: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """What is said for dataclasses, without making them: some look for the devices of the machine they are made on.
 
     Args:
         argv: flags, which win.
         config: what a file says; see `check_keys`.
+        command: whose help is told; see `parse_arguments`.
 
     Returns:
         name -> value, read as its kind, of every argument that is given; and the flags of no argument.
@@ -57,7 +65,7 @@ def parse_given(
     Raises:
         ValueError: for a value of another kind.
     """
-    parser = make_parser(dataclasses)
+    parser = make_parser(dataclasses, command)
     parser.set_defaults(**{key: as_flag(value) for key, value in config.items()})
     # the parser's own defaults stay what --help tells
     values, rest = parse_known(parser, argv, dict.fromkeys(known_names(dataclasses) - set(config), MISSING))
@@ -72,12 +80,20 @@ def split_config(argv: Sequence[str] | None) -> tuple[Path | None, list[str]]:
     return None if found.config is None else Path(found.config), rest
 
 
-def make_parser(dataclasses: Sequence[Any], prog: str | None = None) -> "HfArgumentParser":
-    """A parser of the dataclasses' flags and `--config`."""
+def make_parser(
+    dataclasses: Sequence[Any], command: str | None = None, first: str | None = None
+) -> "HfArgumentParser":
+    """A parser of the dataclasses' flags and `--config`, whose help says what the command does, with an example."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(dataclasses, prog=prog, allow_abbrev=False, exit_on_error=False)
+    parser = HfArgumentParser(dataclasses, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", help="YAML file with any of these arguments; flags win over it")
+    if command is not None:
+        about, program = all_commands()[command], f"{PROGRAM} {command}"
+        words = "" if first is None else f" [{first.upper()}]"
+        parser.prog, parser.usage = program, f"{program}{words} [--config FILE] [--FLAG VALUE ...]"
+        parser.description = f"{about.summary[0].upper()}{about.summary[1:]}."
+        parser.epilog = f"Example: {program} {about.example}".rstrip()
     return parser
 
 

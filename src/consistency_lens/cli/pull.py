@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((PullArguments,), argv)
+        (args,) = parse_arguments((PullArguments,), argv, "pull")
         pulled = pull_cache(
             args.repo, args.path, revision=args.revision, split=args.split, progress=not args.disable_tqdm
         )

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((PushArguments,), argv)
+        (args,) = parse_arguments((PushArguments,), argv, "push")
         console.print(push(args), markup=False, highlight=False, soft_wrap=True)
 
     return run_command(work, {CacheVerificationError: NOT_VERIFIED})

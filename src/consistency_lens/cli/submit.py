@@ -85,7 +85,7 @@ def read_arguments(argv: Sequence[str] | None) -> tuple[SubmitArguments, Mapping
     config = {} if path is None else read_yaml(path)
     section = section_of(config, "submit")
     check_keys("the section 'submit' of the recipe", section, known_names((SubmitArguments,)))
-    given, rest = parse_given((SubmitArguments,), flags, section)
+    given, rest = parse_given((SubmitArguments,), flags, section, "submit")
     return SubmitArguments(**given), config, rest
 
 

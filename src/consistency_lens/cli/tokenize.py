@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..data.tokenization import TokenizationArguments, tokenize_corpus
         from ..evaluation.report import rich_table
 
-        (args,) = parse_arguments((TokenizationArguments,), argv)
+        (args,) = parse_arguments((TokenizationArguments,), argv, "tokenize")
         corpus = tokenize_corpus(args)
         statistics = corpus.record["statistics"]
         console.print(rich_table(("documents", ""), document_rows(statistics)))

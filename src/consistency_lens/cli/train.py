@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..training.recipe_arguments import RecipeArguments
 
         recipe, training = parse_arguments(
-            (RecipeArguments, ConsistencyLensTrainingArguments), argv, sections=RECIPE_SECTIONS
+            (RecipeArguments, ConsistencyLensTrainingArguments), argv, "train", RECIPE_SECTIONS
         )
         if recipe.dry_run:
             from ..training.dry_run import dry_run

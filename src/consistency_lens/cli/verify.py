@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(console: "Console") -> int:
         from ..data.cache_verification import find_caches, verify_cache
 
-        (args,) = parse_arguments((VerifyArguments,), argv)
+        (args,) = parse_arguments((VerifyArguments,), argv, "verify")
         caches = find_caches(args.cache)
         subject = None if args.model is None else load_subject(args, caches)
         failed = 0

@@ -20,14 +20,30 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class SavedLensArguments:
-    """Which lens is evaluated, on which activations, and where the figures go."""
+class LensArguments:
+    """Which lens is loaded, and how."""
 
     lens: str = field(default="", metadata={"help": "Folder or Hub id of the lens."})
     model: str | None = field(
         default=None, metadata={"help": "The subject, where it is not to be found at the place that the lens names."}
     )
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the lens on the Hub."})
+    device: str | None = field(
+        default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
+    )
+    dtype: str | None = field(default=None, metadata={"help": "Precision of the weights; default: as in training."})
+
+    def __post_init__(self) -> None:
+        if not self.lens:
+            raise ValueError("lens: got none; pass the folder or Hub id of a lens, e.g. --lens outputs/tiny_stories")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass
+class SavedLensArguments(LensArguments):
+    """Which lens is evaluated, on which activations, and where the figures go."""
+
     activations: str | None = field(
         default=None,
         metadata={
@@ -48,16 +64,9 @@ class SavedLensArguments:
         },
     )
     num_samples: int = field(default=12, metadata={"help": "Sample rows shown and written."})
-    device: str | None = field(
-        default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
-    )
-    dtype: str | None = field(default=None, metadata={"help": "Precision of the weights; default: as in training."})
 
     def __post_init__(self) -> None:
-        if not self.lens:
-            raise ValueError("lens: got none; pass the folder or Hub id of a lens, e.g. --lens outputs/tiny_stories")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        super().__post_init__()
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
         if self.output_dir is None and not Path(self.lens).is_dir():
@@ -122,7 +131,7 @@ def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> 
     return folder
 
 
-def load_lens(args: SavedLensArguments) -> ConsistencyLensModel:
+def load_lens(args: LensArguments) -> ConsistencyLensModel:
     """The lens with its subject, on its device.
 
     Raises:
@@ -146,7 +155,7 @@ def load_lens(args: SavedLensArguments) -> ConsistencyLensModel:
     return lens.to(device)  # type: ignore[arg-type]
 
 
-def device_of(args: SavedLensArguments) -> torch.device:
+def device_of(args: LensArguments) -> torch.device:
     """The device that is asked for, or a GPU if there is one.
 
     Raises:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((DownloadArguments,), argv)
+        (args,) = parse_arguments((DownloadArguments,), argv, "tuned-lens download")
         lenses = download_tuned_lens(
             args.repo, args.output_dir, model=args.model, revision=args.revision, progress=not args.disable_tqdm
         )

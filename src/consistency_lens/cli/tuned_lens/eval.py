@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ...tuned_lens.evaluation import EvaluationArguments, evaluate_tuned_lens
         from .tables import kl_table
 
-        (args,) = parse_arguments((EvaluationArguments,), argv)
+        (args,) = parse_arguments((EvaluationArguments,), argv, "tuned-lens eval")
         metrics = evaluate_tuned_lens(args)
         write_json(args.folder / "metrics.json", metrics)
         write_json(args.folder / "arguments.json", asdict(args))

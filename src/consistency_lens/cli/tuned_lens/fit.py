@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .tables import kl_table
 
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        fit, training = parse_arguments((FitArguments, TunedLensTrainingArguments), argv)
+        fit, training = parse_arguments((FitArguments, TunedLensTrainingArguments), argv, "tuned-lens fit")
         result = fit_tuned_lens(fit, training)
         if training.process_index > 0:
             return

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..parser import parse_arguments
 
     def work(console: "Console") -> int:
-        (args,) = parse_arguments((GatesArguments,), argv)
+        (args,) = parse_arguments((GatesArguments,), argv, "tuned-lens gates")
         return judge_and_show(args, console)
 
     return run_command(work)

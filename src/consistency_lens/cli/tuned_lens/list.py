@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(console: "Console") -> None:
         from ...tuned_lens.download import list_tuned_lenses
 
-        (args,) = parse_arguments((ListArguments,), argv)
+        (args,) = parse_arguments((ListArguments,), argv, "tuned-lens list")
         found = list_tuned_lenses(args.repo, args.revision)
         console.print(lenses_table(found))
         releases = ", ".join(found.tags) or "none"

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ...atomic_write import write_json
         from ...tuned_lens.sweep_figures import draw_sweep, find_sweep
 
-        (args,) = parse_arguments((PlotArguments,), argv)
+        (args,) = parse_arguments((PlotArguments,), argv, "tuned-lens plot")
         sweep = find_sweep(Path(args.records))
         folder = sweep.norm.parent / "plots" if args.output_dir is None else Path(args.output_dir)
         files, notes = draw_sweep(sweep, folder, args.format, args.prompt)

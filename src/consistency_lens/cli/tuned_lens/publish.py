@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((PublishArguments,), argv)
+        (args,) = parse_arguments((PublishArguments,), argv, "tuned-lens publish")
         published = publish_tuned_lens(
             args.lens,
             args.repo,

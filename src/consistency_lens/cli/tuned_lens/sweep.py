@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..parser import parse_arguments
 
     def work(console: "Console") -> None:
-        (args,) = parse_arguments((SweepArguments,), argv)
+        (args,) = parse_arguments((SweepArguments,), argv, "tuned-lens sweep")
         sweep_and_show(args, console)
 
     return run_command(work)

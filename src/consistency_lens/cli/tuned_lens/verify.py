@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ...tuned_lens.content_checks import find_tuned_lenses
         from ...tuned_lens.verification import verify_tuned_lens
 
-        (args,) = parse_arguments((VerifyArguments,), argv)
+        (args,) = parse_arguments((VerifyArguments,), argv, "tuned-lens verify")
         lenses = find_tuned_lenses(args.lens)
         if args.model is not None and len(lenses) > 1:
             raise ValueError(f"model: {args.lens!r} has {len(lenses)} lenses, each of its own model; pass one of them")

@@ -1,0 +1,55 @@
+"""What the doctor finds: what is here, what is missing for which feature, no token, no network."""
+
+import importlib.metadata
+import json
+
+import pytest
+from packaging.requirements import Requirement
+
+from consistency_lens.cli import diagnosis
+from consistency_lens.cli.diagnosis import diagnose, installed, lacking
+from consistency_lens.cli.main import main
+
+
+def found(name):
+    return next(of for section in diagnose().values() for of in section if of.name == name)
+
+
+def test_what_is_installed_is_found_with_its_version():
+    assert found("transformers").found == importlib.metadata.version("transformers")
+    assert {of.state for of in diagnose()["packages"]} == {"good"}
+    assert "cores" in found("CPU").found
+
+
+def test_a_package_that_is_missing_or_too_old_is_told_with_what_to_do(monkeypatch):
+    lines = ["torch>=999", "no-such-package-of-ours>=1", 'no-such-adapter; extra == "lora"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    version = importlib.metadata.version("torch")
+    torch, absent, lora = found("torch"), found("no-such-package-of-ours"), found("lora")
+    assert (torch.state, torch.found) == ("missing", f"torch {version} is here, >=999 is needed")
+    assert (absent.state, absent.advice) == ("missing", 'pip install "no-such-package-of-ours>=1"')
+    assert lora.state == "absent" and lora.advice.endswith('pip install "consistency-lens[lora]"')
+    assert main(["doctor"]) == 3
+
+
+def test_every_extra_for_users_is_a_feature():
+    extras = set(importlib.metadata.metadata("consistency-lens").get_all("Provides-Extra"))
+    assert extras - {"test", "lint", "docs"} <= set(diagnosis.FEATURES)
+
+
+def test_versions_are_compared():
+    assert installed(Requirement("torch")) and not installed(Requirement("torch>=999"))
+    assert lacking(Requirement("no-such-package-of-ours")) == "no-such-package-of-ours is not installed"
+
+
+def test_the_token_is_not_shown(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    assert main(["doctor", "--json"]) in (0, 3)
+    shown = capsys.readouterr().out
+    assert json.loads(shown)["Hugging Face Hub"][1]["found"] == "there is one" and "hf_planted" not in shown
+
+
+@pytest.mark.parametrize(("capability", "words"), [("avx512_bf16", "is quick"), ("avx2", "no instructions")])
+def test_bfloat16_is_said_to_be_quick_where_it_is(monkeypatch, capability, words):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {capability: True})
+    assert words in found("CPU").advice
