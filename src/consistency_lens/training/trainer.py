@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import ProgressCallback
 
 from ..data.activation_source import rows_at
@@ -158,7 +158,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
     # --- the rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(rows, StreamedActivations):
             self.own_sampler = StreamSampler(
                 rows, self.args.seed, self.args.train_batch_size, self.args.world_size, self.args.process_index
@@ -172,9 +172,9 @@ class ConsistencyLensTrainer(ControlledTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`; with `share_contexts` the batches hold each context once (`SharedContexts`)."""
         given: Any = self.data_collator
-        iterable = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
-        # such batches may be cut into those of the processes, row by row
-        dispatched = iterable or self.args.accelerator_config.dispatch_batches
+        accelerator: Any = self.args.accelerator_config
+        # the batches of an iterable may be cut into those of the processes, row by row
+        dispatched = isinstance(self.train_dataset, IterableDataset) or accelerator.dispatch_batches
         if self.args.share_contexts and not dispatched:
             self.data_collator = SharedContexts(given)
         try:
