@@ -150,9 +150,8 @@ def objectives_block(runs: dict[str, Any]) -> str:
     )
 
 
-def put_into_readme(name: str, block: str, script: Path = Path(__file__)) -> None:
-    """Replaces what stands between the markers of a name, and says which script wrote it."""
-    path = ROOT / "README.md"
+def put_into_readme(name: str, block: str, script: Path = Path(__file__), path: Path = ROOT / "README.md") -> None:
+    """Replaces what stands between the markers of a name, in the README or another page; says which script wrote it."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, rest = path.read_text(encoding="utf-8").split(begin)
     _, tail = rest.split(end)
