@@ -19,7 +19,7 @@ export DS_BUILD_OPS = 0
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help venv demo best objectives tuned-lens tuned-lens-card test test-slow lint format bench bench-gpu cards clean
+.PHONY: help venv demo best objectives tuned-lens tuned-lens-card test test-slow lint format bench bench-gpu cards docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo 'make lint       check style and types;  make format: mend what can be mended'
 	@echo 'make bench      run the benchmarks (tests/benchmarks/results);  make bench-gpu: a training step on GPUs (docs/gpu.md)'
 	@echo 'make cards      write what was measured into README.md and model_cards/ (after make demo, best, objectives)'
+	@echo 'make docs       build the site of docs/ (site/index.html)'
 	@echo 'make clean      remove .venv, caches and build leftovers; outputs stay'
 
 venv: $(INSTALLED)
@@ -84,6 +85,10 @@ bench-gpu: $(INSTALLED)
 cards: $(INSTALLED)
 	$(BIN)/python model_cards/render.py
 
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
