@@ -78,6 +78,7 @@ format: $(INSTALLED)
 # One after the other: two at once would measure each other.
 bench: $(INSTALLED)
 	@for script in $$(grep -l '__main__' tests/benchmarks/*.py | grep -v -e gpu_step -e tuned_lens_peer); do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python model_cards/render_speed.py
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/torchrun --nproc_per_node gpu tests/benchmarks/gpu_step.py

@@ -151,7 +151,7 @@ def objectives_block(runs: dict[str, Any]) -> str:
 
 
 def put_into_readme(name: str, block: str, script: Path = Path(__file__), path: Path = ROOT / "README.md") -> None:
-    """Replaces what stands between the markers of a name, in the README or another page; says which script wrote it."""
+    """Replaces what stands between the markers of a name in the README or another page, and says what wrote it."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, rest = path.read_text(encoding="utf-8").split(begin)
     _, tail = rest.split(end)

@@ -50,10 +50,12 @@ def compare(
     return write_result(name, what, "seconds", medians["ours"], medians["theirs"], runs, device)
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], device: torch.device, runs: int) -> dict[str, float]:
-    """Median seconds of each callable by name, of `runs` calls after two warm-up calls, all in turn."""
+def interleaved(
+    sides: dict[str, Callable[[], Any]], device: torch.device, runs: int, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of each callable by name, of `runs` calls after `warmup` others, all in turn."""
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for run in range(-2, runs):
+    for run in range(-warmup, runs):
         # The order changes, so that neither side always runs on the other's warm cache.
         for side in sorted(sides, reverse=bool(run % 2)):
             elapsed = seconds(sides[side], device)

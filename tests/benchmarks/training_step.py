@@ -10,6 +10,7 @@ where the plan's generation has a key-value cache; `step_memory_vs_reference`, t
 models and takes two steps; `kl_share_of_step`, what of a step the subject's judgement costs, K=8.
 """
 
+import functools
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from consistency_lens.training.lm_reference import SubjectReference  # noqa: E40
 from consistency_lens.training.objectives import Gumbel, Step  # noqa: E402
 
 LENGTH, NUM_TEXT_TOKENS, MIN_POSITION = 128, 8, 10
+Losses = Callable[[], dict[str, torch.Tensor]]
+
 LM_WEIGHT, LEARNING_RATE = 0.3, 1e-4
 EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_stories"
 
@@ -42,8 +45,9 @@ class Setting:
     """A model and how many activations a step has."""
 
     suffix: str
-    batch: int
     layer: int
+    batch: int
+    memory_batch: int
     runs: int
 
     def make_lens(self) -> ConsistencyLensModel:
@@ -62,9 +66,10 @@ class Setting:
         ).train()
 
 
+# The more activations a step has, the less of its memory is weights and optimizer, which are alike on both sides.
 SETTINGS = (
-    Setting(suffix="", batch=32, layer=6, runs=5),
-    Setting(suffix="_tiny_stories", batch=64, layer=2, runs=9),
+    Setting(suffix="_tiny_stories", layer=2, batch=64, memory_batch=64, runs=7),
+    Setting(suffix="", layer=6, batch=16, memory_batch=64, runs=3),
 )
 
 
@@ -92,38 +97,51 @@ def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int) -> di
     return rows | {"activations": activations, "other_activations": activations.roll(num_positions, 0)}
 
 
-def ours(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True) -> Callable[[], None]:
-    """Our step: the contexts of a sequence are shared, and read once for activations and KL."""
+def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True) -> Losses:
+    """Of our step: the contexts of a sequence are shared, and read once for activations and KL."""
     subject = lens.subject
     objective = Gumbel(
         subject, SubjectReference(subject), "forward", delta_residual="detached", needs_kl=kl, needs_entropy=False
     )
     shared = share_contexts(batch)
 
-    def losses() -> dict[str, torch.Tensor]:
-        return objective(lens, lens, read_activations(subject, shared, keep_context=kl), Step(0, 0)).terms
-
-    return step_of(lens, losses)
+    return lambda: objective(lens, lens, read_activations(subject, shared, keep_context=kl), Step(0, 0)).terms
 
 
-def theirs(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True, cached: bool = False) -> Callable:
-    """The plan's step."""
-    plan = SpecStep(lens, cached=cached)
-    return step_of(plan, lambda: plan(batch, judged=kl))
-
-
-def step_of(model: torch.nn.Module, losses: Callable[[], dict[str, torch.Tensor]]) -> Callable[[], None]:
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
-    def step() -> None:
-        terms = losses()
-        loss = LM_WEIGHT * terms["lm"] + (terms["kl"] if "kl" in terms else 0)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return step
+def take_step(losses: Losses, optimizer: torch.optim.Optimizer) -> None:
+    terms = losses()
+    loss = LM_WEIGHT * terms["lm"] + (terms["kl"] if "kl" in terms else 0)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Our model and those of the plan, each with its optimizer."""
+
+    lens: ConsistencyLensModel
+    plans: dict[str, SpecStep]
+    optimizers: dict[str, torch.optim.Optimizer]
+
+    @classmethod
+    def of(cls, lens: ConsistencyLensModel, device: torch.device) -> "Sides":
+        plans = {"plan": SpecStep(lens).to(device), "cached": SpecStep(lens, cached=True).to(device)}
+        optimizers = {name: make_optimizer(model) for name, model in {**plans, "ours": lens}.items()}
+        return cls(lens, plans, optimizers)
+
+    def steps(self, batch: dict[str, Any], kl: bool = True) -> dict[str, Callable[[], None]]:
+        """A step of each on a batch."""
+        losses: dict[str, Losses] = {
+            name: functools.partial(plan, batch, judged=kl) for name, plan in self.plans.items()
+        }
+        losses["ours"] = our_losses(self.lens, batch, kl)
+        return {name: functools.partial(take_step, of, self.optimizers[name]) for name, of in losses.items()}
 
 
 def measure_times(setting: Setting, device: torch.device) -> None:
@@ -131,29 +149,17 @@ def measure_times(setting: Setting, device: torch.device) -> None:
     lens = setting.make_lens().to(device)
     model = f"{type(lens.subject.model).__name__} of {lens.subject.model.num_parameters() / 1e6:.1f}M parameters"
     what = f"training step, {model}, layer {setting.layer}, B={setting.batch} S={LENGTH} T={NUM_TEXT_TOKENS}"
-    batch = make_batch(lens, setting.batch, 1)
-    sides = {"ours": ours(lens, batch), "plan": theirs(lens, batch), "cached": theirs(lens, batch, cached=True)}
-    medians = interleaved(sides, device, setting.runs)
+    sides = Sides.of(lens, device)
+    medians = interleaved(sides.steps(make_batch(lens, setting.batch, 1)), device, setting.runs, warmup=1)
     for name, side in (("step_vs_reference", "plan"), ("step_vs_cached_reference", "cached")):
         write(name, f"{what} K=1 against the plan's", "seconds", medians["ours"], medians[side], setting, device)
     batch = make_batch(lens, setting.batch, 8)
-    sides = {
-        "ours": ours(lens, batch),
-        "ours without": ours(lens, batch, kl=False),
-        "plan": theirs(lens, batch),
-        "plan without": theirs(lens, batch, kl=False),
-    }
-    medians = interleaved(sides, device, setting.runs)
-    what = f"{what} K=8"
-    write(
-        "step_vs_reference_k8",
-        f"{what} against the plan's",
-        "seconds",
-        medians["ours"],
-        medians["plan"],
-        setting,
-        device,
-    )
+    del sides.plans["cached"]
+    work = sides.steps(batch)
+    work |= {f"{name} without": step for name, step in sides.steps(batch, kl=False).items()}
+    medians = interleaved(work, device, setting.runs, warmup=1)
+    what, ours, plan = f"{what} K=8", medians["ours"], medians["plan"]
+    write("step_vs_reference_k8", f"{what} against the plan's", "seconds", ours, plan, setting, device)
     shares = {side: 1 - medians[f"{side} without"] / medians[side] for side in ("ours", "plan")}
     what = f"what of a {what} the KL costs, in the plan's and in ours, which reads its activations on the fly"
     write("kl_share_of_step", what, "of a step", shares["ours"], shares["plan"], setting, device)
@@ -164,13 +170,16 @@ def peak_bytes(setting: Setting, side: str) -> int:
     device = prepare()
     before = memory("VmRSS", device)
     lens = setting.make_lens().to(device)
-    batch = make_batch(lens, setting.batch, 1)
-    step = {"ours": ours, "plan": theirs}[side](lens, batch)
-    if side == "plan":
-        # the plan's step has its own copies
-        lens = None
-    for _ in range(2):
-        step()
+    # the first step makes the states of the optimizer, which are there during the second
+    batches = [make_batch(lens, size, 1) for size in (2, setting.memory_batch)]
+    if side == "ours":
+        optimizer, losses = make_optimizer(lens), [our_losses(lens, batch) for batch in batches]
+    else:
+        plan = SpecStep(lens)
+        del lens  # the plan has its own copies
+        optimizer, losses = make_optimizer(plan), [functools.partial(plan, batch) for batch in batches]
+    for of_step in losses:
+        take_step(of_step, optimizer)
     return memory("VmHWM", device) - before
 
 
@@ -190,7 +199,7 @@ def measure_memory(setting: Setting, device: torch.device) -> None:
             peaks[side] = pool.submit(peak_bytes, setting, side).result()
     what = (
         f"peak memory of models, optimizer and two training steps, layer {setting.layer}, "
-        f"B={setting.batch} S={LENGTH} T={NUM_TEXT_TOKENS} K=1 against the plan's"
+        f"B={setting.memory_batch} S={LENGTH} T={NUM_TEXT_TOKENS} K=1 against the plan's"
     )
     write("step_memory_vs_reference", what, "bytes", peaks["ours"], peaks["plan"], setting, device)
 
@@ -201,12 +210,14 @@ def write(name: str, what: str, unit: str, mine: float, other: float, setting: S
 
 
 def main() -> None:
-    """Measures both models."""
-    device = prepare()
+    """Measures both models, or what is named: `memory`, `times`, `large`, `embedded`."""
+    device, named = prepare(), set(sys.argv[1:])
     for setting in SETTINGS:
-        if not sys.argv[1:] or "memory" in sys.argv:
+        if {"large", "embedded"} & named and ("embedded" if setting.suffix else "large") not in named:
+            continue
+        if not {"memory", "times"} & named or "memory" in named:
             measure_memory(setting, device)
-        if not sys.argv[1:] or "times" in sys.argv:
+        if not {"memory", "times"} & named or "times" in named:
             measure_times(setting, device)
 
 
