@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "consistency_lens"
 LAYERS = [
     {"residual_stream", "configuration_consistency_lens", "straight_through", "losses", "schedules"}
     | {"optional_packages", "atomic_write", "hub_connection", "quantised", "attention", "spans"},
-    {"subject", "cached_passes"},
+    {"subject", "cached_passes", "context_cache"},
     {"lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
     | {"modeling_consistency_lens"},
     {"data"},
