@@ -55,7 +55,7 @@ def kept(cache: DynamicCache) -> ContextCache:
 
 
 def reopened(context: ContextCache, length: int) -> DynamicCache:
-    """A cache over the kept keys and values of `length` tokens; appending concatenates, and leaves them as they are."""
+    """A cache over the kept keys and values of `length` tokens; what is appended leaves them as they are."""
     cache = DynamicCache()
     for states in context:
         if states is None:

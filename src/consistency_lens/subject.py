@@ -90,18 +90,23 @@ class Subject:
         return captured.activations
 
     @torch.no_grad()
-    def context(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SubjectContext:
+    def context(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, check: bool = True
+    ) -> SubjectContext:
         """Reads the subject at `positions`: activations, next-token logits and the cache for the replaced pass.
 
         Args:
             input_ids: right-padded tokens, (B, S) int64.
             attention_mask: 1 for real tokens, (B, S).
             positions: indices of real tokens, (B, K) int64.
+            check: look whether they are, which waits for the device; a collator's batches need it not.
 
         Raises:
-            ValueError: if the shapes do not fit, a row is padded on the left or a position is not a real token.
+            ValueError: with `check`, if the shapes do not fit, a row is padded on the left or a position is not a real
+                token.
         """
-        _check_inputs(input_ids, attention_mask, positions)
+        if check:
+            _check_inputs(input_ids, attention_mask, positions)
         one_token = self.check_one_token(input_ids.shape[1] + positions.shape[1])
         with span("context pass"):
             return self._context(input_ids, attention_mask, positions, keep_cache=one_token)

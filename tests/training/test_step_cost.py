@@ -1,5 +1,7 @@
 """What a training step costs, counted in FLOPs and bytes of tensors, never in seconds."""
 
+import traceback
+
 import pytest
 import torch
 from flop_count import flops
@@ -7,6 +9,7 @@ from live_bytes import peak_bytes
 from tiny_lenses import activations, tiny_lens
 from tiny_models import random_tokens
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency_lens.data.on_the_fly import read_activations
 from consistency_lens.data.shared_contexts import share_contexts
@@ -99,6 +102,35 @@ def test_the_second_activation_costs_no_backward_pass(lens):
         lens.zero_grad()
     extra = {name: costs[name] - costs["none"] for name in ("detached", "full")}
     assert 0 < extra["detached"] < 0.4 * extra["full"]
+
+
+class Waits(TorchDispatchMode):
+    """Notes from where operations are called that wait for the device: those whose result the CPU has to know."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.callers = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket.__name__ in self.NAMES:
+            files = [frame.filename for frame in traceback.extract_stack()]
+            packages = ("consistency_lens", "transformers")
+            self.callers.append(next(name for file in reversed(files) for name in packages if f"/{name}/" in file))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_positions", [1, BATCH])
+@pytest.mark.parametrize("delta_residual", ["none", "detached", "full"])
+def test_a_step_waits_for_the_device_in_the_masks_of_transformers_alone(lens, num_positions, delta_residual):
+    subject, batch = lens.subject, batch_of(12, num_positions)
+    objective = Gumbel(subject, SubjectReference(subject), delta_residual=delta_residual)
+    with Waits() as waits:
+        terms = objective(lens, lens, read_activations(subject, batch, keep_context=True), Step(0, 0)).terms
+        torch.stack(list(terms.values())).sum().backward()
+    lens.zero_grad()
+    assert set(waits.callers) == {"transformers"} and len(waits.callers) <= 4
 
 
 def vocabulary_losses(logits, other, table):

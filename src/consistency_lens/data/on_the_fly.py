@@ -182,7 +182,7 @@ def read_activations(subject: Subject, batch: dict[str, Any], keep_context: bool
     """
     places = ReadPlaces.of(batch)
     if keep_context:
-        context = subject.context(batch["input_ids"], batch["attention_mask"], places.positions)
+        context = subject.context(batch["input_ids"], batch["attention_mask"], places.positions, check=False)
         read = {"activations": places.of_rows(context.activations).float(), "context": context}
     else:
         hidden = subject.activations(batch["input_ids"], batch["attention_mask"])

@@ -96,7 +96,7 @@ def judge_places(subject: Subject, batch: Batch, reconstructions: Tensor) -> Jud
     one_token = subject.check_one_token(batch["input_ids"].shape[1] + num_queries)
     context = batch.get("context")
     if context is None:
-        context = subject.context(batch["input_ids"], batch["attention_mask"], places.positions)
+        context = subject.context(batch["input_ids"], batch["attention_mask"], places.positions, check=False)
     elif not one_token:
         context = context._replace(cache=None)
     queries = context._replace(positions=places.positions.repeat_interleave(count, dim=1))
