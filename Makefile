@@ -19,17 +19,18 @@ export DS_BUILD_OPS = 0
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 
-.PHONY: help venv demo best objectives tuned-lens tuned-lens-card test test-slow lint format bench bench-gpu cards docs clean
+.PHONY: help venv demo best objectives tuned-lens keep test test-slow lint format bench bench-gpu cards docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       train and evaluate the lens of the embedded story model (outputs/tiny_stories)'
 	@echo 'make best       the best lens of that model, three seeds, up to half an hour each;  make objectives: compare objectives'
-	@echo 'make tuned-lens fit, judge and plot the tuned lens of that model (outputs/tuned_lenses);  make tuned-lens-card: into README.md'
+	@echo 'make tuned-lens fit, judge and plot the tuned lens of that model (outputs/tuned_lenses)'
 	@echo 'make test       run the tests;  make test-slow: the slow ones too'
 	@echo 'make lint       check style and types;  make format: mend what can be mended'
 	@echo 'make bench      run the benchmarks (tests/benchmarks/results);  make bench-gpu: a training step on GPUs (docs/gpu.md)'
-	@echo 'make cards      write what was measured into README.md and model_cards/ (after make demo, best, objectives)'
+	@echo 'make cards      write README.md and the cards in model_cards/ from what is kept there'
+	@echo 'make keep       keep there what make demo and make tuned-lens left in outputs/'
 	@echo 'make docs       build the site of docs/ (site/index.html)'
 	@echo 'make clean      remove .venv, caches and build leftovers; outputs stay'
 
@@ -56,8 +57,8 @@ tuned-lens: $(INSTALLED)
 		--suite stories --output_dir $(TUNED_LENS)/sweep
 	$(BIN)/consistency-lens tuned-lens plot --records $(TUNED_LENS)/sweep
 
-tuned-lens-card: $(INSTALLED)
-	$(BIN)/python model_cards/render_tuned_lens.py
+keep: $(INSTALLED)
+	$(BIN)/python model_cards/keep.py
 
 # Tiny models are slower on several threads than on one, so the tests run side by side instead.
 test: $(INSTALLED)
@@ -78,7 +79,6 @@ format: $(INSTALLED)
 # One after the other: two at once would measure each other.
 bench: $(INSTALLED)
 	@for script in $$(grep -l '__main__' tests/benchmarks/*.py | grep -v -e gpu_step -e tuned_lens_peer); do $(BIN)/python $$script || exit 1; done
-	$(BIN)/python model_cards/render_speed.py
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/torchrun --nproc_per_node gpu tests/benchmarks/gpu_step.py

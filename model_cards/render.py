@@ -1,15 +1,15 @@
-"""Renders what the repository shows of the embedded model's lenses: card, figures, pictures and tables of the README.
+"""Renders what the repository shows of the embedded model's lenses: cards, pictures and the README's tables.
 
-    make demo && make best && make objectives && make cards
+    make cards
 
-reads outputs/tiny_stories, model_cards/best.json and model_cards/objectives.json (see measure.py), and writes
-model_cards/ and the parts of README.md between its markers, such as `<!-- demo:begin -->` and `<!-- demo:end -->`.
-Every number comes from the runs' own files.
+reads what is kept in model_cards/ (by `make best`, `make objectives` and `make keep`) and of benchmarks, and nothing
+else; writes the README.md of each lens there, pictures, and what stands in README.md and docs/speed.md between markers
+such as `<!-- demo:begin -->` and `<!-- demo:end -->`. Every number comes from the runs' own files, and a test holds that the
+files of the repository are those that this script writes.
 """
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,15 +19,21 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from transformers import AutoModel
+from speed_block import speed_block
+from tuned_lens_block import tuned_lens_block
 
-from consistency_lens import Explanation
+from consistency_lens import Explanation, TokenExplanation
 from consistency_lens.evaluation.report import control_rows, markdown_table, metrics_markdown
+from consistency_lens.hub.lens_card import lens_card
+from consistency_lens.hub.upstream_license import license_in_card
+from consistency_lens.tuned_lens.cards import CardPlace
+from consistency_lens.tuned_lens.cards import lens_card as tuned_lens_card
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
 CAPTION = "Colour: FVE from 0 (dark) to 1 (bright)."
-SENTENCE = "Once upon a time there was a little dog named Max. He loved to play in the park"
+SUBJECT = "examples/tiny_stories"
+README = "README.md"
 
 # label -> what of a run's figures it shows, and its decimals
 Column = tuple[Callable[[dict[str, Any]], float], int]
@@ -91,7 +97,7 @@ def draw_curves(runs: dict[str, Any], path: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": f"matplotlib {matplotlib.__version__}"})
     plt.close(figure)
 
 
@@ -150,37 +156,67 @@ def objectives_block(runs: dict[str, Any]) -> str:
     )
 
 
-def put_into_readme(name: str, block: str, script: Path = Path(__file__), path: Path = ROOT / "README.md") -> None:
-    """Replaces what stands between the markers of a name in the README or another page, and says what wrote it."""
+def with_block(text: str, name: str, block: str) -> str:
+    """A text with another block between the markers of a name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    head, rest = path.read_text(encoding="utf-8").split(begin)
+    head, rest = text.split(begin)
     _, tail = rest.split(end)
-    written = f"<!-- written by model_cards/{script.name} -->"
-    path.write_text(f"{head}{begin}\n{written}\n{block}{end}{tail}", encoding="utf-8")
+    return f"{head}{begin}\n<!-- written by model_cards/render.py -->\n{block}{end}{tail}"
 
 
-def render_demo(run: Path) -> None:
-    """The demo's card, figures, picture and block."""
-    target = CARDS / "tiny_stories"
-    target.mkdir(exist_ok=True)
-    for name in ("README.md", "metrics.json", "samples.jsonl", "run.json"):
-        shutil.copy(run / name, target / name)
-    draw(AutoModel.from_pretrained(run).explain(SENTENCE), target / "explanation.png")
-    put_into_readme("demo", demo_block(read_json(run / "run.json"), read_json(run / "metrics.json")))
+def render_lens(name: str, target: Path) -> None:
+    """The card and the picture of a lens that `make demo` trained."""
+    folder = CARDS / name
+    (target / name).mkdir(parents=True, exist_ok=True)
+    (target / name / README).write_text(lens_card(folder, location=f"outputs/{name}"), encoding="utf-8")
+    if (folder / "explanation.json").is_file():
+        said = read_json(folder / "explanation.json")
+        tokens = [TokenExplanation(**row) for row in said["tokens"]]
+        draw(Explanation(said["text"], tokens), target / name / "explanation.png")
+
+
+def render_tuned_lens(name: str, target: Path) -> None:
+    """The card of the tuned lens that `make tuned-lens` fitted."""
+    folder = CARDS / name
+    config, provenance, metrics = (read_json(folder / f"{of}.json") for of in ("config", "provenance", "metrics"))
+    place = CardPlace(provenance["model_id"], f"outputs/tuned_lenses/{provenance['clean_model_name']}")
+    text = tuned_lens_card(place, config, provenance, metrics, license_in_card(str(ROOT / SUBJECT), None))
+    (target / name).mkdir(parents=True, exist_ok=True)
+    (target / name / README).write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def render(target: Path) -> None:
+    """Writes README.md, docs/speed.md and model_cards/ below a folder, by default the repository itself."""
+    cards = target / "model_cards"
+    render_lens("tiny_stories", cards)
+    render_tuned_lens("tuned_lens_tiny_stories", cards)
+    best, objectives = read_json(CARDS / "best.json"), read_json(CARDS / "objectives.json")
+    draw_curves(objectives, cards / "objectives.png")
+    demo = CARDS / "tiny_stories"
+    readme = {
+        "demo": demo_block(read_json(demo / "run.json"), read_json(demo / "metrics.json")),
+        "best": best_block(best),
+        "objectives": objectives_block(objectives),
+        "tuned_lens": tuned_lens_block(),
+    }
+    for page, blocks in {README: readme, "docs/speed.md": {"speed": speed_block()}}.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name, block in blocks.items():
+            text = with_block(text, name, block)
+        (target / page).parent.mkdir(parents=True, exist_ok=True)
+        (target / page).write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs/tiny_stories")
-    render_demo(parser.parse_args().run)
-    put_into_readme("best", best_block(read_json(CARDS / "best.json")))
-    objectives = read_json(CARDS / "objectives.json")
-    draw_curves(objectives, CARDS / "objectives.png")
-    put_into_readme("objectives", objectives_block(objectives))
+    parser.add_argument(
+        "--target", type=Path, default=ROOT, help="folder that README.md, docs/ and model_cards/ go to"
+    )
+    render(parser.parse_args().target)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 import hashlib
 import json
-import shutil
-import subprocess
 
 import pytest
 from tuned_fits import BATCH, RIDGE_BLOCKS, SEQ_LEN, STEPS, TRAIN_BLOCKS, run_fit, without_waiting, write_inputs
 
 from consistency_lens.data.fingerprints import tokenizer_hash, weights_hash
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer
-from consistency_lens.tuned_lens import provenance
-from consistency_lens.tuned_lens.provenance import git_commit
 
 PLAN = {  # section 7, and what it holds
     "enabled": None, "model_id": None, "clean_model_name": None, "sha": None, "seed": None,
@@ -96,23 +92,3 @@ def test_no_path_is_written_but_those_that_were_typed(inputs, folder):
         for typed in (f"{home}/subject", f"{home}/text.jsonl"):
             text = text.replace(json.dumps(typed), "")
         assert home not in text and str(folder) not in text and '"/' not in text, file.name
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_the_commit_of_a_repository_that_is_not_ours_is_not_taken(tmp_path, monkeypatch):
-    file = tmp_path / "provenance.py"
-    file.write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(file))
-    assert git_commit() is None
-
-    def git(*words):
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
-        subprocess.run(command, check=True, capture_output=True)
-
-    git("init")
-    git("commit", "--allow-empty", "-m", "theirs")
-    assert git_commit() is None
-    git("add", "provenance.py")
-    assert len(git_commit()) == 40
-    monkeypatch.setenv("PATH", "")
-    assert git_commit() is None

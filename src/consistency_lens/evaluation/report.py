@@ -138,12 +138,16 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def control_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The lens, then its controls: what Â is made from, FVE and KL recovered."""
     compared = {"the lens's text": metrics}
-    for name, values in metrics["controls"].items():
-        meaning = CONTROLS.get(name, "")
-        if "bits" in values:
-            meaning += f", {values['bits']:.0f} bits"
-        compared[f"{name} ({meaning})" if meaning else name] = values
+    compared |= {control_label(name, values): values for name, values in metrics["controls"].items()}
     return [(label, f"{of['fve']:.3f}", f"{of['kl_recovered']:.3f}") for label, of in compared.items()]
+
+
+def control_label(name: str, values: Mapping[str, Any]) -> str:
+    """A control's name with what it reconstructs from."""
+    meaning = CONTROLS.get(name, "")
+    if "bits" in values:
+        meaning += f", {values['bits']:.0f} bits"
+    return f"{name} ({meaning})" if meaning else name
 
 
 def check_tables(metrics: Mapping[str, Any]) -> list[CheckTable]:

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from ..configuration_consistency_lens import ConsistencyLensConfig
 from ..data.collator import ActivationCollator
 from ..data.sources import CACHE, ON_THE_FLY, Reader, SourceArguments, SplitRows, cache_folder, open_rows
-from ..hub.cards import write_lens_card
+from ..hub.lens_card import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .arguments import CHECKS, EvaluationArguments
 from .evaluator import Evaluator, write_metrics
@@ -109,10 +109,11 @@ def evaluate_saved_lens(
     metrics = Evaluator(lens, rows.held_out, collator, evaluation, train_rows=rows.true_text)()
     samples = collect_samples(lens, rows.held_out, collator, count=args.num_samples, seed=evaluation.seed)
     resolved = {"lens": asdict(args) | {"activations": source.activations}, "evaluation": asdict(evaluation)}
-    write_metrics(folder / "metrics.json", metrics, {**resolved, "recipe": recipe_of(lens)})
+    data = {name: rows.provenance.get(name) for name in ("dataset", "dataset_revision")}
+    write_metrics(folder / "metrics.json", metrics | {"data": data}, {**resolved, "recipe": recipe_of(lens)})
     write_samples(folder / "samples.jsonl", samples)
     if folder.resolve() == Path(args.lens).resolve():
-        write_lens_card(folder, lens, metrics, samples)
+        write_lens_card(folder)
     return metrics, samples, folder
 
 

@@ -27,8 +27,8 @@ from ..data.cache_folder import how_to_finish, writing
 from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import is_cache, verify_cache
 from ..hub_connection import asking_hub
+from .cache_card import write_cache_card
 from .card_metadata import check_card_metadata
-from .cards import write_cache_card
 
 logger = logging.getLogger(__name__)
 

@@ -1,164 +1,87 @@
-"""Cards of published artifacts, rendered from what was measured; nothing in them is typed by hand."""
+"""What all cards of published artifacts share: templates, names as others may read them, licence, citation.
 
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from itertools import pairwise
-from pathlib import Path
+Everything in a card is rendered from what was recorded; nothing in them is typed by hand.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from datasets import DatasetInfo, Features, SplitDict, SplitInfo
-from datasets.info import DatasetInfosDict
-from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..atomic_write import write_text
-from ..data.cache_columns import TEXT_COLUMN
-from ..data.cache_description import corpus_facts
-from ..evaluation.report import markdown_table, metrics_markdown
-from ..evaluation.samples import Sample
-from ..modeling_consistency_lens import ConsistencyLensModel
+from .markdown import code, literal, plain, shell
+from .upstream_license import UpstreamLicense
 
-CACHE_TAGS = ("consistency-lens", "activations", "interpretability")
-SIZES = [10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12]
-SIZE_NAMES = [
-    "n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B",
-    "100B<n<1T", "n>1T",
-]  # fmt: skip
+LIBRARY = "consistency-lens"
+NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
+TAGS = (LIBRARY, "interpretability")
+
+
+@cache
+def environment() -> Environment:
+    """The templates; a value that is missing is an error, never an empty place."""
+    made = Environment(
+        loader=PackageLoader(__package__, "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, whose own marks `plain` and `code` take care of
+    )
+    made.filters |= {"plain": plain, "code": code, "literal": literal, "shell": shell, "count": count}
+    return made
 
 
 def render(template: str, **values: Any) -> str:
-    """Renders a template of `hub/templates`; a value that is missing is an error, never an empty place."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    source = files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(**values)
+    """Renders a template of `hub/templates`; what a template leaves out leaves no gap."""
+    text = environment().get_template(template).render(**values)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def write_lens_card(
-    folder: Path, lens: ConsistencyLensModel, metrics: dict[str, Any], samples: Sequence[Sample]
-) -> Path:
-    """Writes `README.md`, the model card of a trained lens, into its folder."""
-    base = lens.config.base_model_name_or_path
-    text = render(
-        "lens_card.md.jinja",
-        name=folder.resolve().name,
-        location=str(folder),
-        base_on_hub=base if not Path(base).exists() else None,
-        config=lens.config,
-        train_rows=(lens.provenance or {}).get("train_rows", "not measured"),
-        table=metrics_markdown(metrics),
-        samples=list(samples),
-    )
-    path = folder / "README.md"
-    write_text(path, text)
-    return path
-
-
-def write_cache_card(
-    folder: Path,
-    repo: str,
-    provenances: Mapping[str, Mapping[str, Any]],
-    descriptions: Mapping[str, Mapping[str, Any]],
-    records: Mapping[str, Sequence[Mapping[str, Any]]],
-    features: Features,
-    license: str | None = None,
-    language: Sequence[str] = (),
-) -> Path:
-    """Writes `README.md`, the card of an activation cache as a data set, into the folder that is published.
-
-    Args:
-        repo: id of the data set.
-        provenances: of each split, as they are published.
-        descriptions: of each split, from `data.cache_description.describe_cache`.
-        records: of each split's parquet files, with `rows`, `bytes` and `num_bytes`.
-        features: of the parquet files.
-    """
-    provenance = next(iter(provenances.values()))
-    description = next(iter(descriptions.values()))
-    rows = [
-        (split, *(f"{of[name]:,}" for name in ("rows", "documents", "context_tokens")), f"{of['disk']['bytes']:,}")
-        for split, of in descriptions.items()
-    ]
-    norm_names = list(description["norm"])
-    norm_rows = [(split, *(f"{of['norm'][name]:.4g}" for name in norm_names)) for split, of in descriptions.items()]
-    text = render(
-        "cache_card.md.jinja",
-        metadata=cache_metadata(provenance, records, features, license, language),
-        name=repo.rpartition("/")[2],
-        repo=repo,
-        license=license,
-        subject=hub_link(provenance["subject"], provenance["subject_revision"]),
-        dataset=hub_link(provenance["dataset"], provenance["dataset_revision"], "datasets/"),
-        provenance=provenance,
-        corpus=corpus_facts(provenance),
-        sequences={split: of["sequences"] for split, of in provenances.items()},
-        seen=provenances.get("validation", {}).get("seen_in_training"),
-        columns={name: column_meaning(name, provenance) for name in features},
-        splits=markdown_table(("split", "rows", "documents", "tokens in contexts", "bytes as Arrow"), rows),
-        norms=markdown_table(("split", *norm_names), norm_rows),
-        outliers={split: of["outliers"] for split, of in descriptions.items()},
-        first_split=next(iter(descriptions)),
-    )
-    path = folder / "README.md"
-    write_text(path, text)
-    return path
-
-
-def cache_metadata(
-    provenance: Mapping[str, Any],
-    records: Mapping[str, Sequence[Mapping[str, Any]]],
-    features: Features,
-    license: str | None,
-    language: Sequence[str],
-) -> str:
-    """The YAML head of a cache's card, by the Hub's specification of data set cards."""
-    name, num_rows = "default", sum(record["rows"] for of in records.values() for record in of)
-    splits = {
-        split: SplitInfo(split, sum(record["num_bytes"] for record in of), sum(record["rows"] for record in of))
-        for split, of in records.items()
-    }
-    info = DatasetInfo(
-        features=features,
-        splits=SplitDict(splits),
-        download_size=sum(record["bytes"] for of in records.values() for record in of),
-        dataset_size=sum(split.num_bytes for split in splits.values()),
-    )
-    on_hub = provenance["subject_revision"] is not None
-    card = DatasetCardData(
-        language=list(language) or None,
-        license=license,
-        tags=[*CACHE_TAGS, *([provenance["subject"]] if on_hub else [])],
-        size_categories=[size_category(num_rows)],
-        source_datasets=[provenance["dataset"]] if provenance["dataset_revision"] is not None else None,
-    )
-    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
-    MetadataConfigs({name: {"data_files": files}}).to_dataset_card_data(card)
-    DatasetInfosDict({name: info}).to_dataset_card_data(card)
-    return card.to_yaml()
-
-
-def size_category(rows: int) -> str:
-    """The Hub's name for a number of rows."""
-    for (low, below), name in zip(pairwise([0, *SIZES]), SIZE_NAMES, strict=False):
-        if low <= rows < below:
-            return name
-    return SIZE_NAMES[-1]
+def count(number: int | None) -> str:
+    """A whole number with its thousands apart."""
+    return NOT_MEASURED if number is None else f"{number:,}"
 
 
 def hub_link(name: str, revision: str | None, prefix: str = "") -> str:
     """A repository of the Hub at its revision, linked; what is not on the Hub by its name alone."""
     if revision is None:
-        return f"`{name}`"
-    return f"[{name}](https://huggingface.co/{prefix}{name}), revision `{revision}`"
+        return code(name)
+    return f"[{plain(name)}](https://huggingface.co/{prefix}{name}), revision {code(revision)}"
 
 
-def column_meaning(name: str, provenance: Mapping[str, Any]) -> str:
-    """What a column of a cache holds."""
-    meanings = {
-        "activation": f"output of block {provenance['layer']} at token P, {provenance['width']} numbers",
-        "input_ids": "tokens 0..P of the context, P included",
-        "position": "P",
-        "document": "hash of the document's text: rows of one document share it",
-        TEXT_COLUMN: "the context, decoded, for reading",
-    }
-    return f"{meanings[name]} ({provenance['dtype']})" if name == "activation" else meanings[name]
+def license_metadata(license: UpstreamLicense, base: str | None, revision: str | None) -> dict[str, Any]:
+    """The licence in the head of a card, as the Hub wants it; empty where none is known.
+
+    Args:
+        base, revision: the model on the Hub whose licence it is, for a link that names a file of it.
+    """
+    if license.name is None:
+        return {}
+    found = {"license": license.name}
+    if license.title is not None:
+        found["license_name"] = license.title
+    if license.link is not None:
+        found["license_link"] = license_link(license.link, base, revision)
+    return found
+
+
+def license_link(link: str, base: str | None, revision: str | None) -> str:
+    """An address where the licence is found; what is a file of the base model is there."""
+    if "://" in link or base is None:
+        return link
+    return f"https://huggingface.co/{base}/blob/{revision or 'main'}/{link.lstrip('/')}"
+
+
+def citation(versions: Mapping[str, str] | None) -> str:
+    """BibTeX of the software, in the version that made an artifact."""
+    version = (versions or {}).get("consistency_lens")
+    lines = [
+        "@software{consistency_lens,",
+        "  author = {{The consistency-lens authors}},",
+        "  title = {consistency-lens: read one activation of a language model in plain words, and check the words},",
+        *([f"  version = {{{version}}},"] if version else []),
+        "}",
+    ]
+    return "\n".join(lines)

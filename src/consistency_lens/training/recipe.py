@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from ..evaluation.evaluator import Evaluator, write_metrics
 from ..evaluation.metrics import start_token
 from ..evaluation.samples import Sample, collect_samples, write_samples
 from ..evaluation.saved_lens import collator_for
-from ..hub.cards import write_lens_card
+from ..hub.lens_card import write_lens_card
+from ..hub.upstream_license import license_in_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from .arguments import ConsistencyLensTrainingArguments
@@ -35,6 +35,7 @@ from .evaluation_callback import EvaluateLens
 from .interruption import Interruption, interruptible
 from .recipe_arguments import RecipeArguments
 from .run_names import name_run
+from .run_record import run_record, software
 from .sample_tables import SampleTables
 from .sharding import make_models_whole
 from .sharding_arguments import spread_by
@@ -205,6 +206,7 @@ def describe_training(lens: ConsistencyLensModel, args: RecipeArguments, rows: S
     """Gives the lens the statistics of its training rows, and its provenance."""
     lens.set_statistics(rows.mean, rows.rms)
     long = ("mean", "shards", "parquet", "seen_in_training")
+    base = license_in_card(args.model, lens.config.base_model_revision)
     lens.provenance = {
         "consistency_lens": __version__,
         "recipe": asdict(args),
@@ -213,6 +215,9 @@ def describe_training(lens: ConsistencyLensModel, args: RecipeArguments, rows: S
         "held_out_fraction": rows.fraction,
         "train_rows": len(rows.train),
         "validation_rows": len(rows.held_out),
+        "trained_parameters": sum(tensor.numel() for tensor in lens.trained_tensors().values()),
+        "base_license": {"name": base.name, "title": base.title, "link": base.link},
+        **software(),
     }
 
 
@@ -288,13 +293,12 @@ def evaluate_and_write(
     samples = collect_samples(trainer.lens, held_out, collator, count=args.num_samples, seed=evaluation.seed)
     clock.lap("evaluation")
     resolved = {"recipe": asdict(args), "training": training_args.to_dict()}
-    machine = {"cpu_cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(training_args.device)}
-    seconds = {"seconds": sum(clock.laps.values()), "laps": clock.laps, "machine": machine}
+    record = run_record(args, training_args, trainer.state.global_step, clock.laps)
     write_metrics(output_dir / "metrics.json", metrics, resolved)
     write_samples(output_dir / "samples.jsonl", samples)
-    write_json(output_dir / "run.json", {**seconds, **resolved})
+    write_json(output_dir / "run.json", {**record, **resolved})
     write_json(output_dir / "log_history.json", [without_nan(entry) for entry in trainer.state.log_history])
-    write_lens_card(output_dir, trainer.lens, metrics, samples)
+    write_lens_card(output_dir)
     return metrics, samples
 
 

@@ -1,14 +1,24 @@
 """NOTICE and cards of published tuned lenses, rendered from provenance and index; nothing in them is typed by hand."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import DatasetCardData, HfApi, ModelCardData
 
 from ..atomic_write import write_text
 from ..evaluation.report import markdown_table
-from ..hub.cards import hub_link, render
+from ..hub.cards import (
+    LIBRARY,
+    NOT_MEASURED,
+    citation,
+    hub_link,
+    license_link,
+    license_metadata,
+    render,
+)
+from ..hub.upstream_license import UpstreamLicense
 from ..lens_artifact import WEIGHTS_FILE
 from .content_checks import FULL
 from .depth import DEPTHS
@@ -16,10 +26,16 @@ from .gates import REQUIREMENTS
 from .index import LICENSES, TREE, IndexEntry
 from .kpis import COVERAGE, DELTA, EARLINESS, LAST_LAYER, RANKS
 from .public_files import DATASET_KEY, MODEL_KEY, is_local
-from .upstream_license import UpstreamLicense
+from .tables import kl_markdown
 
-TAGS = ("consistency-lens", "tuned-lens", "interpretability")
-CARD, NOTICE = "README.md", "NOTICE"
+TAGS = (LIBRARY, "tuned-lens", "interpretability")
+CARD, NOTICE, METRICS_FILE = "README.md", "NOTICE", "metrics.json"
+METHOD = """@article{belrose2023eliciting,
+  title = {Eliciting Latent Predictions from Transformers with the Tuned Lens},
+  author = {Belrose, Nora and others},
+  journal = {arXiv preprint arXiv:2303.08112},
+  year = {2023},
+}"""
 PASSED = {True: "passed", False: "**not passed**"}
 
 
@@ -64,38 +80,83 @@ def write_lens_card(
     provenance: Mapping[str, Any],
     license: UpstreamLicense,
 ) -> None:
-    """Writes `README.md` of one lens (plan, 13.4), whose weights lie in the folder already."""
+    """Writes `README.md` of one lens that is published (plan, 13.4), whose weights and figures lie in the folder."""
+    figures = folder / METRICS_FILE
+    metrics = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
+    place = CardPlace(model, f"{TREE}/{model}", repo, tag, (folder / WEIGHTS_FILE).stat().st_size)
+    write_text(folder / CARD, lens_card(place, config, provenance, metrics, license))
+
+
+class CardPlace(NamedTuple):
+    """Where the lens of a card is."""
+
+    model: str
+    """As INDEX.json names it, or the card of a lens that is not published."""
+    path: str
+    """Of its folder: in the repository, or here."""
+    repo: str | None = None
+    """None for a lens that is not published."""
+    tag: str | None = None
+    size: int | None = None
+    """Of its weights, in bytes."""
+
+
+def lens_card(
+    place: CardPlace,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    license: UpstreamLicense,
+) -> str:
+    """The card of one lens, from what its folder holds.
+
+    Args:
+        metrics: of the fit, for the layers.
+        license: of the model.
+    """
     local, commit = is_local(provenance, MODEL_KEY), provenance.get("model_commit")
-    card = ModelCardData(
-        license=license.name, library_name="consistency-lens", tags=list(TAGS), base_model=None if local else model
-    )
-    kpis, acceptance = provenance["kpis"], provenance["acceptance"]
-    text = render(
+    on_hub = None if local else place.model
+    of_base: dict[str, Any] = {} if local else {"base_model_relation": "adapter"}
+    of_base |= license_metadata(license, on_hub, commit)
+    card = ModelCardData(library_name=LIBRARY, tags=list(TAGS), base_model=on_hub, **of_base)
+    kpis, acceptance = provenance.get("kpis") or {}, provenance.get("acceptance") or {}
+    return render(
         "tuned_lens_card.md.jinja",
         metadata=card.to_yaml(),
-        model=model,
+        model=place.model,
         local_model=local,
-        clean_name=model.rpartition("/")[2],
+        clean_name=place.model.rpartition("/")[2],
         commit=commit,
-        tokenizer_source=f'"{model}", revision="{provenance.get("tokenizer_commit")}"',
-        link=_model_link(model, provenance),
-        facts=_facts(folder, tag, config, provenance, license),
+        tokenizer_source=f'"{place.model}", revision="{provenance.get("tokenizer_commit")}"',
+        link=_model_link(place.model, provenance),
+        facts=_facts(place, config, provenance, license),
         prompts=_prompts(kpis),
         kpis=markdown_table(("figure", "value", "95% interval"), _kpi_rows(kpis)),
         gates=markdown_table(
             ("gate", "asks for", ""),
-            [(gate, wanted, PASSED[acceptance[f"gate_{gate}"]]) for gate, wanted in REQUIREMENTS.items()],
+            [(gate, wanted, _verdict(acceptance.get(f"gate_{gate}"))) for gate, wanted in REQUIREMENTS.items()],
             numbers=False,
         ),
-        repo=repo,
-        tag=tag,
-        path=f"{TREE}/{model}",
+        layers=kl_markdown(metrics) if "kl" in metrics else "",
+        positions=metrics.get("positions"),
+        repo=place.repo,
+        tag=place.tag,
+        path=place.path,
+        license=license,
+        license_section=place.repo is None,
+        license_link=license_link(license.link, on_hub, commit) if license.link else None,
+        citation=f"{citation(provenance.get('versions'))}\n\n{METHOD}",
+        versions=provenance.get("versions"),
+        source=provenance.get("sha"),
     )
-    write_text(folder / CARD, text)
+
+
+def _verdict(passed: bool | None) -> str:
+    return NOT_MEASURED if passed is None else PASSED[passed]
 
 
 def _facts(
-    folder: Path, tag: str, config: Mapping[str, Any], provenance: Mapping[str, Any], license: UpstreamLicense
+    place: CardPlace, config: Mapping[str, Any], provenance: Mapping[str, Any], license: UpstreamLicense
 ) -> list[tuple[str, str]]:
     translator, width, layers = provenance["translator"], config["width"], config["num_layers"]
     rank = config["rank"]  # None where the provenance says full
@@ -106,16 +167,29 @@ def _facts(
     return [
         ("model commit", f"`{commit}`" if commit else "none: a local model"),
         ("sha256 of the model's weights", f"`{provenance['weights_hash']}`"),
-        ("release", tag),
+        *([("release", place.tag)] if place.tag else []),
         ("translators", f"{layers - 1} of {layers} layers, rank {rank or 'full'}{temperatures}"),
         ("parameters", f"{numbers:,} = {layers - 1} x ({each})"),
-        ("size on disk", f"{(folder / WEIGHTS_FILE).stat().st_size:,} bytes"),
+        *([("size on disk", f"{place.size:,} bytes")] if place.size else []),
         ("preconditioner (Prism/ZCA)", config["preconditioner"]),
+        ("optimiser", _optimiser(provenance)),
         ("text", _dataset_link(provenance)),
         ("tokens", _tokens(provenance)),
         ("seed", str(provenance["seed"])),
         ("model licence", license.title or license.name or "none is stated"),
     ]
+
+
+def _optimiser(provenance: Mapping[str, Any]) -> str:
+    """The closed form, and the KL steps after it."""
+    ridge, optim, schedule = (provenance.get(name) or {} for name in ("ridge", "optim", "schedule"))
+    closed = f"ridge regression, penalty {ridge['penalty']:g}" if "penalty" in ridge else "ridge regression"
+    if not schedule.get("steps_done"):
+        return closed
+    steps = f"{schedule['steps_done']:,} KL steps"
+    if "name" not in optim:
+        return f"{closed}; then {steps}"
+    return f"{closed}; then {steps} of {optim['name']}, learning rate {optim['lr']:g}, {optim['schedule']}"
 
 
 def _prompts(kpis: Mapping[str, Any]) -> str:
@@ -128,19 +202,23 @@ def _prompts(kpis: Mapping[str, Any]) -> str:
 def _kpi_rows(kpis: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The figures with their intervals, for people."""
     intervals = kpis.get("ci95") or {}
-    deltas = zip(DEPTHS, kpis[DELTA], intervals.get(DELTA, [None] * len(DEPTHS)), strict=True)
-    shifts = zip(RANKS, kpis[EARLINESS], intervals.get(EARLINESS, [None] * len(RANKS)), strict=True)
+    missing, without = [NOT_MEASURED] * len(DEPTHS), [None] * len(DEPTHS)  # as many as ranks
+    deltas = zip(DEPTHS, kpis.get(DELTA, missing), intervals.get(DELTA, without), strict=True)
+    shifts = zip(RANKS, kpis.get(EARLINESS, missing), intervals.get(EARLINESS, without), strict=True)
     last, coverage = "last layer: KL after temperature, bits", "gain in layers with the answer on top"
     figures = [
         *((f"median ΔKL at {depth} % depth, bits", value, ends, "+.3f") for depth, value, ends in deltas),
         *((f"layers by which rank ≤ {rank} is earlier, median", value, ends, "+g") for rank, value, ends in shifts),
-        (last, kpis[LAST_LAYER], intervals.get(LAST_LAYER), ".2g"),
-        (coverage, kpis[COVERAGE], intervals.get(COVERAGE), "+.1%"),
+        (last, kpis.get(LAST_LAYER, NOT_MEASURED), intervals.get(LAST_LAYER), ".2g"),
+        (coverage, kpis.get(COVERAGE, NOT_MEASURED), intervals.get(COVERAGE), "+.1%"),
     ]
     return [(label, _number(value, form), _interval(ends, form)) for label, value, ends, form in figures]
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: float | str | None, form: str) -> str:
+    """A figure; None is one that no prompt had."""
+    if isinstance(value, str):
+        return value
     return "not to be had" if value is None else format(value, form)
 
 

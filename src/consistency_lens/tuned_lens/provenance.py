@@ -1,48 +1,17 @@
 """What `provenance.json` of a tuned lens says: the plan's section 7, and what pins the lens to its model."""
 
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy
-import safetensors
-import torch
-import transformers
-
-from .. import __version__
+from ..hub.provenance import git_commit, package_versions
 from .fit_arguments import FitArguments
 from .held_out import HeldOutKL
 from .lens_places import clean_name
 from .trainer import TunedLensTrainer
 
+# What decides the bytes of a lens.
+PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors")
 RANK_RULE = "clip(d//32,64,256); 256 from d=4096"
 DEPTH_KEY = "@{25,50,75}%"
-
-
-def git_commit() -> str | None:
-    """The commit of this package's source; None where it was installed without one."""
-    file = Path(__file__)
-    try:
-        # an installed package may lie within somebody else's repository, which does not have this file
-        _git(file.parent, "ls-files", "--error-unmatch", file.name)
-        return _git(file.parent, "rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(folder: Path, *asked: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(folder), *asked], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the lens's bytes."""
-    modules = (torch, transformers, datasets, numpy, safetensors)
-    own = {"python": platform.python_version(), "consistency_lens": __version__}
-    return own | {module.__name__: module.__version__ for module in modules}
 
 
 def provenance_of(
@@ -89,7 +58,7 @@ def provenance_of(
         f"val_kl_bits{DEPTH_KEY}": held_out.metrics()[f"val_kl_bits{DEPTH_KEY}"],
         "kpis": None,
         "acceptance": None,
-        "versions": versions(),
+        "versions": package_versions(PACKAGES),
     }
 
 

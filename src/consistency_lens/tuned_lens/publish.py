@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ..hub.upstream_license import upstream_license
 from ..hub_connection import asking_hub
 from ..lens_artifact import PROVENANCE_FILE
 from .cards import write_dataset_card
@@ -20,7 +21,6 @@ from .index import INDEX_FILE, IndexEntry, TunedLensVerificationError, index_tex
 from .lens_places import CONFIG_FILE
 from .public_files import MODEL_KEY, index_name, is_local
 from .staging import stage_lens
-from .upstream_license import upstream_license
 
 
 class PublishedTunedLenses(NamedTuple):

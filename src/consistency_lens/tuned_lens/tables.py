@@ -16,6 +16,7 @@ from .gates import (
     REQUIREMENTS,
     WORST_DELTA_BITS,
 )
+from .held_out import BITS
 from .kpis import (
     COVERAGE,
     DELTA,
@@ -46,6 +47,7 @@ LAYER_CAPTION = (
     "suite; top-1: share of answers on top"
 )
 NONE = "–"
+LENSES = {"norm": "norm lens", "calibrated": "norm lens, calibrated", "tuned": "tuned lens"}
 
 
 def kpi_rows(kpis: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -96,6 +98,15 @@ def gates_markdown(kpis: Mapping[str, Any], acceptance: Mapping[str, bool]) -> s
             markdown_table(GATE_COLUMNS, gate_rows(acceptance), numbers=False),
         ]
     )
+
+
+def kl_markdown(metrics: Mapping[str, Any]) -> str:
+    """Held-out KL of every layer but the last, and the mean, in bits, from a fit's `metrics.json`."""
+    kl, mean = metrics["kl"], metrics["mean_kl"]
+    lenses = {name: label for name, label in LENSES.items() if name in kl}
+    rows = [(str(layer), *(f"{kl[name][layer] * BITS:.3f}" for name in lenses)) for layer in range(len(kl["tuned"]))]
+    rows.append(("mean", *(f"{mean[name] * BITS:.3f}" for name in lenses)))
+    return markdown_table(("layer", *lenses.values()), rows)
 
 
 def caption(kpis: Mapping[str, Any]) -> str:

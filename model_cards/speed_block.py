@@ -1,18 +1,12 @@
-"""Writes the table of docs/speed.md, between its markers, from the results of the benchmarks.
+"""What docs/speed.md says was measured, from the results of the benchmarks (`make bench`)."""
 
-    make bench
-
-runs the benchmarks and this. Every number comes from the JSON files in tests/benchmarks/results.
-"""
-
+import json
 from pathlib import Path
 from typing import Any
 
-from render import ROOT, put_into_readme, read_json
-
 from consistency_lens.evaluation.report import markdown_table
 
-RESULTS, DOCUMENT = ROOT / "tests/benchmarks/results", ROOT / "docs/speed.md"
+RESULTS = Path(__file__).resolve().parent.parent / "tests/benchmarks/results"
 # The results of the page, in its order; one that has not been measured is left out.
 NAMES = (
     "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_k8", "step_memory_vs_reference",
@@ -30,8 +24,10 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.1%}" if unit == "of a step" else f"{value:.3g} {unit}"
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as lines of a Markdown table, and where they were measured below it."""
+def speed_block() -> str:
+    """The results as a Markdown table, and where they were measured below it."""
+    files = [RESULTS / f"{name}.json" for name in NAMES]
+    results: list[dict[str, Any]] = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
     columns = ("benchmark", "what", "ours", "theirs", "ratio")
     rows = [
         (
@@ -48,14 +44,3 @@ def table(results: list[dict[str, Any]]) -> str:
     return (
         f"{markdown_table(columns, rows, numbers=False)}\n\nMeasured on {'; '.join(places)}; {'; '.join(versions)}.\n"
     )
-
-
-def main() -> None:
-    """Fills the page."""
-    files = [RESULTS / f"{name}.json" for name in NAMES]
-    results = [read_json(file) for file in files if file.is_file()]
-    put_into_readme("speed", table(results), Path(__file__), DOCUMENT)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,22 @@
-"""The licence of the model that a tuned lens belongs to: its name and its texts, from where the model is.
+"""The licence of the model that a lens belongs to: its name and its texts, from where the model is.
 
 A text comes from the model's own repository or folder, or from a file that the user passes. None is made up: where
 there is none, the name that the model's card gives, and a link to the card, have to do.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import CardData, HfApi, ModelCard
+import yaml
+from huggingface_hub import HfApi, metadata_load
 
-from ..hub.card_metadata import LICENSES, check_card_metadata
 from ..hub_connection import asking_hub
+from .card_metadata import LICENSES, check_card_metadata
+
+logger = logging.getLogger(__name__)
 
 TEXT_PATTERN = r"(?i)[\w.-]*(licen[sc]e|copying|notice|terms|use_policy)[\w.-]*"
 TEXT_SUFFIXES = ("", ".txt", ".md")
@@ -66,6 +70,26 @@ def upstream_license(
     return UpstreamLicense(name, title, found.link, texts or found.texts)
 
 
+def license_in_card(model: str, commit: str | None) -> UpstreamLicense:
+    """What the head of a model's card says of its licence, without any text; of a card that cannot be read, nothing.
+
+    For work that must not end on that, as a training; of a model on the Hub it asks for one small file.
+
+    Args:
+        model: Hub id, or folder.
+        commit: of the Hub id; None for a folder.
+    """
+    try:
+        with asking_hub(model, commit):
+            file = (
+                Path(model) / CARD if commit is None else Path(HfApi().hf_hub_download(model, CARD, revision=commit))
+            )
+            return _named(_head(file), {})
+    except (ValueError, OSError) as error:
+        logger.info("the licence of %s cannot be read from its card: %s", model, error)
+        return UpstreamLicense(None, None, None, {})
+
+
 def _passed_texts(files: Sequence[str | Path]) -> dict[str, bytes]:
     texts: dict[str, bytes] = {}
     for file in map(Path, files):
@@ -81,9 +105,22 @@ def _passed_texts(files: Sequence[str | Path]) -> dict[str, bytes]:
 def _in_folder(folder: Path) -> UpstreamLicense:
     """The licence of a model in a folder, from its card and its files."""
     card = folder / CARD
-    data = ModelCard.load(card).data if card.is_file() else CardData()
+    data = _head(card) if card.is_file() else {}
     texts = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file() and _is_text(file)}
-    return _named(data.to_dict(), texts)
+    return _named(data, texts)
+
+
+def _head(card: Path) -> dict[str, Any]:
+    """The head of a card.
+
+    Raises:
+        ValueError: if it is no YAML.
+    """
+    try:
+        return metadata_load(card) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"license: the head of {card.name} beside the model cannot be read ({first})") from error
 
 
 def _on_hub(model: str, commit: str) -> UpstreamLicense:

@@ -1,0 +1,52 @@
+"""What the README says of the embedded model's tuned lens, from model_cards/tuned_lens_tiny_stories and benchmarks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from consistency_lens.evaluation.report import markdown_table
+from consistency_lens.tuned_lens.tables import gates_markdown, kl_markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "model_cards/tuned_lens_tiny_stories"
+PICTURE = "sweep-overview.png"
+RESULTS = ROOT / "tests/benchmarks/results"
+PEER_RESULTS = {
+    "tuned_lens_time_to_peer_kl": "seconds to its final KL",
+    "tuned_lens_kl_equal_tokens": "nats of KL at equal tokens",
+    "tuned_lens_memory": "bytes that the fit adds",
+}
+
+
+def comparison() -> str:
+    """The benchmark's results: ours beside the peer's."""
+    rows = []
+    for name, label in PEER_RESULTS.items():
+        result = read_json(RESULTS / f"{name}.json")
+        rows.append((label, f"{result['theirs']:.3g}", f"{result['ours']:.3g}", f"{result['ratio']:.2f}"))
+    table = markdown_table(("", "tuned-lens 0.2.0", "here", "ratio"), rows)
+    return (
+        "Beside [tuned-lens](https://pypi.org/project/tuned-lens/) at its own learning rate, on the same 262,144 "
+        f"tokens of this model (`python tests/benchmarks/tuned_lens_vs_peer.py`; above 1 is better here):\n\n{table}\n"
+    )
+
+
+def tuned_lens_block() -> str:
+    """What the README says of the run."""
+    metrics, gates = read_json(KEPT / "metrics.json"), read_json(KEPT / "gates.json")
+    tokens, seconds = metrics["tokens"], metrics["seconds"]
+    fitting = seconds["ridge"] + seconds["training"]
+    return (
+        f"Measured by `make tuned-lens` on the embedded model (4 blocks; the last one is the model itself). "
+        f"{tokens['ridge'] + tokens['training']:,} tokens of its own text went through it; the fit took "
+        f"{fitting:.0f} seconds, writing the text {seconds['text']:.0f}. Bits of KL(P_final ‖ P_layer) on "
+        f"{metrics['positions']:,} positions of held-out text:\n\n{kl_markdown(metrics)}\n\n"
+        f"The gates, on the suite `{gates['arguments']['suite']}`:\n\n"
+        f"{gates_markdown(gates['kpis'], gates['acceptance'])}\n\n"
+        f"![KL, rank of the answer, cosine and KL gained against depth, for the norm lens and the tuned lens]"
+        f"(model_cards/{KEPT.name}/{PICTURE})\n\n{comparison()}"
+    )
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
