@@ -4,8 +4,8 @@
 
 reads what is kept in model_cards/ (by `make best`, `make objectives` and `make keep`) and of benchmarks, and nothing
 else; writes the README.md of each lens there, pictures, and what stands in README.md and docs/speed.md between markers
-such as `<!-- demo:begin -->` and `<!-- demo:end -->`. Every number comes from the runs' own files, and a test holds that the
-files of the repository are those that this script writes.
+such as `<!-- demo:begin -->` and `<!-- demo:end -->`. Every number comes from the runs' own files, and a test holds
+that the files of the repository are those that this script writes.
 """
 
 import argparse
