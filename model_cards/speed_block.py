@@ -9,8 +9,10 @@ from consistency_lens.evaluation.report import markdown_table
 RESULTS = Path(__file__).resolve().parent.parent / "tests/benchmarks/results"
 # The results of the page, in its order; one that has not been measured is left out.
 NAMES = (
-    "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_k8", "step_memory_vs_reference",
-    "kl_share_of_step", "step_vs_reference_tiny_stories", "step_vs_cached_reference_tiny_stories",
+    "step_flops_vs_reference", "step_flops_vs_cached_reference", "step_flops_vs_reference_k8",
+    "step_flops_vs_cached_reference_k8", "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_k8", "step_memory_vs_reference",
+    "kl_share_of_step", "step_flops_vs_reference_tiny_stories", "step_flops_vs_cached_reference_tiny_stories",
+    "step_flops_vs_reference_k8_tiny_stories", "step_flops_vs_cached_reference_k8_tiny_stories", "step_vs_reference_tiny_stories", "step_vs_cached_reference_tiny_stories",
     "step_vs_reference_k8_tiny_stories", "step_memory_vs_reference_tiny_stories", "kl_share_of_step_tiny_stories",
     "kl_one_token", "kl_multi_position", "encoder_cut", "straight_through_time", "straight_through_memory",
     "shared_weights_memory", "explain_batched", "explain_vs_generate", "cache_vs_plain_loop", "cache_vs_bare_forward",
@@ -21,6 +23,8 @@ def quantity(value: float, unit: str) -> str:
     """A number with its unit, to three digits."""
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
+    if unit.startswith("FLOPs"):
+        return f"{value / 1e9:.3g} GFLOP"
     return f"{value:.1%}" if unit == "of a step" else f"{value:.3g} {unit}"
 
 

@@ -7,7 +7,8 @@ Two models: the embedded one, and 12 blocks of width 512 with a vocabulary of 32
 Run with `python tests/benchmarks/training_step.py`. It writes, for the large model (and `<name>_tiny_stories`):
 `step_vs_reference` and `step_vs_reference_k8` (8 activations of a sequence), seconds; `step_vs_cached_reference`,
 where the plan's generation has a key-value cache; `step_memory_vs_reference`, the peak of a process that builds its
-models and takes two steps; `kl_share_of_step`, what of a step the subject's judgement costs, K=8.
+models and takes two steps; `step_flops_vs_reference` and `step_flops_vs_cached_reference`, also for `_k8`, FLOPs of an
+activation; `kl_share_of_step`, what of a step the subject's judgement costs, K=8.
 """
 
 import functools
@@ -25,6 +26,7 @@ from spec_reference import SpecStep
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from flop_count import flops  # noqa: E402
 from tiny_lenses import tiny_tokenizer  # noqa: E402
 
 from consistency_lens import ConsistencyLensModel  # noqa: E402
@@ -33,7 +35,7 @@ from consistency_lens.data.shared_contexts import share_contexts  # noqa: E402
 from consistency_lens.training.lm_reference import SubjectReference  # noqa: E402
 from consistency_lens.training.objectives import Gumbel, Step  # noqa: E402
 
-LENGTH, NUM_TEXT_TOKENS, MIN_POSITION = 128, 8, 10
+LENGTH, NUM_TEXT_TOKENS, MIN_POSITION, FLOPS_BATCH = 128, 8, 10, 8
 Losses = Callable[[], dict[str, torch.Tensor]]
 
 LM_WEIGHT, LEARNING_RATE = 0.3, 1e-4
@@ -69,7 +71,7 @@ class Setting:
 # The more activations a step has, the less of its memory is weights and optimizer, which are alike on both sides.
 SETTINGS = (
     Setting(suffix="_tiny_stories", layer=2, batch=64, memory_batch=64, runs=7),
-    Setting(suffix="", layer=6, batch=16, memory_batch=64, runs=3),
+    Setting(suffix="", layer=6, batch=8, memory_batch=32, runs=3),
 )
 
 
@@ -165,6 +167,20 @@ def measure_times(setting: Setting, device: torch.device) -> None:
     write("kl_share_of_step", what, "of a step", shares["ours"], shares["plan"], setting, device)
 
 
+def measure_flops(setting: Setting, device: torch.device) -> None:
+    """Writes how many FLOPs of matrix products a step makes for each activation: the same on every machine."""
+    lens = setting.make_lens().to(device)
+    sides = Sides.of(lens, device)
+    for num_positions, suffix in ((1, ""), (8, "_k8")):
+        work = sides.steps(make_batch(lens, FLOPS_BATCH, num_positions))
+        work["ours"]()  # the subject tries its one-token pass once
+        counts = {name: flops(step) / FLOPS_BATCH for name, step in work.items()}
+        what = f"a step's matrix products, layer {setting.layer}, S={LENGTH} T={NUM_TEXT_TOKENS} K={num_positions}"
+        for name, side in (("step_flops_vs_reference", "plan"), ("step_flops_vs_cached_reference", "cached")):
+            against = f"{what} against the plan's{', cached' if side == 'cached' else ''}"
+            write(f"{name}{suffix}", against, "FLOPs an activation", counts["ours"], counts[side], setting, device)
+
+
 def peak_bytes(setting: Setting, side: str) -> int:
     """By how much the memory of this process, which has done nothing yet, rises at most; on a GPU, what it takes."""
     device = prepare()
@@ -205,20 +221,22 @@ def measure_memory(setting: Setting, device: torch.device) -> None:
 
 
 def write(name: str, what: str, unit: str, mine: float, other: float, setting: Setting, device: torch.device) -> None:
-    runs = 1 if unit == "bytes" else setting.runs
+    runs = setting.runs if unit in ("seconds", "of a step") else 1
     write_result(f"{name}{setting.suffix}", what, unit, mine, other, runs, device)
 
 
+MEASURES = {"flops": measure_flops, "memory": measure_memory, "times": measure_times}
+
+
 def main() -> None:
-    """Measures both models, or what is named: `memory`, `times`, `large`, `embedded`."""
+    """Measures both models, or what is named: `flops`, `memory`, `times`, `large`, `embedded`."""
     device, named = prepare(), set(sys.argv[1:])
     for setting in SETTINGS:
         if {"large", "embedded"} & named and ("embedded" if setting.suffix else "large") not in named:
             continue
-        if not {"memory", "times"} & named or "memory" in named:
-            measure_memory(setting, device)
-        if not {"memory", "times"} & named or "times" in named:
-            measure_times(setting, device)
+        for part, measure in MEASURES.items():
+            if not MEASURES.keys() & named or part in named:
+                measure(setting, device)
 
 
 if __name__ == "__main__":
