@@ -35,7 +35,7 @@ from consistency_lens.data.shared_contexts import share_contexts  # noqa: E402
 from consistency_lens.training.lm_reference import SubjectReference  # noqa: E402
 from consistency_lens.training.objectives import Gumbel, Step  # noqa: E402
 
-LENGTH, NUM_TEXT_TOKENS, MIN_POSITION, FLOPS_BATCH = 128, 8, 10, 8
+LENGTH, NUM_TEXT_TOKENS, MIN_POSITION = 128, 8, 10
 Losses = Callable[[], dict[str, torch.Tensor]]
 
 LM_WEIGHT, LEARNING_RATE = 0.3, 1e-4
@@ -172,9 +172,9 @@ def measure_flops(setting: Setting, device: torch.device) -> None:
     lens = setting.make_lens().to(device)
     sides = Sides.of(lens, device)
     for num_positions, suffix in ((1, ""), (8, "_k8")):
-        work = sides.steps(make_batch(lens, FLOPS_BATCH, num_positions))
-        work["ours"]()  # the subject tries its one-token pass once
-        counts = {name: flops(step) / FLOPS_BATCH for name, step in work.items()}
+        lens.subject.check_one_token(2 * LENGTH)
+        work = sides.steps(make_batch(lens, num_positions, num_positions))
+        counts = {name: flops(step) / num_positions for name, step in work.items()}
         what = f"a step's matrix products, layer {setting.layer}, S={LENGTH} T={NUM_TEXT_TOKENS} K={num_positions}"
         for name, side in (("step_flops_vs_reference", "plan"), ("step_flops_vs_cached_reference", "cached")):
             against = f"{what} against the plan's{', cached' if side == 'cached' else ''}"
