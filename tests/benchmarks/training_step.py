@@ -173,8 +173,9 @@ def measure_flops(setting: Setting, device: torch.device) -> None:
     sides = Sides.of(lens, device)
     for num_positions, suffix in ((1, ""), (8, "_k8")):
         lens.subject.check_one_token(2 * LENGTH)
-        work = sides.steps(make_batch(lens, num_positions, num_positions))
-        counts = {name: flops(step) / num_positions for name, step in work.items()}
+        size = max(2, num_positions)
+        work = sides.steps(make_batch(lens, size, num_positions))
+        counts = {name: flops(step) / size for name, step in work.items()}
         what = f"a step's matrix products, layer {setting.layer}, S={LENGTH} T={NUM_TEXT_TOKENS} K={num_positions}"
         for name, side in (("step_flops_vs_reference", "plan"), ("step_flops_vs_cached_reference", "cached")):
             against = f"{what} against the plan's{', cached' if side == 'cached' else ''}"
