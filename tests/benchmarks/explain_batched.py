@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.evaluation.explaining import explain_dataset
 
-ROWS, NUM_TEXT_TOKENS, LAYER, RUNS = 256, 8, 2, 7
+ROWS, NUM_TEXT_TOKENS, LAYER, RUNS = 256, 8, 2, 3
 EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_stories"
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         }
         if not sides["batched"]() == sides["one by one"]() == sides["generate"]().tolist():
             raise RuntimeError("the sides wrote different texts")
-        medians = interleaved(sides, device, RUNS)
+        medians = interleaved(sides, device, RUNS, warmup=1)
     what = f"{ROWS} explanations of T={NUM_TEXT_TOKENS} tokens by the embedded model, batches of {ROWS}"
     ours = medians["batched"]
     write_result("explain_batched", f"{what} against one by one", "seconds", ours, medians["one by one"], RUNS, device)
