@@ -60,12 +60,13 @@ tuned-lens: $(INSTALLED)
 keep: $(INSTALLED)
 	$(BIN)/python model_cards/keep.py
 
-# Tiny models are slower on several threads than on one, so the tests run side by side instead.
+# Tiny models are slower on several threads than on one, so the tests run side by side instead; each process takes
+# files in one piece while it can, for the tests of a file share what is slow to make.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from consistency_lens.evaluation.report import markdown_table
+from consistency_lens.tuned_lens.depth import DEPTHS
+from consistency_lens.tuned_lens.gates import LEAST_DELTA_BITS
+from consistency_lens.tuned_lens.kpis import DELTA
 from consistency_lens.tuned_lens.tables import gates_markdown, kl_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +19,7 @@ PEER_RESULTS = {
     "tuned_lens_kl_equal_tokens": "nats of KL at equal tokens",
     "tuned_lens_memory": "bytes that the fit adds",
 }
+SHORT_PROMPTS = ROOT / "model_cards/tuned_lens_short_prompts.json"
 
 
 def comparison() -> str:
@@ -28,6 +32,29 @@ def comparison() -> str:
     return (
         "Beside [tuned-lens](https://pypi.org/project/tuned-lens/) at its own learning rate, on the same 262,144 "
         f"tokens of this model (`python tests/benchmarks/tuned_lens_vs_peer.py`; above 1 is better here):\n\n{table}\n"
+    )
+
+
+def short_prompts(result: dict[str, Any]) -> str:
+    """What another model's lens gains by the recipe for short prompts, see `measure_short_prompts.py`."""
+    runs = result["runs"]
+    rows = []
+    for suite in runs[0]["suites"]:
+        kpis = [run["suites"][suite]["kpis"] for run in runs]
+        for index, (depth, least) in enumerate(zip(DEPTHS, LEAST_DELTA_BITS, strict=True)):
+            values = [of[DELTA][index] for of in kpis]
+            label = f"`{suite}`, {depth} % depth (layer {kpis[0]['layers@{25,50,75}%'][index]})"
+            rows.append((label, f"{min(values):.2f} to {max(values):.2f}", f"A: ≥ {least:g}"))
+    verdicts = [judged["acceptance"] for run in runs for judged in run["suites"].values()]
+    passed = [letter for letter in "ABCD" if all(verdict[f"gate_{letter}"] for verdict in verdicts)]
+    tokens = runs[0]["metrics"]["tokens"]
+    return (
+        f"For a story model made by others (`{result['model']}`, {kpis[0]['num_layers']} blocks) the recipe "
+        f"[`short_prompts.yaml`](examples/recipes/tuned_lens/short_prompts.yaml) puts "
+        f"{tokens['ridge'] + tokens['training']:,} tokens of `{result['text']}` through the model, in short sequences "
+        f"that start with BOS as prompts do. Median bits of KL below the norm lens's, least and most of {len(runs)} "
+        f"seeds, each of which passes gates {', '.join(passed)} on both suites:\n\n"
+        f"{markdown_table(('suite', 'ΔKL', 'asked for'), rows)}\n"
     )
 
 
@@ -44,7 +71,8 @@ def tuned_lens_block() -> str:
         f"The gates, on the suite `{gates['arguments']['suite']}`:\n\n"
         f"{gates_markdown(gates['kpis'], gates['acceptance'])}\n\n"
         f"![KL, rank of the answer, cosine and KL gained against depth, for the norm lens and the tuned lens]"
-        f"(model_cards/{KEPT.name}/{PICTURE})\n\n{comparison()}"
+        f"(model_cards/{KEPT.name}/{PICTURE})\n\n"
+        f"{comparison()}\n{short_prompts(read_json(SHORT_PROMPTS))}"
     )
 
 

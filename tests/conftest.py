@@ -1,5 +1,6 @@
 """What all tests share: no network, and the pretrained model that some tests read."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,21 @@ from huggingface_hub import HfFileSystem, close_session, constants, hf_api
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 STORIES260K, STORIES = DATA / "stories260K", DATA / "stories.txt"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_power_failure() -> Iterator[None]:
+    """Syncing to the disk takes most of the time of many runs; what it saves them from happens in no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage() -> None:
+    """Keeps what is imported out of garbage collection: every training collects, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

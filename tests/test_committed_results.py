@@ -67,6 +67,14 @@ def test_the_tuned_lens_passes_the_gates_that_the_readme_says_it_passes():
         assert f"| {value:.3f} |" in block
 
 
+def test_the_recipe_for_short_prompts_passes_those_gates_with_every_seed():
+    runs = json.loads((ROOT / "model_cards/tuned_lens_short_prompts.json").read_text())["runs"]
+    assert len({run["seed"] for run in runs}) >= 2
+    for run in runs:
+        for suite in ("stories", "default"):
+            assert all(run["suites"][suite]["acceptance"][f"gate_{letter}"] for letter in "ACD")
+
+
 def test_every_picture_of_the_readme_exists():
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)

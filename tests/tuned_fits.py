@@ -1,13 +1,8 @@
 """Fits of a tuned lens on a tiny subject: their inputs, their arguments, and what they leave."""
 
-import gc
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from tiny_lenses import tiny_tokenizer
@@ -40,15 +35,6 @@ TRAINING: dict[str, Any] = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
-
-
-@contextmanager
-def without_waiting() -> Iterator[None]:
-    """Spares what takes most of the time of a tiny fit: for the disk, and for garbage among all that was imported."""
-    gc.freeze()
-    with mock.patch.object(os, "fsync", lambda descriptor: None):
-        yield
-    gc.unfreeze()
 
 
 def write_inputs(folder: Path) -> Path:

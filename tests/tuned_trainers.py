@@ -5,7 +5,6 @@ import pytest
 import torch
 from tiny_models import VOCAB_SIZE, tiny_model
 from transformers import TrainerCallback
-from tuned_fits import without_waiting
 
 from consistency_lens.tuned_lens.fit_arguments import TunedLensTrainingArguments
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
@@ -14,12 +13,6 @@ from consistency_lens.tuned_lens.trainer import TunedLensTrainer
 SEQ_LEN = 12
 LAYERS = 5  # of the subject: 4 translators
 PLAIN = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "early_stopping_patience": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with without_waiting():
-        yield
 
 
 def new_lens(rank=4, **model):

@@ -346,6 +346,7 @@ def served(tmp_path_factory):
         process.wait()
 
 
+@pytest.mark.slow
 class TestTransformersServe:
     def test_completes_prompts_and_keeps_thinking(self, served, flags, tmp_path, caplog):
         caplog.set_level(logging.INFO)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tuned_fits import ACCUMULATION, BATCH, artifact, flags, without_waiting, write_inputs
+from tuned_fits import ACCUMULATION, BATCH, artifact, flags, write_inputs
 
 from consistency_lens.cli.main import main
 
@@ -18,8 +18,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="several processes
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    with without_waiting():
-        yield write_inputs(tmp_path_factory.mktemp("inputs"))
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def fit(inputs, folder, *more, **changes):

@@ -118,7 +118,7 @@ def test_a_part_of_a_lens_has_a_card_of_its_own(tmp_path, kind, tag):
 
 
 def test_text_that_models_and_people_wrote_breaks_nothing(tmp_path):
-    sample = SAMPLE | {"context": NASTY, "explanation": NASTY, "top_before": [[NASTY, 0.5]]}
+    sample = SAMPLE | {"context": f"{NASTY}«{NASTY}»", "explanation": NASTY, "top_before": [[NASTY, 0.5]]}
     run = {"non_default": {"decoder_prompt": NASTY, "dataset": NASTY}}
     provenance = {
         "cache": {"dataset": NASTY, "dataset_revision": None},
@@ -131,7 +131,7 @@ def test_text_that_models_and_people_wrote_breaks_nothing(tmp_path):
     other = lens_card(write_files(save_config(tmp_path / "tame", base="m", commit=None), **harmless), "me/lens")
     assert head["license_name"] == NASTY
     marks = [re.sub(r"<code>.*?</code>", "", html(text)) for text in (card, other)]
-    for tag in ("h1", "h2", "table", "tr", "td", "th", "pre", "a", "strong", "em", "hr", "ul", "li", "script"):
+    for tag in ("h1", "h2", "table", "tr", "td", "th", "pre", "a", "strong", "em", "hr", "ul", "li", "b", "script"):
         counts = [len(re.findall(rf"<{tag}[ >]|<{tag}/?>", text)) for text in marks]
         assert counts[0] == counts[1], tag
     shown = re.sub(r"<[^>]*>", "", html(card))
@@ -140,6 +140,21 @@ def test_text_that_models_and_people_wrote_breaks_nothing(tmp_path):
         in shown
     )
     assert "\x00" not in card and "\u202e" not in sections(card)["What it says"]
+
+
+def test_a_long_context_is_shown_from_a_word_on_up_to_its_token(tmp_path):
+    texts = ["word " * 99 + "«end»", "x" * 400 + "«y»", "«a» b «c»"]
+    samples = [SAMPLE | {"context": text} for text in texts]
+    card = lens_card(write_files(save_config(tmp_path / "lens"), samples=samples))
+    assert re.search(r"^\| … word (word )+<b>«end»</b> \|", card, re.MULTILINE)
+    assert re.search(r"^\| …x{157}<b>«y»</b> \|", card, re.MULTILINE)
+    assert "| «a» b <b>«c»</b> | w4 w5 | 0.50 | 0.25 | `w6` 75% | `w7` 50% |" in card
+
+
+def test_activations_that_were_read_on_the_fly_name_no_rule(tmp_path):
+    data = {"positions": {"per_sequence": 8, "min_position": 1}}
+    card = lens_card(write_files(save_config(tmp_path / "lens"), provenance={"cache": data}))
+    assert "| positions | up to 8 of a sequence, min_position 1 |" in card
 
 
 def test_emissions_of_codecarbon_are_summed_over_the_runs(folder):

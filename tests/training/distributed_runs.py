@@ -1,24 +1,22 @@
-"""Runs of a tiny trainer under several strategies, one after the other; started on two processes by torchrun.
+"""Runs of a tiny trainer under several strategies, one after the other, on two processes.
 
-`python -m torch.distributed.run --nproc_per_node 2 distributed_runs.py FOLDER JOB` where JOB is a JSON list of runs
-(see `Run`). Each leaves FOLDER/<name>/log.json and model.safetensors, and sizes.<rank>.json of every process.
+Each leaves FOLDER/<name>/log.json and model.safetensors, and FOLDER/<name>.<rank>.json, its sizes, of every process.
 """
 
 import json
-import sys
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lens_runs import tiny_trainer
+from safetensors.torch import save_file
+from sharded_on_cpu import pretend_gpus, use
+from test_controlled_trainer import FULL, KeepTensors, late_groups
+from test_trainer import LORA, KeepGradients
 from torch import nn
 from torch.distributed.tensor import DTensor
-
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from lens_runs import tiny_trainer
-from sharded_on_cpu import pretend_gpus, use
 from transformers import PrinterCallback, TrainerCallback
 
 from consistency_lens.data.activation_source import ActivationRows
@@ -30,8 +28,8 @@ from consistency_lens.training.trainer import ConsistencyLensTrainer
 
 GLOBAL_BATCH = 8
 STAGES = {
-    "max_steps": 20,
-    "stages": ["warm_start 6s", "gumbel 7s", "policy_gradient"],
+    "max_steps": 12,
+    "stages": ["warm_start 4s", "gumbel 4s", "policy_gradient"],
     "own_share": 0.25,
     "encoder_learning_rate": 3e-3,
     "max_grad_norm": 1.0,
@@ -122,7 +120,7 @@ def run_one(run: Run, folder: Path, rank: int, world: int) -> None:
         trainer.callback_handler.callbacks.insert(
             0, EvaluateLens(trainer, Evaluator(trainer.lens, rows, collator, arguments))
         )
-        trainer.add_callback(SampleTables(trainer, rows, 10, 4))
+        trainer.add_callback(SampleTables(trainer, rows, 6, 4))
         assert isinstance(rows, ActivationRows)
     poison = PoisonStep(trainer, run.poisoned_step)
     if run.poisoned_step is not None:
@@ -138,14 +136,61 @@ def run_one(run: Run, folder: Path, rank: int, world: int) -> None:
         (folder / run.name / "log.json").write_text(json.dumps({"log": trainer.state.log_history, "moved": moved}))
 
 
-def main() -> None:
-    folder, job = Path(sys.argv[1]), json.loads(sys.argv[2])
+def run_all(folder: str, job: str) -> None:
+    """Does the runs of a JSON list, on each of the processes that call it."""
     pretend_gpus()
-    torch.distributed.init_process_group("gloo")
-    for run in job:
-        run_one(Run(**run), folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
-    torch.distributed.destroy_process_group()
+    for run in json.loads(job):
+        run_one(Run(**run), Path(folder), torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
-if __name__ == "__main__":
-    main()
+ONE_STAGE = {
+    "warm_start": ("warm_start", {"shorter_share": 0.5}),
+    "gumbel": ("gumbel", {}),
+    "policy": ("policy_gradient", {}),
+    "policy_options": (
+        "policy_gradient",
+        {"prefix_budgets": True, "straight_through": True, "lm_estimator": "k3", "reward": "-kl"},
+    ),
+}
+
+
+def keep_gradients(folder: Path) -> None:
+    """Saves the gradients of every trained tensor in two steps of each stage, as <stage><processes>.safetensors."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
+    for name, (stage, settings) in ONE_STAGE.items():
+        trainer = tiny_trainer(
+            folder / f"{name}{size}-rank{rank}", max_steps=2, per_device_train_batch_size=GLOBAL_BATCH // size,
+            stages=[stage], lm_reference="subject", max_grad_norm=0.0, own_share=0.5, optim="sgd", learning_rate=0.01,
+            **settings,
+        )  # fmt: skip
+        kept = KeepGradients()
+        trainer.add_callback(kept)
+        trainer.train()
+        if rank == "0":
+            tensors = {
+                f"{i}.{n.removeprefix('module.')}": g for i, step in enumerate(kept.steps) for n, g in step.items()
+            }
+            save_file(tensors, folder / f"{name}{size}.safetensors")
+
+
+def keep_controlled(folder: Path) -> None:
+    """Saves what the trained tensors were after every step of runs with late groups: <kind><processes>.safetensors."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
+    for clones in (FULL, LORA):
+        settings = late_groups(clones)[1] | {"gradient_accumulation_steps": 2, "ema_decay": 0.5, "optim": "sgd"}
+        settings |= {"per_device_train_batch_size": 4 // size, "group_max_grad_norm": ["projections 0.05"]}
+        own = folder / f"{clones['training']}{size}-rank{rank}"
+        trainer = tiny_trainer(own, clones, **(settings | {"learning_rate": 0.1, "max_grad_norm": 0.2}))
+        kept = KeepTensors(trainer)
+        trainer.train()
+        if rank == "0":
+            kept.steps.append(kept.tensors())  # the averages
+            tensors = {f"{i}.{n}": t for i, step in enumerate(kept.steps) for n, t in step.items()}
+            save_file(tensors, folder / f"{clones['training']}{size}.safetensors")
+
+
+def run_everything(folder: str, job: str) -> None:
+    """All that the default tests of two processes look at."""
+    keep_gradients(Path(folder))
+    keep_controlled(Path(folder))
+    run_all(folder, job)

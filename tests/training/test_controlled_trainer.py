@@ -1,15 +1,10 @@
 """Groups, rates, unfreezing, averages, early stopping and best checkpoints, each through a run of the trainer."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from lens_runs import tiny_trainer
 from safetensors.torch import load_file
-from test_trainer import LORA, KeepGradients, losses, parameters
+from test_trainer import LORA, KeepGradients, check_resuming, losses, parameters
 from transformers import TrainerCallback
 
 from consistency_lens.training.parameter_groups import group_of
@@ -94,69 +89,13 @@ def test_standing_still_changes_nothing_else(tmp_path):
         torch.testing.assert_close(gradient, all_groups[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[2].split(":")
-from test_controlled_trainer import two_process_runs
-two_process_runs(Path(sys.argv[1]))
-"""
-
-
-def two_process_runs(folder):
-    """Runs of both kinds of clones; the first process saves what their parameters were after every step."""
-    from safetensors.torch import save_file
-
-    for clones in (FULL, LORA):
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        own = folder / f"{clones['training']}{size}-rank{os.environ.get('RANK', 0)}"
-        settings = late_groups(clones)[1] | {"gradient_accumulation_steps": 2, "ema_decay": 0.5, "optim": "sgd"}
-        settings |= {"per_device_train_batch_size": 4 // size, "group_max_grad_norm": ["projections 0.05"]}
-        trainer = tiny_trainer(own, clones, **(settings | {"learning_rate": 0.1, "max_grad_norm": 0.2}))
-        kept = KeepTensors(trainer)
-        trainer.train()
-        if trainer.is_world_process_zero():
-            kept.steps.append(kept.tensors())  # the averages
-            tensors = {f"{i}.{n}": t for i, step in enumerate(kept.steps) for n, t in step.items()}
-            save_file(tensors, folder / f"{clones['training']}{size}.safetensors")
-
-
-def test_two_processes_unfreeze_clip_and_average_as_one_does(tmp_path):
-    script, tests = tmp_path / "train.py", Path(__file__).parent
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    arguments = [str(tmp_path), f"{tests}:{tests.parent}"]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two_process_runs(tmp_path)
-    for clones in (FULL, LORA):
-        one, two = (load_file(tmp_path / f"{clones['training']}{n}.safetensors") for n in (1, 2))
-        assert one.keys() == two.keys() and len(one) > 20
-        for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
-        kind = late_groups(clones)[0]
-        late = [
-            name.partition(".")[2] for name in two if name.startswith("0.") and group_of(name) == f"decoder_{kind}"
-        ]
-        assert late and all(torch.equal(two[f"0.{name}"], two[f"2.{name}"]) for name in late)
-        assert any(not torch.equal(two[f"2.{name}"], two[f"3.{name}"]) for name in late)
-
-
 # --- resuming
 
 
 @CLONES
-@pytest.mark.parametrize("save_at", [1, 2, 4], ids=["before", "at", "after"])
-def test_a_resumed_run_unfreezes_clips_and_averages_as_an_undisturbed_one(tmp_path, save_at, clones):
+def test_a_resumed_run_unfreezes_clips_and_averages_as_an_undisturbed_one(tmp_path, clones):
     settings = late_groups(clones)[1] | {"ema_decay": 0.9, "group_max_grad_norm": {"projections": 0.01}}
-    whole = tiny_trainer(tmp_path, clones, save_strategy="steps", save_steps=save_at, **settings)
-    whole.train()
-    resumed = tiny_trainer(tmp_path, clones, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{save_at}"))
-    assert losses(resumed) == losses(whole)
-    for name, tensor in parameters(whole).items():  # the averages
-        assert torch.equal(tensor, parameters(resumed)[name]), name
+    check_resuming(tmp_path, [1, 2, 4], clones, **settings)  # before, at and after the first; of the averages, too
 
 
 EVERY_KIND = {
@@ -169,7 +108,11 @@ EVERY_KIND = {
 }
 
 
-@pytest.mark.parametrize("kind", EVERY_KIND)
+# what the kinds are is for `test_schedules`; here each of these takes a way of its own
+OTHER_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("linear", "polynomial", "exponential")]
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "restarts", *OTHER_KINDS])
 def test_a_resumed_run_continues_every_schedule(tmp_path, kind):
     """The rates, the weights and the temperature of each step; the run is cut inside its second stage."""
     text = EVERY_KIND[kind]

@@ -9,21 +9,35 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from distributed_runs import GLOBAL_BATCH, STAGES, Run
+import torch
+from distributed_runs import (
+    GLOBAL_BATCH,
+    ONE_STAGE,
+    STAGES,
+    Run,
+    keep_controlled,
+    keep_gradients,
+    run_all,
+    run_everything,
+)
+from gloo_processes import on_two_processes
 from lens_runs import tiny_trainer
 from safetensors.torch import load_file
+from test_controlled_trainer import FULL, late_groups
+from test_trainer import LORA
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModel
 
-LORA = {"training": "lora", "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}}
-FULL, FROZEN = {"training": "full"}, {"training": "frozen"}
+from consistency_lens.training.parameter_groups import group_of
+
+FROZEN = {"training": "frozen"}
 SHORT = {"max_steps": 6, "stages": ["warm_start 2s", "gumbel 2s", "policy_gradient"]}
-SAVED = {"save_strategy": "steps", "save_steps": 15, "eval_strategy": "steps", "eval_steps": 15}
+SAVED = {"save_strategy": "steps", "save_steps": 9, "eval_strategy": "steps", "eval_steps": 9}
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
-def start(script: Path, arguments: list[str]) -> None:
+def torchrun(script: Path, arguments: list[str]) -> None:
     """Starts a script on two processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -34,8 +48,7 @@ def start(script: Path, arguments: list[str]) -> None:
 
 def launch(folder: Path, runs: list[Run]) -> None:
     """Has two processes do the runs one after the other."""
-    job = json.dumps([asdict(run) for run in runs])
-    start(Path(__file__).with_name("distributed_runs.py"), [str(folder), job])
+    on_two_processes(run_all, folder, json.dumps([asdict(run) for run in runs]))
 
 
 def alone(folder: Path, name: str, clones: dict, **arguments) -> None:
@@ -101,32 +114,61 @@ def runs_of(strategy: str, clones: dict, **arguments) -> list[Run]:
     poisoned = {"max_steps": 3, "stages": ["warm_start"]}
     return [
         Run(strategy, strategy, clones, arguments | SAVED, watched=True),
-        Run(f"{strategy}_resumed", strategy, clones, arguments, resumed=(strategy, "checkpoint-15")),
+        Run(f"{strategy}_resumed", strategy, clones, arguments, resumed=(strategy, "checkpoint-9")),
         Run(f"{strategy}_skips", strategy, clones, poisoned, poisoned_step=1),
     ]
 
 
-def test_strategies_train_the_lens_of_one_process(tmp_path):
-    alone(tmp_path, "one", LORA)
-    alone(tmp_path, "one_short", LORA, **SHORT)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of all that two processes did."""
+    folder = tmp_path_factory.mktemp("two")
     runs = [Run("ddp", "ddp", LORA, {"share_weights": "false"}), *runs_of("fsdp2", LORA)]
     if HAS_DEEPSPEED:
-        runs += [Run("zero2", "zero2", LORA), Run("zero3", "zero3", LORA, SHORT)]
-    launch(tmp_path, runs)
-    check_agreement(tmp_path, "ddp", "one")
-    check_agreement(tmp_path, "fsdp2", "one")
-    check_spread(tmp_path, "fsdp2", "ddp", ("lens", "subject", "reference"))
-    check_resumed(tmp_path, "fsdp2_resumed", "fsdp2")
-    check_skipped(tmp_path, "fsdp2_skips")
-    assert len(column(tmp_path, "fsdp2", "eval_fve")) == 2  # at step 15 and at the end
-    assert len((tmp_path / "fsdp2" / "sample_tables.jsonl").read_text().splitlines()) == 8
-    assert not {path.suffix for path in (tmp_path / "fsdp2").rglob("*.*")} & {".pt", ".bin", ".pkl", ".distcp"}
-    AutoModel.from_pretrained(tmp_path / "fsdp2", base_model=subject_of(tmp_path))
+        runs += [Run("zero2", "zero2", LORA, SHORT), Run("zero3", "zero3", LORA, SHORT)]
+    on_two_processes(run_everything, folder, json.dumps([asdict(run) for run in runs]))
+    return folder
+
+
+def test_two_processes_give_the_gradients_of_one(two):
+    keep_gradients(two)
+    for name in ONE_STAGE:
+        one, of_two = (load_file(two / f"{name}{processes}.safetensors") for processes in (1, 2))
+        assert one.keys() == of_two.keys() and len(one) > 20
+        for key, gradient in one.items():
+            torch.testing.assert_close(of_two[key], gradient, atol=1e-5, rtol=1e-4, msg=f"{name}: {key}")
+
+
+def test_two_processes_unfreeze_clip_and_average_as_one_does(two):
+    keep_controlled(two)
+    for clones in (FULL, LORA):
+        one, of_two = (load_file(two / f"{clones['training']}{processes}.safetensors") for processes in (1, 2))
+        assert one.keys() == of_two.keys() and len(one) > 20
+        for name, tensor in one.items():
+            torch.testing.assert_close(of_two[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+        kind = f"decoder_{late_groups(clones)[0]}"
+        late = [key.partition(".")[2] for key in of_two if key.startswith("0.") and group_of(key) == kind]
+        assert late and all(torch.equal(of_two[f"0.{name}"], of_two[f"2.{name}"]) for name in late)
+        assert any(not torch.equal(of_two[f"2.{name}"], of_two[f"3.{name}"]) for name in late)
+
+
+def test_strategies_train_the_lens_of_one_process(two):
+    alone(two, "one", LORA)
+    alone(two, "one_short", LORA, **SHORT)
+    check_agreement(two, "ddp", "one")
+    check_agreement(two, "fsdp2", "one")
+    check_spread(two, "fsdp2", "ddp", ("lens", "subject", "reference"))
+    check_resumed(two, "fsdp2_resumed", "fsdp2")
+    check_skipped(two, "fsdp2_skips")
+    assert len(column(two, "fsdp2", "eval_fve")) == 2  # at a checkpoint and at the end
+    assert len((two / "fsdp2" / "sample_tables.jsonl").read_text().splitlines()) == 8
+    assert not {path.suffix for path in (two / "fsdp2").rglob("*.*")} & {".pt", ".bin", ".pkl", ".distcp"}
+    AutoModel.from_pretrained(two / "fsdp2", base_model=subject_of(two))
     if HAS_DEEPSPEED:
-        check_agreement(tmp_path, "zero2", "one")
-        check_spread(tmp_path, "zero2", "ddp", ())
-        check_agreement(tmp_path, "zero3", "one_short")
-        check_spread(tmp_path, "zero3", "ddp", ("lens", "subject", "reference"))
+        check_agreement(two, "zero2", "one_short")
+        check_spread(two, "zero2", "ddp", ())
+        check_agreement(two, "zero3", "one_short")
+        check_spread(two, "zero3", "ddp", ("lens", "subject", "reference"))
 
 
 def subject_of(folder: Path):
@@ -207,7 +249,7 @@ def test_a_recipe_ends_with_its_figures(tmp_path, strategy):
         "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": 2,
     }  # fmt: skip
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    start(Path(__file__).with_name("recipe_under.py"), [strategy, str(tmp_path), *flags])
+    torchrun(Path(__file__).with_name("recipe_under.py"), [strategy, str(tmp_path), *flags])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["rows"] == 16 and "untrained" in metrics["controls"]
     lens = AutoModel.from_pretrained(tmp_path / "run")

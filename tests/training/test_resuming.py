@@ -1,6 +1,5 @@
 """A run that was cut short and goes on is the run that was not; and what cannot go on says so."""
 
-import os
 import resource
 import shutil
 from pathlib import Path
@@ -14,14 +13,6 @@ from consistency_lens.checkpoints import trainer as whole_trainer
 from consistency_lens.checkpoints.manifest import MANIFEST_FILE
 from consistency_lens.checkpoints.resuming import checkpoint_to_resume
 from consistency_lens.checkpoints.states import CheckpointWriteError, checkpoints_in
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_power_failure():
-    """Syncing takes most of the time that these runs take."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)
-        yield
 
 
 def killed_at(folder, step, **changes):

@@ -1,13 +1,9 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from lens_runs import tiny_cache, tiny_lens, tiny_trainer
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 TERMS = ("ce", "mse", "kl", "lm", "entropy", "tau", "kl_weight", "mse_weight", "samples_per_second")
@@ -168,18 +164,22 @@ def test_nothing_but_skipped_steps_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("clones", CLONES, ids=lambda clones: clones["training"])
-@pytest.mark.parametrize("save_at", [2, 3, 4])
-def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, save_at, clones):
-    stages = ["warm_start 3s", "gumbel 1s", "policy_gradient"]
-    whole = tiny_trainer(tmp_path / "whole", clones, stages=stages)
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, clones):
+    check_resuming(tmp_path, [2, 3, 4], clones, stages=["warm_start 3s", "gumbel 1s", "policy_gradient"])
+
+
+def check_resuming(folder, steps, clones=None, **settings):
+    """A run that goes on from the checkpoint of one of these steps is the one that was not disturbed."""
+    whole = tiny_trainer(folder, clones, save_strategy="steps", save_steps=1, **settings)
     whole.train()
-    tiny_trainer(tmp_path / "cut", clones, stages=stages, save_strategy="steps", save_steps=save_at).train()
-    checkpoint = tmp_path / "cut" / "run" / f"checkpoint-{save_at}"
-    resumed = tiny_trainer(tmp_path / "cut", clones, stages=stages)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert losses(resumed)[save_at:] == losses(whole)[save_at:]
-    for name, tensor in parameters(whole).items():
-        assert torch.equal(tensor, parameters(resumed)[name]), name
+    for step in steps:
+        resumed = tiny_trainer(folder, clones, **settings)
+        resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{step}"))
+        assert losses(resumed) == losses(whole)
+        for name, tensor in parameters(whole).items():
+            assert torch.equal(tensor, parameters(resumed)[name]), name
+        if whole.warm_start_end is not None:
+            assert resumed.warm_start_end.ends == whole.warm_start_end.ends
 
 
 EARLY = {"stages": ["warm_start 6s", "gumbel 2s", "policy_gradient"], "warm_start_patience": 1}
@@ -214,19 +214,10 @@ def test_the_held_out_reading_is_the_fve_of_greedy_texts(tmp_path):
     assert lens.decoder.training and not lens.encoder.training  # the modes are as they were
 
 
-@pytest.mark.parametrize("save_at", [1, 3, 5, 7])
-def test_all_stages_resume_though_warm_start_ended_early(tmp_path, save_at):
+def test_all_stages_resume_though_warm_start_ended_early(tmp_path):
     """The check after step 4 may be in vain or not; either way the resumed run does the same."""
     settings = {**EARLY, "max_steps": 9, "warm_start_check_steps": 2, "learning_rate": 0.05}
-    whole = tiny_trainer(tmp_path / "whole", **settings)
-    whole.train()
-    tiny_trainer(tmp_path / "cut", save_strategy="steps", save_steps=save_at, **settings).train()
-    resumed = tiny_trainer(tmp_path / "cut", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "run" / f"checkpoint-{save_at}"))
-    assert losses(resumed)[save_at:] == losses(whole)[save_at:]
-    assert resumed.warm_start_end.ends == whole.warm_start_end.ends
-    for name, tensor in parameters(whole).items():
-        assert torch.equal(tensor, parameters(resumed)[name]), name
+    check_resuming(tmp_path, [1, 3, 5, 7], **settings)
 
 
 def test_a_length_penalty_needs_a_stop_token(tmp_path):
@@ -318,58 +309,6 @@ def test_checkpointing_gives_the_same_loss(tmp_path):
     assert recomputed.lens.train().decoder.checkpoints_gradients()  # it was on, and off in the other run
     assert not plain.lens.train().decoder.checkpoints_gradients()
     assert losses(plain) == pytest.approx(losses(recomputed), rel=1e-4)
-
-
-ONE_STAGE = {
-    "warm_start": ("warm_start", {"shorter_share": 0.5}),
-    "gumbel": ("gumbel", {}),
-    "policy": ("policy_gradient", {}),
-    "policy_options": (
-        "policy_gradient",
-        {"prefix_budgets": True, "straight_through": True, "lm_estimator": "k3", "reward": "-kl"},
-    ),
-}
-SCRIPT = """
-import os, sys
-from pathlib import Path
-from safetensors.torch import save_file
-from test_trainer import ONE_STAGE, gradients_of_a_run
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-for name in ONE_STAGE:
-    gradients = gradients_of_a_run(folder / name / f"rank{rank}", name, batch=4)
-    if rank == "0":
-        save_file(gradients, folder / f"{name}.safetensors")
-"""
-
-
-def gradients_of_a_run(folder, name, batch):
-    """The gradient of every trained tensor in each of two steps."""
-    keep, (stage, settings) = KeepGradients(), ONE_STAGE[name]
-    trainer = tiny_trainer(
-        folder, max_steps=2, per_device_train_batch_size=batch, stages=[stage], lm_reference="subject",
-        max_grad_norm=0.0, own_share=0.5, optim="sgd", learning_rate=0.01, **settings,
-    )  # fmt: skip
-    trainer.add_callback(keep)
-    trainer.train()
-    return {f"{i}.{n.removeprefix('module.')}": g for i, step in enumerate(keep.steps) for n, g in step.items()}
-
-
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ONE_STAGE:
-        one, two = (
-            gradients_of_a_run(tmp_path / name / "one", name, batch=8),
-            load_file(tmp_path / f"{name}.safetensors"),
-        )
-        assert one.keys() == two.keys() and len(one) > 20
-        for key, gradient in one.items():
-            torch.testing.assert_close(two[key], gradient, atol=1e-5, rtol=1e-4, msg=f"{name}: {key}")
 
 
 def test_a_bfloat16_subject_trains_float32_tensors(tmp_path):

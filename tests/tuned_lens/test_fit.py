@@ -15,7 +15,6 @@ from tuned_fits import (
     TRAIN_BLOCKS,
     artifact,
     run_fit,
-    without_waiting,
     write_inputs,
 )
 
@@ -31,12 +30,6 @@ PASSES = 2 * 10  # of two epochs
 
 class Killed(BaseException):
     """What no code catches."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with without_waiting():
-        yield
 
 
 @pytest.fixture(scope="module")

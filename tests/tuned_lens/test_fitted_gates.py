@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from tuned_fits import without_waiting
 
 from consistency_lens.tuned_lens.fit import fit_tuned_lens
 from consistency_lens.tuned_lens.fit_arguments import FitArguments, TunedLensTrainingArguments
@@ -25,8 +24,7 @@ def lens(stories, tmp_path_factory):
         output_dir=str(folder), position_range=[0.0, 1.0], positions_per_sequence="all", learning_rate=2e-3,
         eval_steps=500, save_steps=500, disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    with without_waiting():
-        fit_tuned_lens(args, training)
+    fit_tuned_lens(args, training)
     return TunedLens.from_pretrained(folder, base_model=str(MODEL))
 
 

@@ -2,7 +2,7 @@ import hashlib
 import json
 
 import pytest
-from tuned_fits import BATCH, RIDGE_BLOCKS, SEQ_LEN, STEPS, TRAIN_BLOCKS, run_fit, without_waiting, write_inputs
+from tuned_fits import BATCH, RIDGE_BLOCKS, SEQ_LEN, STEPS, TRAIN_BLOCKS, run_fit, write_inputs
 
 from consistency_lens.data.fingerprints import tokenizer_hash, weights_hash
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer
@@ -29,8 +29,7 @@ BESIDE = {  # of section 13.2 and our own
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    with without_waiting():
-        yield write_inputs(tmp_path_factory.mktemp("inputs"))
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,22 @@ class TestPacking:
         expected = [[BOS, *words(text)] for text in TEXTS if not is_held_out(text)]
         assert blocks.train.reshape(-1).tolist() == list(chain.from_iterable(expected))[:80]
 
+    def test_each_sequence_may_start_with_bos(self, read, tmp_path):
+        texts = ["w10 w11 w12", "w11", "w10 w31 w32 w33 w34 w35", "w11 w41", "w16 w90 w91 w92"]
+        assert [is_held_out(text) for text in texts] == [False] * 4 + [True]
+        dataset = write_rows(tmp_path / "hand.jsonl", texts)
+        bos = add_bos(tiny_tokenizer())
+        blocks = read(dataset=dataset, tokens=16, validation_tokens=4, bos_per_sequence=True, tokenizer=bos)
+        # a document that begins where a sequence does has its own
+        expected = [[BOS, 10, 11, 12], [BOS, 11, BOS, 10], [BOS, 31, 32, 33], [BOS, 34, 35, BOS]]
+        assert blocks.train.tolist() == expected
+        assert blocks.validation.tolist() == [[BOS, 16, 90, 91]]
+        assert blocks.description["sample_description"].endswith("packed to 4, each with BOS")
+
+    def test_bos_of_a_tokenizer_that_adds_none_is_refused(self, read):
+        with pytest.raises(ValueError, match="bos_per_sequence: this tokenizer starts no text with a BOS"):
+            read(bos_per_sequence=True)
+
     def test_documents_that_are_not_wanted_are_passed_over(self, arguments, tokenizer):
         rows = Dataset.from_dict({"text": TEXTS})
         sequences = token_stream.text_sequences(rows, arguments(), tokenizer, wanted=lambda split: split == "train")

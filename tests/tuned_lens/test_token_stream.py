@@ -6,8 +6,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from hub_server import Reply
 from tiny_lenses import tiny_tokenizer
-from tiny_models import tiny_model
-from token_texts import BOS, EOS, FRACTION, SEQ_LEN, TEXTS, is_held_out, side, words, write_rows
+from tiny_models import MAX_POSITIONS, tiny_model
+from token_texts import BOS, EOS, FRACTION, SEQ_LEN, TEXTS, add_bos, is_held_out, side, words, write_rows
 
 from consistency_lens.data.tokenization import TokenizationArguments, tokenize_corpus
 from consistency_lens.hub_connection import HubError
@@ -120,6 +120,15 @@ class TestSamples:
             first.description["repo_id"] == "samples of tiny" and "seed 316" in first.description["sample_description"]
         )
         assert not np.array_equal(read("a", seed=1, **sampled).train, first.train)
+
+    def test_sequences_that_start_with_bos_begin_anywhere_in_longer_documents(self, read):
+        blocks = read(
+            dataset="samples", seq_len=4, tokens=128, validation_tokens=16, bos_per_sequence=True,
+            tokenizer=add_bos(tiny_tokenizer()),
+        )  # fmt: skip
+        assert (blocks.train[:, 0] == BOS).all()
+        assert f"at most {MAX_POSITIONS} tokens a document" in blocks.description["sample_description"]
+        assert blocks.description["documents"]["train"] < len(blocks.train)
 
     def test_every_document_comes_once_and_begins_with_bos(self, model, tokenizer):
         sequences = token_stream.sampled_sequences(model, tokenizer, 6, seed=0, fraction=FRACTION)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import PrinterCallback
-from tuned_trainers import LAYERS, SEQ_LEN, AtSteps, draw_blocks, quick  # noqa: F401 (a fixture for the whole file)
+from tuned_trainers import LAYERS, SEQ_LEN, AtSteps, draw_blocks
 
 from consistency_lens.checkpoints.states import CheckpointWriteError
 from consistency_lens.losses import kl_divergence

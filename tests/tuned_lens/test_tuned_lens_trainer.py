@@ -7,7 +7,7 @@ import torch
 from tiny_models import VOCAB_SIZE
 from torch.optim import AdamW, Muon
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from tuned_trainers import LAYERS, SEQ_LEN, AtSteps, batch_of, draw_blocks, gradients, new_lens, quick  # noqa: F401 (a fixture for the whole file)
+from tuned_trainers import LAYERS, SEQ_LEN, AtSteps, batch_of, draw_blocks, gradients, new_lens
 
 from consistency_lens.losses import kl_divergence
 from consistency_lens.tuned_lens import trainer as trainer_module

@@ -29,6 +29,7 @@ KINDS = {ConsistencyLensConfig: "lens", LensDecoderConfig: "decoder", LensEncode
 # The Hub's name for what comes nearest: a lens and an encoder find features, a decoder writes text.
 PIPELINE_TAGS = {"lens": "feature-extraction", "decoder": "text-generation", "encoder": "feature-extraction"}
 CONTEXT_WIDTH = 160  # characters of a sample's context that are shown, up to the token that is read
+LONGEST_WORD = 24
 SAMPLE_COLUMNS = ("context", "words", "FVE", "KL", "next before", "next after")
 
 
@@ -166,15 +167,20 @@ def reading_facts(lens: LensFolder, kind: str) -> list[tuple[str, str]]:
     if origin:
         rows.append(("activations", hub_link(origin["repo"], origin["commit"], "datasets/")))
     if "positions" in data:
-        of_positions = data["positions"]
-        rule = f"{of_positions['rule']}; up to {of_positions['per_sequence']} of a sequence"
-        rows.append(("positions", plain(f"{rule}, min_position {of_positions['min_position']}")))
+        rows.append(("positions", positions_text(data["positions"])))
     held = [
         f"{count(of[name])} {what}"
         for name, what in (("train_rows", "for training"), ("validation_rows", "held out"))
         if name in of
     ]
     return [*rows, ("activations read", ", ".join(held) or NOT_RECORDED)]
+
+
+def positions_text(positions: Mapping[str, Any]) -> str:
+    """Which positions of a sequence were read; activations that were read on the fly name no rule."""
+    rule = [positions["rule"]] if "rule" in positions else []
+    least = f"min_position {positions['min_position']}"
+    return plain("; ".join([*rule, f"up to {positions['per_sequence']} of a sequence, {least}"]))
 
 
 def clone_text(config: Any) -> str:
@@ -194,7 +200,7 @@ def sample_table(samples: list[Sample]) -> str:
     """Contexts up to the token that is read, the words and what they were worth."""
     rows = [
         (
-            plain(_end(sample.context)),
+            _context(sample.context),
             plain(sample.explanation.strip()) or "(no words)",
             f"{sample.fve:.2f}",
             f"{sample.kl:.2f}",
@@ -213,8 +219,14 @@ def held_weights(lens: LensFolder) -> str:
     return "The weights are adapters, projections and prompts that were trained on that model, without its own."
 
 
-def _end(text: str) -> str:
-    return text if len(text) <= CONTEXT_WIDTH else "…" + text[-CONTEXT_WIDTH:]
+def _context(text: str) -> str:
+    """The end of a context from a word on, the token that is read in bold."""
+    if len(text) > CONTEXT_WIDTH:
+        end = text[-CONTEXT_WIDTH:]
+        # a text without spaces is cut where it is
+        text = f"…{end[end.index(' ') :] if ' ' in end[:LONGEST_WORD] else end}"
+    before, mark, token = text.rpartition("«")
+    return f"{plain(before)}<b>{plain(mark + token)}</b>" if mark else plain(text)
 
 
 def _prediction(top: list[tuple[str, float]]) -> str:

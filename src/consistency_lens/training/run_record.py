@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", 
 # Where a run is and what it shows, whatever it trains; and what is set for every lens, or by the machine.
 NOT_OF_THE_LENS = {"output_dir", "use_cpu", "disable_tqdm", "report_to", "run_name", "project", "local_rank"}
 NOT_OF_THE_LENS |= {"dataloader_pin_memory", "accelerator_config", "remove_unused_columns", "dry_run", "hub_token"}
-NOTHING: tuple[Any, ...] = (None, False, "", "no", "none", [], {})
+NOTHING = ("None", "False", "", "no", "none", "[]", "{}")
 
 
 def run_record(
@@ -72,4 +72,5 @@ def default_of(item: Field) -> Any:
 
 
 def _differs(value: Any, default: Any) -> bool:
-    return value != default and not (value in NOTHING and default in NOTHING)
+    # as text, for 0 equals False
+    return value != default and not (str(value) in NOTHING and str(default) in NOTHING)

@@ -36,6 +36,7 @@ class EvaluationArguments:
     text_column: str = field(default="text", metadata={"help": "As for fit."})
     tokens: int = field(default=65_536, metadata={"help": "Of the text, where a dataset is given."})
     seq_len: int = field(default=512, metadata={"help": "As for fit."})
+    bos_per_sequence: bool = field(default=False, metadata={"help": "As for fit."})
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the documents that is held out; as it was for the fit."}
     )
@@ -116,6 +117,7 @@ def text_of(args: EvaluationArguments) -> TokenArguments:
         text_column=args.text_column,
         tokens=args.seq_len,
         seq_len=args.seq_len,
+        bos_per_sequence=args.bos_per_sequence,
         validation_tokens=args.tokens,
         validation_fraction=args.validation_fraction,
     )

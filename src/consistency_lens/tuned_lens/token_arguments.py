@@ -42,6 +42,13 @@ class TokenArguments:
         default=SEQ_LEN,
         metadata={"help": "Tokens of a packed sequence; the default becomes the model's context where that is less."},
     )
+    bos_per_sequence: bool = field(
+        default=False,
+        metadata={
+            "help": "Start every sequence with BOS, as the tokenizer starts a text, wherever in a document it begins; "
+            "short ones are then read as prompts are, from their first token on."
+        },
+    )
     validation_tokens: int | None = field(
         default=None,
         metadata={

@@ -58,7 +58,8 @@ def read_token_blocks(
 
     Documents are read in order until there are as many tokens as were asked for, and no more. They are packed from
     left to right, without anything between them but what their tokenizing adds; a document may go on in the next
-    block. Held-out documents are packed apart. The same arguments and data give the same bytes.
+    block, after a BOS if each is to start with one. Held-out documents are packed apart. The same arguments and data
+    give the same bytes.
 
     Args:
         model, tokenizer: of the subject; the model runs only where it writes the text.
@@ -67,7 +68,8 @@ def read_token_blocks(
         seed: of what the model writes.
 
     Raises:
-        ValueError: if the data set cannot be read, there is too little text, or `seq_len` is beyond the context.
+        ValueError: if the data set cannot be read, there is too little text, `seq_len` is beyond the context, or
+            the tokenizer starts no text with the BOS that is asked for.
         HubError: if the Hub cannot be reached, or fails.
     """
     if state is None or state.is_main_process:
@@ -111,13 +113,39 @@ def block_length(args: TokenArguments, model: PreTrainedModel) -> int:
     Raises:
         ValueError: if another `seq_len` was asked for that is beyond the context.
     """
-    # Absent where positions are unbounded (ALiBi).
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = _context(model)
     if context is None or args.seq_len <= context:
         return args.seq_len
     if args.seq_len != SEQ_LEN:
         raise ValueError(f"seq_len: got {args.seq_len}, beyond the model's context of {context}; lower it")
     return context
+
+
+def sample_length(args: TokenArguments, model: PreTrainedModel) -> int:
+    """The most tokens of a document that the model writes: a block's, or more where blocks begin anywhere in one."""
+    length = block_length(args, model)
+    if not args.bos_per_sequence:
+        return length
+    return max(length, min(SEQ_LEN, _context(model) or SEQ_LEN))
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model reads; absent where positions are unbounded (ALiBi)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The BOS that the tokenizer starts a text with.
+
+    Raises:
+        ValueError: if it starts none with it.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("")["input_ids"][:1] != [bos]:
+        raise ValueError(
+            "bos_per_sequence: this tokenizer starts no text with a BOS, so prompts have none; leave it out"
+        )
+    return bos
 
 
 def _settings(
@@ -162,6 +190,7 @@ class BlockWriter:
         file: opened for writing; its header is right after `finish`.
         seq_len: tokens of a block.
         max_blocks: when it has so many, it takes no more.
+        bos: what every block starts with; None for nothing.
 
     Attributes:
         blocks: how many are written.
@@ -169,10 +198,11 @@ class BlockWriter:
         digest: sha256 over their hashes, in order.
     """
 
-    def __init__(self, file: BinaryIO, seq_len: int, max_blocks: int) -> None:
+    def __init__(self, file: BinaryIO, seq_len: int, max_blocks: int, bos: int | None = None) -> None:
         self.file = file
         self.seq_len = seq_len
         self.max_blocks = max_blocks
+        self.bos = bos
         self.blocks = 0
         self.documents = 0
         self.digest = hashlib.sha256()
@@ -186,7 +216,7 @@ class BlockWriter:
 
     @property
     def tokens(self) -> int:
-        """Those in blocks."""
+        """Those in blocks, with the BOS that they start with."""
         return self.blocks * self.seq_len
 
     def add(self, sequence: TokenSequence) -> None:
@@ -198,10 +228,17 @@ class BlockWriter:
             self.documents += 1
             self.digest.update(sequence.document.to_bytes(8, "little"))
         tokens = np.concatenate([self._rest, sequence.ids.astype("<i4", copy=False)])
-        blocks = min(len(tokens) // self.seq_len, self.max_blocks - self.blocks)
-        self.file.write(tokens[: blocks * self.seq_len].tobytes())
-        self._rest = tokens[blocks * self.seq_len :]
-        self.blocks += blocks
+        used = 0
+        while not self.is_full and used < len(tokens):
+            # a document that begins here has one already
+            start = [] if self.bos is None or tokens[used] == self.bos else [self.bos]
+            end = used + self.seq_len - len(start)
+            if end > len(tokens):
+                break
+            self.file.write(np.concatenate([np.array(start, dtype="<i4"), tokens[used:end]]).tobytes())
+            self.blocks += 1
+            used = end
+        self._rest = tokens[used:]
 
     def finish(self) -> None:
         """Writes the number of blocks, which is known now, into the header."""
@@ -226,16 +263,18 @@ def _write_blocks(
 ) -> dict[str, Any]:
     """Writes both files and returns their description."""
     budget = {TRAIN: args.tokens, VALIDATION: args.validation_tokens or 0}
+    bos = bos_of(tokenizer) if args.bos_per_sequence else None
     with ExitStack() as stack:
         writers = {
             split: BlockWriter(
-                stack.enter_context(atomic_file(folder / f"{split}.npy")), seq_len, -(-tokens // seq_len)
+                stack.enter_context(atomic_file(folder / f"{split}.npy")), seq_len, -(-tokens // seq_len), bos
             )
             for split, tokens in budget.items()
         }
         source = open_token_stream(
-            args, model, tokenizer, name, seq_len, seed, wanted=lambda split: not writers[split].is_full
-        )
+            args, model, tokenizer, name, sample_length(args, model), seed,
+            wanted=lambda split: not writers[split].is_full,
+        )  # fmt: skip
         total = sum(writer.max_blocks for writer in writers.values()) * seq_len
         with tqdm(total=total, desc="packing", unit="token", unit_scale=True, disable=not progress) as bar:
             for sequence in stack.enter_context(closing(source.sequences)):
@@ -246,9 +285,10 @@ def _write_blocks(
         _check_enough(args, writers)
         for writer in writers.values():
             writer.finish()
+    packed = f"packed to {seq_len}" + (", each with BOS" if args.bos_per_sequence else "")
     digests = b"".join(writer.digest.digest() for writer in writers.values())
     return source.facts | {
-        "sample_description": f"{source.facts['sample_description']}; packed to {seq_len}",
+        "sample_description": f"{source.facts['sample_description']}; {packed}",
         # over the hashes of the documents that were used, in order
         "content_hash": hashlib.sha256(digests).hexdigest(),
         "seq_len": seq_len,

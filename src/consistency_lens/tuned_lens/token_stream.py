@@ -50,7 +50,7 @@ def open_token_stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    seq_len: int,
+    sample_length: int,
     seed: int,
     wanted: Callable[[str], bool],
 ) -> TokenStream:
@@ -59,7 +59,7 @@ def open_token_stream(
     Args:
         model, tokenizer: of the subject; the model runs only where it writes the text.
         name: of the subject.
-        seq_len: the most tokens of a document that the model writes.
+        sample_length: the most tokens of a document that the model writes.
         seed: of what the model writes.
         wanted: whether tokens of a split are still to come; documents of the other are passed over.
 
@@ -69,8 +69,8 @@ def open_token_stream(
     """
     if args.is_sampled:
         facts: dict[str, Any] = {"repo_id": f"samples of {name}", "name": None, "split": None, "revision": None}
-        told = f"written by the model at temperature 1, seed {seed}, at most {seq_len} tokens a document"
-        sequences = sampled_sequences(model, tokenizer, seq_len, seed, args.validation_fraction)
+        told = f"written by the model at temperature 1, seed {seed}, at most {sample_length} tokens a document"
+        sequences = sampled_sequences(model, tokenizer, sample_length, seed, args.validation_fraction)
         return TokenStream(sequences, facts | {"sample_description": told})
     if args.is_tokenized:
         origin = corpus_origin(args.dataset, tokenizer, name)
