@@ -1,14 +1,17 @@
 """A Hugging Face Hub on loopback: as much of its API as the real client needs to publish and to fetch repositories.
 
 Models and datasets live in memory, with commits, branches and tags, and with large files by the LFS protocol. A test
-looks at what came in (`requests`, `repos`) and says what is to fail (`faults`).
+looks at what came in (`requests`, `repos`) and says what is to fail: always (`faults`), or at a request that it counts
+(`plan`).
 """
 
 import base64
 import hashlib
 import json
 import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +19,10 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_faults import Fault, PlannedFaults
 
 USER, TOKEN = "user", "hf_loopback_token"
+ORGANISATION = "lab"  # which the user may write to
 LARGE_SUFFIXES = (".parquet", ".safetensors", ".arrow", ".bin")
 TIME = "2026-01-01T00:00:00.000Z"
 
@@ -106,7 +111,7 @@ def error(status: int, code: str, message: str) -> Reply:
     return Reply({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
 
 
-class HubServer:
+class HubServer(PlannedFaults):
     """Serves while its `with` block lasts.
 
     Args:
@@ -116,17 +121,19 @@ class HubServer:
         url: for `HF_ENDPOINT`.
         repos: (kind, name) -> repository; kind is "model", "dataset", or "space", of which files can be read alone.
         requests: (method, path) of all requests so far.
-        authorizations: all that came in that header.
+        authorizations, ranges: all that came in these headers.
         faults: (method, pattern of the path) -> the reply that is given instead.
         licenses: those that a card may name.
     """
 
     def __init__(self, token: str = TOKEN) -> None:
+        super().__init__()
         self.token = token
         self.repos: dict[tuple[str, str], Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.authorizations: set[str | None] = set()
+        self.ranges: list[str] = []
         self.faults: dict[tuple[str, str], Reply] = {}
         self.licenses = {"apache-2.0", "mit", "odc-by", "other"}
         self.lock, self.closing = threading.Lock(), threading.Event()
@@ -168,6 +175,7 @@ class HubServer:
         with self.lock:
             self.requests.append((request.method, request.path))
             self.authorizations.add(authorization)
+            self.ranges += [request.headers["Range"]] if "Range" in request.headers else []
             for (method, pattern), reply in self.faults.items():
                 if method == request.method and re.search(pattern, request.path):
                     return reply
@@ -194,7 +202,7 @@ class HubServer:
         owner = wanted.get("organization") or USER
         kind, name = wanted.get("type") or "model", f"{owner}/{wanted['name']}"
         where = {"url": f"{self.url}/{'' if kind == 'model' else 'datasets/'}{name}"}
-        if owner != USER:
+        if owner not in (USER, ORGANISATION):
             message = f'You don\'t have the rights to create a {kind} under the namespace "{owner}"'
             return error(403, "", message)
         if (kind, name) in self.repos:
@@ -228,7 +236,7 @@ class HubServer:
         if action in writes and request.method in ("POST", "DELETE"):
             if not self.is_signed_in(request):
                 return error(401, "", "Invalid username or password.")
-            if not name.startswith(f"{USER}/"):
+            if not name.startswith((f"{USER}/", f"{ORGANISATION}/")):
                 return error(403, "", f"You have no write access to {name}")
         return ACTIONS[action](self, request, repo, rest if action == "tree" else unquote(rest))
 
@@ -359,10 +367,15 @@ class HubServer:
                 del files[path]
             elif item["key"] == "deletedFolder":
                 files = {name: blob for name, blob in files.items() if not name.startswith(path)}
+        pull_request = {}
+        if "create_pr" in request.query:
+            branch = f"refs/pr/{1 + sum(name.startswith('refs/pr/') for name in repo.branches)}"
+            where = f"{self.url}/{repo.name}/discussions/{branch.rpartition('/')[2]}"
+            pull_request = {"pullRequestUrl": where}
         commit = repo.commit(branch, title, files)
         prefix = "" if repo.kind == "model" else "datasets/"
         url = f"{self.url}/{prefix}{repo.name}/commit/{commit.oid}"
-        return Reply({"success": True, "commitOid": commit.oid, "commitUrl": url})
+        return Reply({"success": True, "commitOid": commit.oid, "commitUrl": url, **pull_request})
 
     def resolve(self, request: Request, name: str, rest: str, prefix: str = "") -> Reply:
         """A file, whole or a range of it."""
@@ -454,9 +467,20 @@ ROUTES: list[tuple[str, tuple[str, ...], Callable[..., Reply]]] = [
 ]
 
 
+FAILURES: dict[Fault | None, Callable[[HubServer], Reply]] = {
+    Fault.ERROR: lambda hub: error(500, "", "Internal Error - We're working hard to fix this as soon as possible!"),
+    Fault.BUSY: lambda hub: Reply({"error": "Too Many Requests"}, 429, {"Retry-After": str(hub.retry_after)}),
+}
+
+
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of clients that have gone, as those do that waited for too long."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -470,16 +494,31 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.closing.is_set():
             self.close_connection = True
             return
-        reply = self.hub.handle(request)
+        fault = self.hub.fault_of(request.method, request.path)
+        if fault is Fault.REFUSED:
+            self.close_connection = True
+            return
+        if fault is Fault.SLOW:
+            time.sleep(self.hub.slowness)
+        reply = FAILURES[fault](self.hub) if fault in FAILURES else self.hub.handle(request)
+        if fault is Fault.LOST:
+            self.close_connection = True
+            return
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        if fault is Fault.CORRUPT and isinstance(reply.body, bytes) and body:
+            body = bytes([body[0] ^ 1]) + body[1:]
         kind = "application/octet-stream" if isinstance(reply.body, bytes) else "application/json"
         self.send_response(reply.status)
         headers = {"Content-Type": kind, "Content-Length": str(len(body)), **reply.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if fault is Fault.CUT:
+            self.close_connection = True
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = answer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -42,6 +42,27 @@ class TokenExplanation:
     kl: float
     top_before: list[tuple[str, float]]
     top_after: list[tuple[str, float]]
+
+
+class TokenReading(NamedTuple):
+    """What a lens and its subject make of K tokens of one text; on the lens's device."""
+
+    activations: Tensor
+    """A, (K, d) float32."""
+    texts: list[str]
+    """The explanations."""
+    reconstructions: Tensor
+    """Â, (K, d) float32."""
+    variance: Tensor
+    """|A - mean|², (K,)."""
+    fve: Tensor
+    """1 - |A - Â|² / variance of each activation, (K,)."""
+    kl: Tensor
+    """KL(p(.|A) || p(.|Â)) in nats, (K,)."""
+    logits_before: Tensor
+    """The subject's next-token logits with A, (K, V)."""
+    logits_after: Tensor
+    """The same with Â in place of A."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,7 @@ def explain_text(lens: ConsistencyLensModel, text: str, positions: list[int] | N
         ValueError: if the text is empty or longer than the subject's context, or if there are no positions or one lies
             outside it.
     """
-    tokenizer, subject = lens.require_tokenizer(), lens.subject
+    tokenizer = lens.require_tokenizer()
     ids, start = text_ids(lens, text)
     positions = list(range(start, len(ids))) if positions is None else positions
     if not positions:
@@ -145,23 +166,44 @@ def explain_text(lens: ConsistencyLensModel, text: str, positions: list[int] | N
         raise ValueError(f"explain: position {outside[0]} lies outside the text's 0..{len(ids) - 1}")
     positions = [p % len(ids) for p in positions]
 
-    input_ids = torch.tensor([ids], device=lens.device)
-    context = subject.context(input_ids, torch.ones_like(input_ids), torch.tensor([positions], device=lens.device))
-    activations = context.activations[0].float()
-    decoded = lens.decode(activations)
-    reconstruction = lens.encode(decoded.token_ids)
-    logits_after = subject.replaced_logits(context, reconstruction[None])[0]
-    logits_before = context.logits[0]
-    kl = kl_divergence(logits_before, logits_after)
-    error = (activations - reconstruction).square().sum(-1)
-    fve = 1 - error / (activations - lens.mean).square().sum(-1)
+    reading = read_tokens(lens, ids, positions)
     columns = (
         positions,
         [tokenizer.decode([ids[p]]) for p in positions],
-        decoded.texts,
-        fve.tolist(),
-        kl.tolist(),
-        top_tokens(logits_before, tokenizer),
-        top_tokens(logits_after, tokenizer),
+        reading.texts,
+        reading.fve.tolist(),
+        reading.kl.tolist(),
+        top_tokens(reading.logits_before, tokenizer),
+        top_tokens(reading.logits_after, tokenizer),
     )
     return Explanation(text, [TokenExplanation(*row) for row in zip(*columns, strict=True)])
+
+
+@torch.no_grad()
+def read_tokens(lens: ConsistencyLensModel, ids: list[int], positions: list[int]) -> TokenReading:
+    """One pass of subject, decoder, encoder and, with each reconstruction in place, the subject again.
+
+    Args:
+        lens: with its tokenizer and its subject.
+        ids: a text's tokens, BOS included.
+        positions: K indices of them.
+    """
+    input_ids = torch.tensor([ids], device=lens.device)
+    context = lens.subject.context(
+        input_ids, torch.ones_like(input_ids), torch.tensor([positions], device=lens.device)
+    )
+    activations = context.activations[0].float()
+    decoded = lens.decode(activations)
+    reconstructions = lens.encode(decoded.token_ids)
+    logits_before, logits_after = context.logits[0], lens.subject.replaced_logits(context, reconstructions[None])[0]
+    variance = (activations - lens.mean).square().sum(-1)
+    return TokenReading(
+        activations=activations,
+        texts=decoded.texts,
+        reconstructions=reconstructions,
+        variance=variance,
+        fve=1 - (activations - reconstructions).square().sum(-1) / variance,
+        kl=kl_divergence(logits_before, logits_after),
+        logits_before=logits_before,
+        logits_after=logits_after,
+    )

@@ -5,11 +5,14 @@ revision (or rebuilds its architecture, where the whole clone was trained) and l
 """
 
 import json
+import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -21,12 +24,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
-from .atomic_write import write_json, write_tensors
+from .atomic_write import write_json, write_tensors, write_text
+from .hub_upload import CARD_FILE, card_text, commit_folder, create_repo, stage_artifact
 from .quantised import keep_gradients
+from .remote_code import auto_map, remote_code
 
-WEIGHTS_FILE = "model.safetensors"
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PROVENANCE_FILE = "provenance.json"
+# How the subject's repository is asked for, as far as that is said of the artifact's too.
+SUBJECT_HUB_KWARGS = ("token", "cache_dir", "local_files_only")
+# What `AutoModel` and `pipeline` hand on, and an artifact has no use for.
+UNUSED_KWARGS = {"adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"}
 # What two subjects must share for a lens of the one to fit the other, as the families name it in their configs.
 ARCHITECTURE_FIELDS = (
     "model_type",
@@ -49,7 +61,7 @@ def base_from_config(base_config: dict[str, Any], base_kwargs: dict[str, Any] | 
     Raises:
         ValueError: if weights are to be quantised or spread over devices, which needs a subject that is loaded.
     """
-    kwargs = dict(base_kwargs or {})
+    kwargs = {name: value for name, value in (base_kwargs or {}).items() if name not in SUBJECT_HUB_KWARGS}
     device = kwargs.pop("device_map", None)
     if "quantization_config" in kwargs or isinstance(device, dict) or device in ("auto", "balanced", "sequential"):
         raise ValueError(
@@ -68,6 +80,7 @@ class TrainedTensorsModel(PreTrainedModel):
 
     config_class: type[PreTrainedConfig]
     base_model_prefix = "base"
+    artifact_kind = "lens"  # what it is, in a card
     supports_gradient_checkpointing = True
     # The inner model is built (and checked) before it is wrapped, so the wrapper accepts whatever the subject has.
     _supports_sdpa = True
@@ -96,7 +109,8 @@ class TrainedTensorsModel(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **hub_kwargs: Any,
+        include_code: bool = False,
+        **push_kwargs: Any,
     ) -> None:
         """Writes config.json, model.safetensors (trained tensors only), the tokenizer and provenance.json.
 
@@ -104,38 +118,96 @@ class TrainedTensorsModel(PreTrainedModel):
             save_directory: folder; made if missing.
             is_main_process: other processes write nothing.
             state_dict: gathered full-precision tensors by name, where a sharding strategy holds them elsewhere.
-            push_to_hub: also upload the folder; `hub_kwargs` go to `huggingface_hub`.
+            push_to_hub: also upload them; `push_kwargs` are those of the method `push_to_hub`, whose `repo_id` is the
+                folder's name by default.
+            include_code: also write the modules that load the artifact with `trust_remote_code=True` where this
+                package is not installed. What goes to the Hub, or came with its code, always has them.
 
         Raises:
             ValueError: if a trained tensor holds NaN or infinity; nothing is written then.
+            TypeError: for other keyword arguments without `push_to_hub`.
         """
+        if push_kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained: {next(iter(push_kwargs))} goes with push_to_hub=True")
         if not is_main_process:
             return
+        folder = Path(save_directory)
+        self._write_artifact(folder, state_dict, include_code or self._auto_class is not None)
+        if push_to_hub:
+            self.push_to_hub(push_kwargs.pop("repo_id", folder.name), _folder=folder, **push_kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: list[str] | None = None,
+        card: str | None = None,
+        _folder: Path | None = None,
+    ) -> CommitInfo:
+        """Uploads the artifact to the Hub in one commit, with the code that loads it; makes the repository if needed.
+
+        Args:
+            repo_id: `name`, `user/name` or `organisation/name`.
+            commit_message, commit_description, create_pr: of the commit, or of a pull request with it.
+            private: whether a new repository is.
+            revision: a branch, made if needed.
+            tags: added to those of the card.
+            card: text of README.md; without it the repository keeps its own, or gets a short one.
+
+        Raises:
+            ValueError: for a user's mistake, such as a token without the right, or a tensor with NaN or infinity.
+            HubError: if the Hub cannot be reached, or fails.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, staging = _folder or Path(temporary) / "saved", Path(temporary) / "staged"
+            if _folder is None:
+                self._write_artifact(folder)
+            stage_artifact(folder, staging, type(self))
+            repo_id = create_repo(repo_id, private=private, token=token, revision=revision)
+            card_file = staging / CARD_FILE
+            if card is None and not card_file.is_file():
+                card = card_text(repo_id, self.artifact_kind, self.config, tags, token=token, revision=revision)
+            if card is not None:
+                write_text(card_file, card)
+            return commit_folder(
+                staging,
+                repo_id,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _write_artifact(
+        self, folder: Path, state_dict: dict[str, Tensor] | None = None, with_code: bool = False
+    ) -> None:
         tensors = self.trained_tensors()
         if state_dict is not None:
             tensors = {name: state_dict.get(name, tensor) for name, tensor in tensors.items()}
         broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if broken:
             raise ValueError(f"save: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); nothing written")
-        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = [type(self).__name__]
         self.config.dtype = None  # each tensor keeps its own precision; there is no one dtype to announce
+        vars(self.config).pop("auto_map", None)  # it may come from another place than this one
+        if with_code:
+            self.config.auto_map = auto_map(type(self))
         self.config.save_pretrained(folder)
+        for name, text in remote_code(type(self)).items() if with_code else ():
+            write_text(folder / name, text)
         write_tensors(folder / WEIGHTS_FILE, tensors)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         if self.provenance is not None:
             write_json(folder / PROVENANCE_FILE, self.provenance)
-        if push_to_hub:
-            from huggingface_hub import HfApi
-
-            api = HfApi(token=hub_kwargs.pop("token", None))
-            repo_id, private = hub_kwargs.pop("repo_id", folder.name), hub_kwargs.pop("private", None)
-            repo = api.create_repo(repo_id, exist_ok=True, private=private)
-            api.upload_folder(
-                repo_id=repo.repo_id, folder_path=folder, ignore_patterns=["data/*", "checkpoint-*"], **hub_kwargs
-            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -148,9 +220,14 @@ class TrainedTensorsModel(PreTrainedModel):
         device_map: Any = None,
         quantization_config: Any = None,
         attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        _from_auto: bool = False,
-        **hub_kwargs: Any,
+        trust_remote_code: bool | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **unused: Any,
     ) -> Self:
         """Loads an artifact: the subject at its pinned revision, the trained tensors laid over it.
 
@@ -158,30 +235,51 @@ class TrainedTensorsModel(PreTrainedModel):
             pretrained_model_name_or_path: folder or Hub id of the artifact.
             config: a loaded configuration; read from the artifact if None.
             base_model: the subject, already loaded or as a path, in place of the one that the artifact names.
-            dtype, device_map, quantization_config, attn_implementation: passed on to the loading of the subject.
-            trust_remote_code: passed on to the loading of the subject.
-            hub_kwargs: `revision, subfolder, token, cache_dir, local_files_only, force_download` of the artifact.
+            dtype, device_map, quantization_config, attn_implementation, trust_remote_code: of the subject. Trained
+                tensors keep the precision that they were trained in.
+            revision, subfolder, force_download: of the artifact; its configuration pins the subject's own revision.
+            token, cache_dir, local_files_only: of both.
+            unused: what `AutoModel` hands on.
 
         Raises:
             ValueError: if tensors are missing or left over, or the subject is not to be found.
+            OSError: if the artifact or a file of it is not to be found, as `transformers` words it.
+            TypeError: for another keyword argument.
         """
+        for name in unused.keys() - UNUSED_KWARGS:
+            raise TypeError(f"from_pretrained: there is no argument {name!r}")
         path = str(pretrained_model_name_or_path)
+        hub_kwargs: dict[str, Any] = {
+            "revision": revision,
+            "subfolder": subfolder,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        config_file = cast(str, cached_file(path, CONFIG_FILE, **hub_kwargs))
+        # all else comes from the same commit, should the branch move meanwhile
+        hub_kwargs["revision"] = extract_commit_hash(config_file, None) or revision
         config = config if config is not None else cls.config_class.from_pretrained(path, **hub_kwargs)
         tensors = load_file(cast(str, cached_file(path, WEIGHTS_FILE, **hub_kwargs)))
         base_kwargs = {
             "dtype": dtype,
             "device_map": device_map,
             "quantization_config": quantization_config,
-            "attn_implementation": attn_implementation,
+            "attn_implementation": attn_implementation or config._attn_implementation,
             "trust_remote_code": trust_remote_code,
+            **{name: hub_kwargs[name] for name in SUBJECT_HUB_KWARGS},
         }
         base_kwargs = {name: value for name, value in base_kwargs.items() if value not in (None, False)}
         model = cls.from_artifact_config(config, base_model, base_kwargs)
         model.base_kwargs = base_kwargs
         model.load_trained_tensors(tensors)
-        if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs):
-            model.tokenizer = AutoTokenizer.from_pretrained(path, **hub_kwargs)
-        provenance = cached_file(path, PROVENANCE_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
+        if cached_file(path, "tokenizer_config.json", **optional):
+            model.tokenizer = AutoTokenizer.from_pretrained(path, config=config, **hub_kwargs)
+            for name in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
+                model.tokenizer.init_kwargs.pop(name, None)
+        provenance = cached_file(path, PROVENANCE_FILE, **optional)
         if provenance:
             model.provenance = json.loads(Path(provenance).read_text(encoding="utf-8"))
         return model.eval()
@@ -247,12 +345,29 @@ def load_subject(
             subject = AutoModelForCausalLM.from_pretrained(name, revision=revision, **base_kwargs).eval()
         except (ImportError, OSError, ValueError) as error:
             raise ValueError(
-                f"subject: no model at {name!r} (revision {revision}); pass base_model=<path, Hub id or model> "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+                f"subject: no model at {name!r} (revision {revision}); pass base_model=<path, Hub id or model>, or "
+                f"the token of a private one ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from error
     keep_gradients(subject)
     check_architecture(config.base_config, subject)
     return subject
+
+
+def load_subject_tokenizer(config: Any, base_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the subject that a configuration names, at its pinned revision.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    name = subject_location(config)
+    hub_kwargs = {key: base_kwargs[key] for key in SUBJECT_HUB_KWARGS if key in base_kwargs}
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=config.base_model_revision, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer: none at {name!r} (revision {config.base_model_revision}); set lens.tokenizer to the "
+            f"subject's ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
 
 
 def check_architecture(base_config: dict[str, Any], subject: PreTrainedModel) -> None:

@@ -28,6 +28,7 @@ class LensDecoder(LensClone):
     """Activation to text: the subject's clone, prompted with a projection of the activation."""
 
     config_class = LensDecoderConfig
+    artifact_kind = "Decoder of a consistency lens (activation to text)"
 
     def __init__(self, config: LensDecoderConfig, base: PreTrainedModel | None = None):
         super().__init__(config, base if base is not None else base_from_config(config.base_config))

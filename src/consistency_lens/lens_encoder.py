@@ -20,6 +20,7 @@ class LensEncoder(LensClone):
     """Text to activation: the subject's clone, cut after the block whose output it must reproduce."""
 
     config_class = LensEncoderConfig
+    artifact_kind = "Encoder of a consistency lens (text to activation)"
 
     def __init__(self, config: LensEncoderConfig, base: PreTrainedModel | None = None):
         """`base` is a whole clone of the subject; what the encoder does not need is cut from it here."""

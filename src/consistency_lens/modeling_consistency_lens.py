@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
@@ -56,6 +56,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
     """Decoder and encoder, and the subject that judges both (kept outside the module tree: it is never trained)."""
 
     config_class = ConsistencyLensConfig
+    artifact_kind = "Consistency lens"
 
     def __init__(
         self,
@@ -357,12 +358,3 @@ class ConsistencyLensModel(TrainedTensorsModel):
         for subject in self._subject:
             subject.model._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-for _config_class, _model_class in (
-    (LensDecoderConfig, LensDecoder),
-    (LensEncoderConfig, LensEncoder),
-    (ConsistencyLensConfig, ConsistencyLensModel),
-):
-    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    AutoModel.register(_config_class, _model_class, exist_ok=True)

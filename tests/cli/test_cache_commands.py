@@ -94,7 +94,7 @@ def test_caches_made_in_several_precisions_are_verified_one_at_a_time(built, tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache": ""}, "cache: got none; pass it"),
+        ({"cache": ""}, "path: got none; pass it"),
         ({"cache": "nowhere"}, "no folder at 'nowhere'"),
         ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"model": "no/such/folder"}, "cannot load 'no/such/folder'"),
@@ -201,12 +201,11 @@ def test_sizes_are_readable(size, told):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model_type": "consistency_lens"}, "holds a lens (consistency_lens), and only activation caches can be"),
-        ({"model_type": "llama"}, "holds a model (llama); pass the folder of an activation cache"),
+        ({"model_type": "llama"}, "holds a model (llama) that is no lens; pass the folder of a lens"),
         (None, "no activation cache at"),
     ],
 )
-def test_only_caches_are_pushed(hub, tmp_path, capsys, content, message):
+def test_what_is_no_lens_and_no_cache_is_not_pushed(hub, tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "provenance.json").write_text("{}")
@@ -246,7 +245,7 @@ def test_a_damaged_file_is_exit_code_3_and_a_hub_that_is_away_1(hub, built, tmp_
     blob = repo.head.files[name]
     repo.commit("main", "damage", {**repo.head.files, name: blob._replace(content=blob.content[:-1] + b"?")})
     code, _, error = run(pull, capsys, repo=REPO, path=tmp_path / "pulled")
-    assert code == 3 and error.startswith("failed: cache: ") and name in error
+    assert code == 3 and error.startswith("failed: file: ") and name in error
     hub.__exit__()
     for module, settings in ((pull, {"path": tmp_path / "again"}), (push, {"path": built.layer})):
         code, _, error = run(module, capsys, repo=REPO, **settings)

@@ -441,6 +441,7 @@ class TestMistakes:
             ({}, ["--cpus_per_node", "0"], "cpus_per_node must be at least 1, got 0"),
             ({}, ["--accelerate_config", "no.yaml"], "accelerate_config: no file at 'no.yaml'"),
             ({}, ["--sbatch_args", "--comment='x y"], "sbatch_args: cannot read"),
+            ({}, ["--hub_token", "hf_planted"], "hub_token: settings of steps are kept in files; log in with"),
             ({}, ["--nodes", "2", "--local"], "nodes: got 2, but --local runs here"),
         ],
     )

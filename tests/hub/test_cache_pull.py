@@ -8,7 +8,7 @@ from hub_server import Blob, Reply
 from published_caches import build_caches, rows_of
 
 from consistency_lens.data.activation_cache import ActivationCache
-from consistency_lens.data.cache_check import CacheVerificationError
+from consistency_lens.data.cache_check import VerificationError
 from consistency_lens.data.cache_description import load_cache_tokenizer
 from consistency_lens.data.cache_verification import verify_cache
 from consistency_lens.hub import cache_pull
@@ -147,7 +147,7 @@ def test_a_file_with_another_checksum_is_refused_and_nothing_opens(pushed, tmp_p
     content = bytearray(pushed.head.files[name].content)
     content[len(content) // 2] ^= 1
     change(pushed, name, bytes(content))
-    with pytest.raises(CacheVerificationError, match="train-00001-of-00003.parquet of .* has sha256"):
+    with pytest.raises(VerificationError, match="train-00001-of-00003.parquet of .* has sha256"):
         pull(tmp_path / "train", split="train")
     with pytest.raises(ValueError, match="an unfinished cache"):
         ActivationCache.open(tmp_path / "train")
@@ -161,7 +161,7 @@ def test_a_file_with_another_checksum_is_refused_and_nothing_opens(pushed, tmp_p
 def test_columns_other_than_the_provenance_says_are_refused(pushed, tmp_path, key, value, message):
     name = "provenance/train.json"
     change(pushed, name, json.dumps(json.loads(pushed.head.files[name].content) | {key: value}).encode())
-    with pytest.raises(CacheVerificationError, match=message):
+    with pytest.raises(VerificationError, match=message):
         pull(tmp_path / "train", split="train")
     with pytest.raises(ValueError, match="an unfinished cache"):
         ActivationCache.open(tmp_path / "train")
@@ -172,7 +172,7 @@ def test_a_number_of_rows_other_than_the_provenance_says_is_refused(pushed, tmp_
     provenance = json.loads(pushed.head.files[name].content)
     provenance["parquet"][0]["rows"] += 1
     change(pushed, name, json.dumps(provenance).encode())
-    with pytest.raises(CacheVerificationError, match="rows, not"):
+    with pytest.raises(VerificationError, match="rows, not"):
         pull(tmp_path / "train", split="train")
 
 

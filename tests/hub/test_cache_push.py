@@ -14,12 +14,13 @@ from published_caches import build_caches, rows_of
 
 from consistency_lens.data import cache_parquet
 from consistency_lens.data.activation_cache import ActivationCache, file_hash
-from consistency_lens.data.cache_check import CacheVerificationError
+from consistency_lens.data.cache_check import VerificationError
 from consistency_lens.data.cache_columns import cache_features
 from consistency_lens.hub import cache_push
 from consistency_lens.hub.cache_pull import pull_cache
-from consistency_lens.hub.cache_push import public_name, push_cache
+from consistency_lens.hub.cache_push import push_cache
 from consistency_lens.hub_connection import HubError
+from consistency_lens.public_names import public_name
 
 REPO = "user/tiny-activations"
 SPLITS = ("train", "validation")
@@ -337,7 +338,7 @@ def test_a_damaged_cache_is_not_published(hub, layer):
     content = bytearray(shard.read_bytes())
     content[-40] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(CacheVerificationError, match="train at .* does not pass .*shard-00001.arrow"):
+    with pytest.raises(VerificationError, match="train at .* does not pass .*shard-00001.arrow"):
         push(layer)
     assert hub.repos == {}
 

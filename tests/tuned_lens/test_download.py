@@ -12,11 +12,12 @@ from huggingface_hub import snapshot_download
 from published_lenses import add_subject, fit_lens, save_subject
 from tiny_models import random_tokens
 
+from consistency_lens.data.cache_check import VerificationError
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer
 from consistency_lens.hub_connection import HubError
 from consistency_lens.tuned_lens.content_checks import content_checks
 from consistency_lens.tuned_lens.download import download_tuned_lens, list_tuned_lenses
-from consistency_lens.tuned_lens.index import TunedLensVerificationError, index_text, read_index
+from consistency_lens.tuned_lens.index import index_text, read_index
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.publish import publish_tuned_lens
 from consistency_lens.tuned_lens.verification import verify_tuned_lens
@@ -143,7 +144,7 @@ def test_a_tampered_file_is_refused_and_nothing_is_left(released, tmp_path, name
     content = bytearray(released.head.files[f"{FOLDER}/{name}"].content)
     content[len(content) // 2] ^= 1
     change(released, f"{FOLDER}/{name}", bytes(content))
-    with pytest.raises(TunedLensVerificationError, match=f"{FOLDER}/{name} of '{REPO}' has sha256 .* INDEX.json says"):
+    with pytest.raises(VerificationError, match=f"{FOLDER}/{name} of '{REPO}' has sha256 .* INDEX.json says"):
         download(tmp_path / "lens")
     assert not [file for file in tmp_path.rglob("*") if "hub_cache" not in str(file)]
     download(tmp_path / "lens", revision=TAG)  # the release is as it was
@@ -151,7 +152,7 @@ def test_a_tampered_file_is_refused_and_nothing_is_left(released, tmp_path, name
 
 def test_a_tampered_licence_is_refused_with_the_tree(released, tmp_path):
     change(released, f"LICENSES/{MODEL}/LICENSE", b"do as you like")
-    with pytest.raises(TunedLensVerificationError, match="LICENSES/org/tiny/LICENSE of"):
+    with pytest.raises(VerificationError, match="LICENSES/org/tiny/LICENSE of"):
         download(tmp_path / "all", model=None)
     assert not (tmp_path / "all").exists()
 
@@ -173,7 +174,7 @@ def test_a_download_that_was_stopped_leaves_nothing_under_the_name(released, tmp
     def stop(*_arguments, **_more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("consistency_lens.tuned_lens.download.file_hash", stop)
+    monkeypatch.setattr("consistency_lens.hub.download.file_hash", stop)
     with pytest.raises(KeyboardInterrupt):
         download(tmp_path / "lens")
     assert not (tmp_path / "lens").exists()

@@ -12,8 +12,8 @@ from published_lenses import ACCEPTANCE, KPIS, LICENSE_TEXT, add_subject, fit_le
 from publishing import COMMIT, FILES, NEXT, REPO, TAG, below, change, files_of, publish
 
 from consistency_lens.hub_connection import HubError
+from consistency_lens.public_names import without_paths
 from consistency_lens.tuned_lens.index import read_index
-from consistency_lens.tuned_lens.public_files import without_paths
 
 # What is published
 

@@ -11,15 +11,15 @@ from publishing import COMMIT, FILES, NEXT, REPO, TAG, below, change, files_of, 
 from safetensors.torch import load_file
 
 from consistency_lens.data.activation_cache import file_hash
+from consistency_lens.data.cache_check import VerificationError
 from consistency_lens.tuned_lens.gates import Judgement, apply_to_provenance, judge
-from consistency_lens.tuned_lens.index import TunedLensVerificationError
 from consistency_lens.tuned_lens.kpis import TEMPERATURES, PromptReading, compute_kpis
 
 
 @pytest.mark.parametrize("name", ["params.pt", "PARAMS.PT"])
 def test_a_pickled_file_is_refused(hub, lens, name):
     (lens / name).write_bytes(b"x")
-    with pytest.raises(TunedLensVerificationError, match=f"files: {name}: pickled"):
+    with pytest.raises(VerificationError, match=f"files: {name}: pickled"):
         publish(lens)
     assert hub.requests == []
 
@@ -39,14 +39,14 @@ def test_weights_that_changed_since_the_fit_are_refused(hub, lens):
     content = bytearray((lens / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (lens / "model.safetensors").write_bytes(content)
-    with pytest.raises(TunedLensVerificationError, match="checksums: model.safetensors: sha256"):
+    with pytest.raises(VerificationError, match="checksums: model.safetensors: sha256"):
         publish(lens)
 
 
 def test_weights_that_are_no_safetensors_are_refused(hub, lens):
     (lens / "model.safetensors").write_bytes(b"\x80\x04pickled")
     change(lens, sha256={"model.safetensors": file_hash(lens / "model.safetensors")})
-    with pytest.raises(TunedLensVerificationError, match="weights: model.safetensors: no safetensors"):
+    with pytest.raises(VerificationError, match="weights: model.safetensors: no safetensors"):
         publish(lens)
 
 
@@ -68,7 +68,7 @@ def test_weights_that_are_no_safetensors_are_refused(hub, lens):
 )
 def test_a_provenance_that_does_not_pin_what_it_must_is_refused(hub, lens, keys, message):
     change(lens, **keys)
-    with pytest.raises(TunedLensVerificationError, match=message):
+    with pytest.raises(VerificationError, match=message):
         publish(lens)
     assert hub.requests == []
 
@@ -132,7 +132,7 @@ def test_a_tampered_file_of_another_model_stops_the_release(hub, on_hub, lens):
     name = "tuned_lenses/org/tiny/provenance.json"
     changed = repo.head.files[name]._replace(content=repo.head.files[name].content.replace(b"316", b"317"))
     repo.commit("main", "tampered", {**repo.head.files, name: changed})
-    with pytest.raises(TunedLensVerificationError, match="provenance.json of .* has sha256"):
+    with pytest.raises(VerificationError, match="provenance.json of .* has sha256"):
         publish(lens, NEXT)
     assert set(repo.tags) == {TAG} and repo.head.title == "tampered"
 

@@ -26,24 +26,29 @@ COMMANDS = {
         "what a lens says about a text, token by token",
         '"Once upon a time there was a little dog" --lens outputs/tiny_stories',
     ),
+    "report": Command(
+        LENS, "one HTML page of a run: its figures, its curves, and texts to walk through", "outputs/tiny_stories"
+    ),
+    "serve": Command(LENS, "a page at which any text is read by a lens, on this machine", "outputs/tiny_stories"),
     TUNED_LENS: Command(LENS, "fit, judge, plot and publish tuned lenses", "fit --model gpt2"),
     "tokenize": Command(
         DATA, "text or chats to tokens, once", "--dataset corpus.txt --model gpt2 --output_dir data/corpus"
     ),
     "cache": Command(DATA, "a subject's activations on such tokens", "--model gpt2 --layer 6 --dataset data/corpus"),
     "describe": Command(DATA, "what an activation cache holds", "--cache data/activations/corpus/gpt2/layer_6/train"),
-    "verify": Command(
-        DATA,
-        "an activation cache against its provenance and its subject",
-        "--cache data/activations --model gpt2",
-    ),
     "generate-chat": Command(
         DATA,
         "complete prompts through an OpenAI-compatible server",
         "--prompts prompts.jsonl --output_file data/chats.jsonl",
     ),
-    "push": Command(HUB, "publish an activation cache", "--path data/activations/corpus/gpt2/layer_6 --repo me/cache"),
-    "pull": Command(HUB, "fetch a published activation cache", "--repo me/cache --path data/cache"),
+    "push": Command(HUB, "publish lenses, or an activation cache", "--path outputs/tiny_stories --repo me/lens"),
+    "pull": Command(HUB, "fetch published lenses, or a cache", "--repo me/lens --path lenses/lens"),
+    "list": Command(HUB, "the lenses of a repository", "--repo me/lenses"),
+    "verify": Command(
+        HUB,
+        "lenses and caches against their checksums, their provenance and their model",
+        "--path outputs/tiny_stories",
+    ),
     "submit": Command(
         JOBS,
         "a recipe from text to evaluation, on a Slurm cluster or here",

@@ -77,6 +77,10 @@ def read_recipe(argv: Sequence[str], config: Mapping[str, Any], beside: Collecti
         raise ValueError(unknown_flag(rest, known_names(dataclasses) | set(beside)))
     if not given.get("output_dir"):
         raise ValueError("output_dir: got none; pass the folder of the run, e.g. --output_dir outputs/mine")
+    if given.get("hub_token"):
+        raise ValueError(
+            "hub_token: settings of steps are kept in files; log in with `hf auth login`, or set HF_TOKEN, instead"
+        )
     names = known_names((RecipeArguments,))
     # command -> its arguments, and those that the recipe itself has, or the pipeline
     commands: dict[str, tuple[tuple[Any, ...], set[str]]] = {

@@ -1,14 +1,14 @@
-"""What a check of a cache has found."""
+"""What a check of an artifact has found."""
 
 from typing import NamedTuple
 
 
-class CacheVerificationError(Exception):
-    """A cache, or what came of it over a network, is not what its provenance says."""
+class VerificationError(Exception):
+    """An artifact, or what came of it over a network, is not what its provenance or its index says."""
 
 
 class Check(NamedTuple):
-    """What one check of a cache found."""
+    """What one check found."""
 
     name: str
     passed: bool

@@ -14,12 +14,13 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
-from ..data.activation_cache import PROVENANCE_FILE, file_hash
-from ..data.cache_check import CacheVerificationError
+from ..data.activation_cache import PROVENANCE_FILE
+from ..data.cache_check import VerificationError
 from ..data.cache_columns import cache_features
 from ..data.cache_folder import CacheFolder, writing
 from ..data.cache_parquet import published_provenance, read_parquet, write_shard
 from ..hub_connection import asking_hub
+from .download import DATASET, FileRecord, Snapshot, fetch_checked
 
 PROVENANCE_PATTERN = r"provenance/(?P<split>\w+(\.\w+)*)\.json"
 DOWNLOADS = ".downloads"
@@ -51,7 +52,7 @@ def pull_cache(
 
     Raises:
         ValueError: if there is no such repository, revision or split, it holds no cache, or a folder holds another.
-        CacheVerificationError: if a file is not what its provenance says; nothing that opens is left.
+        VerificationError: if a file is not what its provenance says; nothing that opens is left.
         HubError: if the Hub cannot be reached, or fails.
         CacheWriteError: if a file cannot be written.
     """
@@ -107,9 +108,9 @@ class _Pull:
                 try:
                     table = read_parquet(parquet, features)
                 except ValueError as error:
-                    raise CacheVerificationError(f"cache: {self.repo!r}: {error}") from error
+                    raise VerificationError(f"cache: {self.repo!r}: {error}") from error
                 if len(table) != part["rows"]:
-                    raise CacheVerificationError(
+                    raise VerificationError(
                         f"cache: {part['file']} of {self.repo!r} has {len(table):,} rows, not {part['rows']:,}"
                     )
                 with writing(self.path):
@@ -122,19 +123,7 @@ class _Pull:
         """A parquet file, with the checksum that the provenance has for it.
 
         Raises:
-            CacheVerificationError: if it has another.
+            VerificationError: if it has another.
         """
-        with asking_hub(self.repo, self.commit):
-            file = Path(
-                HfApi().hf_hub_download(
-                    self.repo, part["file"], repo_type="dataset", revision=self.commit, local_dir=downloads
-                )
-            )
-        found = file_hash(file)
-        if found != part["sha256"]:
-            shutil.rmtree(downloads)
-            raise CacheVerificationError(
-                f"cache: {part['file']} of {self.repo!r} has sha256 {found[:12]}…, not {part['sha256'][:12]}… as its "
-                "provenance says; it was changed or damaged, pull another revision"
-            )
-        return file
+        record, source = FileRecord(part["sha256"], part["bytes"]), Snapshot(self.repo, self.commit, DATASET)
+        return fetch_checked(source, part["file"], record, downloads, "its provenance says")

@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..atomic_write import write_json
 from ..data.activation_cache import BUILDING_FILE, ActivationCache
-from ..data.cache_check import CacheVerificationError
 from ..data.cache_columns import cache_features
 from ..data.cache_description import describe_cache, load_cache_tokenizer
 from ..data.cache_folder import how_to_finish, writing
 from ..data.cache_parquet import write_parquet
 from ..data.cache_verification import is_cache, verify_cache
 from ..hub_connection import asking_hub
+from ..public_names import is_path, public_name
+from .artifact_checks import raise_if_failed
 from .cache_card import write_cache_card
 from .card_metadata import check_card_metadata
 
@@ -84,7 +85,7 @@ def push_cache(
         ValueError: for a user's mistake, such as a path without a cache, splits of different subjects or with
             documents in common, a repository that holds something else or a split that this push would drop, a token
             that does not do, or a licence or language that the Hub does not know.
-        CacheVerificationError: if a cache does not pass `verify_cache`.
+        VerificationError: if a cache does not pass `verify_cache`.
         HubError: if the Hub cannot be reached, or fails.
         CacheWriteError: if the staged files cannot be written.
     """
@@ -95,7 +96,7 @@ def push_cache(
     if not dry_run:
         _check_remote(repo, revision, caches, private)
     for split, cache in caches.items():
-        _check_content(split, cache, progress)
+        raise_if_failed(verify_cache(cache.path, progress=progress), f"cache: {split} at {str(cache.path)!r}")
     seen = seen_in_training(caches)
     if not dry_run:
         _make_repository(repo, revision, private)  # first, for it may not be allowed
@@ -178,14 +179,6 @@ def _check_remote(repo: str, revision: str | None, caches: Mapping[str, Activati
             f"path: {repo!r} has the split {dropped[0]!r} too, which this push would drop; push a folder with caches "
             "of all its splits, or choose another name"
         )
-
-
-def _check_content(split: str, cache: ActivationCache, progress: bool) -> None:
-    checks = verify_cache(cache.path, progress=progress)
-    if not all(check.passed for check in checks):
-        failed = [check for check in checks if check.checked and not check.passed]
-        told = "; ".join(f"{check.name}: {check.detail.splitlines()[0]}" for check in failed)
-        raise CacheVerificationError(f"cache: {split} at {str(cache.path)!r} does not pass verification ({told})")
 
 
 def seen_in_training(caches: Mapping[str, ActivationCache]) -> list[int] | None:
@@ -285,16 +278,6 @@ def redacted_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
     local = [key for key, name in names.items() if is_path(name) or key in provenance.get("local", ())]
     kept = {key: value for key, value in provenance.items() if key != "pulled_from"}
     return kept | {key: public_name(name) for key, name in names.items()} | {"local": local}
-
-
-def public_name(name: str) -> str:
-    """A Hub id as it is; of a path the last part."""
-    return Path(name).expanduser().resolve().name if is_path(name) else name
-
-
-def is_path(name: str) -> bool:
-    """Whether a name is one of a file or folder, and no Hub id."""
-    return Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 # Upload

@@ -60,7 +60,7 @@ def schedule(default: str, text: str) -> Any:
     return field(default_factory=lambda: [default], metadata={"help": text})
 
 
-@dataclass
+@dataclass(repr=False)  # `TrainingArguments` has its own, without the token
 class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     """Arguments of `ConsistencyLensTrainer`. `learning_rate` is the decoder's.
 

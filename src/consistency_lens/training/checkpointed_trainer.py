@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ..atomic_write import write_json, write_tensors
 from ..checkpoints import states
 from ..checkpoints.resuming import PROGRESS_FILE, check_same_run
-from ..checkpoints.trainer import WholeCheckpointTrainer
 from ..lens_decoder import LensDecoder
-from ..modeling_consistency_lens import ConsistencyLensModel
 from .arguments import ConsistencyLensTrainingArguments
 from .interruption import UndisturbedWorker
+from .publishing_trainer import PublishingTrainer
 from .sharding import weights_of
 from .timetable import Timetable
 from .warm_start_end import WarmStartEnd
@@ -29,21 +28,19 @@ REFERENCE_FILE = "reference.safetensors"
 WARM_START_FILE = "warm_start.json"
 
 
-class CheckpointedTrainer(WholeCheckpointTrainer):
+class CheckpointedTrainer(PublishingTrainer):
     """The half of `ConsistencyLensTrainer` that saves and restores.
 
     A run that goes on from a checkpoint is the run that was never disturbed: model, optimizer, schedules, place in the
     data, random states of every process, counters, and what was summed up since the last log.
 
     Attributes:
-        lens: without wrapper.
         weights: how the processes hold them.
         warm_start_end: what may end warm start early, if asked for.
         kept: further states that checkpoints hold, by the names of their files.
     """
 
     args: ConsistencyLensTrainingArguments
-    lens: ConsistencyLensModel
     warm_start_end: WarmStartEnd | None = None
     _reference: LensDecoder | None = None
     _sums: dict[str, Tensor]
@@ -72,7 +69,7 @@ class CheckpointedTrainer(WholeCheckpointTrainer):
         """Writes the lens, its trained tensors whole whatever holds them; every process has to call it."""
         self._save(output_dir, self.weights.gather(self.lens, keep=bool(self.args.should_save)))
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_output_dir("Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

@@ -5,6 +5,8 @@ What concerns one setting alone is checked where it is declared.
 
 from typing import Any
 
+from transformers.trainer_utils import HubStrategy
+
 from ..data.activation_source import SourceRows
 from ..data.streaming import StreamedActivations
 from ..data.subject_loading import check_loading
@@ -12,6 +14,7 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from ..quantised import is_quantised
 from ..schedules import Schedule, parse_duration
 from .arguments import SCHEDULED, ConsistencyLensTrainingArguments
+from .publishing_trainer import WITH_CHECKPOINTS
 from .recipe_arguments import RecipeArguments
 from .sharding_arguments import check_sharding, spread_by
 from .unfreezing import parse_unfreeze
@@ -65,6 +68,11 @@ def check_training(args: ConsistencyLensTrainingArguments) -> None:
         raise ValueError(
             "gradient_checkpointing_kwargs: use_reentrant=True loses gradients of adapters behind frozen weights; "
             "leave it out"
+        )
+    if args.push_to_hub and args.deepspeed_plugin is not None and args.hub_strategy in WITH_CHECKPOINTS:
+        raise ValueError(
+            f"hub_strategy: got {HubStrategy(args.hub_strategy).value}, but checkpoints of DeepSpeed hold pickles, "
+            "which are never published; set it to every_save or end"
         )
     if args.torch_compile and (spread is not None or args.deepspeed_plugin is not None):
         raise ValueError(

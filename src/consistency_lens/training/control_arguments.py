@@ -16,7 +16,7 @@ OUTPUTS = "outputs"
 SMALLER_IS_BETTER = ("loss", "kl", "mse", "perplexity", "perplexity_ratio", "unused_token_share")
 
 
-@dataclass
+@dataclass(repr=False)  # `TrainingArguments` has its own, without the token
 class ControlArguments(TrainingArguments):
     """What controls a run beside its objectives."""
 

@@ -33,6 +33,7 @@ from .arguments import ConsistencyLensTrainingArguments
 from .combinations import check_recipe
 from .evaluation_callback import EvaluateLens
 from .interruption import Interruption, interruptible
+from .publishing_trainer import make_repository
 from .recipe_arguments import RecipeArguments
 from .run_names import name_run
 from .run_record import run_record, software
@@ -137,6 +138,8 @@ def train_and_evaluate(
     resume = checkpoint_to_resume(training_args)
     training_args.check_stages()
     check_recipe(args, training_args)
+    if training_args.push_to_hub and training_args.process_index == 0:
+        make_repository(training_args)
     make_models_whole()
     # what is spread over processes is made on the CPU, for one device alone may not have room for it
     spread = spread_by(training_args) is not None
@@ -169,7 +172,7 @@ def train_and_evaluate(
         rows.close()
     interruption.raise_if_received()
     lens.eval()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is published with its card
     clock.lap("training")
     metrics: dict[str, Any] = {}
     samples: list[Sample] = []
@@ -177,6 +180,8 @@ def train_and_evaluate(
         if spread:
             trainer.lens = lens = load_whole(args, trainer, output_dir)
         metrics, samples = evaluate_and_write(args, trainer, rows, clock, output_dir)
+        if training_args.push_to_hub:
+            trainer.push_output_dir()
     return RunResult(lens, output_dir, metrics, samples)
 
 

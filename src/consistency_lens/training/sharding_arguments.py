@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 SHARE_WEIGHTS = ("auto", "true", "false")
 
 
-@dataclass
+@dataclass(repr=False)  # that of `TrainingArguments` has no token in it
 class ShardingArguments:
     """How the frozen weights of subject and clones are held."""
 

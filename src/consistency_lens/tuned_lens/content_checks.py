@@ -2,21 +2,16 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from ..data.activation_cache import file_hash
 from ..data.cache_check import Check
-from ..hub_connection import first_line
+from ..hub.artifact_checks import checksums_check, files_check, made_check, weights_check
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from .depth import DEPTHS
 from .gates import judge_figures
-from .index import GATES, PICKLED_SUFFIXES
+from .index import GATES
 from .kpis import COVERAGE, DELTA, EARLIER_BY, EARLIER_SHARE, EARLINESS, LAST_LAYER
 from .lens_places import CONFIG_FILE, is_own
 
@@ -87,57 +82,20 @@ def content_checks(path: str | Path) -> list[Check]:
     except ValueError as error:
         return [Check("files", False, str(error))]
     return [
-        _files_check(path),
+        files_check(path),
         _checksums_check(folder),
-        _weights_check(path),
+        weights_check(path),
         _provenance_check(folder.provenance),
         _configuration_check(folder),
         _gates_check(folder.provenance),
     ]
 
 
-def _check(name: str, problems: Sequence[str], otherwise: str) -> Check:
-    return Check(name, not problems, "\n".join(problems) or otherwise)
-
-
-def _files_check(path: Path) -> Check:
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    problems = [
-        f"{file.relative_to(path)}: pickled, which may run code when it is read; only safetensors are taken"
-        for file in files
-        if file.suffix.lower() in PICKLED_SUFFIXES
-    ]
-    if not (path / WEIGHTS_FILE).is_file():
-        problems.append(f"{WEIGHTS_FILE}: missing")
-    return _check("files", problems, f"{len(files)}, weights as safetensors")
-
-
 def _checksums_check(folder: TunedLensFolder) -> Check:
     recorded = folder.provenance.get("sha256")
     if not isinstance(recorded, dict) or WEIGHTS_FILE not in recorded:
         return Check("checksums", False, f"{PROVENANCE_FILE} has no sha256 of {WEIGHTS_FILE}")
-    problems = []
-    for name, digest in recorded.items():
-        file = folder.path / name
-        if not file.is_file():
-            problems.append(f"{name}: missing")
-        elif (found := file_hash(file)) != digest:
-            problems.append(f"{name}: sha256 {found[:12]}…, not {str(digest)[:12]}…")
-    return _check("checksums", problems, f"sha256 of {', '.join(recorded)}")
-
-
-def _weights_check(path: Path) -> Check:
-    file = path / WEIGHTS_FILE
-    if not file.is_file():
-        return Check("weights", False, f"{WEIGHTS_FILE}: missing", checked=False)
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        return Check("weights", False, f"{WEIGHTS_FILE}: no safetensors ({first_line(error)})")
-    problems = [f"{name}: NaN or infinity" for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    problems += [] if tensors else ["no tensors"]
-    return _check("weights", problems, f"{len(tensors)} tensors, {numbers:,} numbers, all finite")
+    return checksums_check(folder.path, recorded, f"sha256 of {', '.join(recorded)}")
 
 
 def _provenance_check(provenance: Mapping[str, Any]) -> Check:
@@ -155,7 +113,7 @@ def _provenance_check(provenance: Mapping[str, Any]) -> Check:
     commits = [provenance.get(name) for name in ("model_commit", "tokenizer_commit")]
     problems += [f"{commit!r} is no commit" for commit in commits if commit is not None and not _is_commit(commit)]
     pinned = f"{provenance.get('model_id')} at {commits[0] or 'no commit: a local folder'}"
-    return _check("provenance", problems, pinned)
+    return made_check("provenance", problems, pinned)
 
 
 def _is_commit(commit: Any) -> bool:
@@ -177,7 +135,9 @@ def _configuration_check(folder: TunedLensFolder) -> Check:
         for name, (one, other) in pairs.items()
         if one != other
     ]
-    return _check("configuration", problems, f"rank {config.get('rank') or 'full'}, {config.get('num_layers')} layers")
+    return made_check(
+        "configuration", problems, f"rank {config.get('rank') or 'full'}, {config.get('num_layers')} layers"
+    )
 
 
 def _gates_check(provenance: Mapping[str, Any]) -> Check:
@@ -206,7 +166,7 @@ def _gates_check(provenance: Mapping[str, Any]) -> Check:
         if acceptance.get(gate) is not follows[gate]
     ]
     found = ", ".join(f"{gate[-1]} {'passed' if acceptance.get(gate) else 'not passed'}" for gate in GATES)
-    return _check("gates", problems, f"as judged: {found}")
+    return made_check("gates", problems, f"as judged: {found}")
 
 
 def _are_figures(figures: Any, count: int, may_lack: bool) -> bool:

@@ -81,7 +81,7 @@ class FitArguments(TokenArguments):
         check_ridge(self.ridge)
 
 
-@dataclass
+@dataclass(repr=False)  # `TrainingArguments` has its own, without the token
 class TunedLensTrainingArguments(TrainingArguments):
     """Arguments of `TunedLensTrainer`: `TrainingArguments` with defaults of `tuned_lens_plan`, sections 2 to 4."""
 

@@ -77,14 +77,7 @@ def heatmap_html(records: LensRecords, prompt_id: str, title: str = "") -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    grids = {name: grid_of(of, prompt_id) for name, of in records.items()}
-    first = next(iter(grids.values()))[0]
-    words: dict[str, int] = {}
-    data = {
-        "tokens": [visible(record.token) for record in first],
-        "lenses": {name: [[cell(record, words) for record in row] for row in grid] for name, grid in grids.items()},
-        "words": list(words),
-    }
+    first = grid_of(next(iter(records.values())), prompt_id)[0]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
     source = files(__package__).joinpath("templates", "heatmap.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(
@@ -92,10 +85,28 @@ def heatmap_html(records: LensRecords, prompt_id: str, title: str = "") -> str:
         prompt_id=visible(prompt_id, spaces=False),
         prompt=visible(first[0].prompt, spaces=False),
         answer=next((visible(record.answer) for record in first if record.answer), None),
-        lenses={name: LENSES[name].label for name in grids},
+        lenses={name: LENSES[name].label for name in records},
         quantities=QUANTITIES,
-        data=data,
+        data=heatmap_data(records, prompt_id),
     )
+
+
+def heatmap_data(records: LensRecords, prompt_id: str) -> dict[str, Any]:
+    """What a page shows of one prompt.
+
+    Returns:
+        - `tokens`: the prompt's, as they are shown;
+        - `lenses`: name -> layers from below -> tokens -> what `cell` gives;
+        - `words`: the strings that cells name by their places.
+
+    Raises:
+        ValueError: if the prompt is unknown.
+    """
+    grids = {name: grid_of(of, prompt_id) for name, of in records.items()}
+    words: dict[str, int] = {}
+    lenses = {name: [[cell(record, words) for record in row] for row in grid] for name, grid in grids.items()}
+    first = next(iter(grids.values()))[0]
+    return {"tokens": [visible(record.token) for record in first], "lenses": lenses, "words": list(words)}
 
 
 def grid_of(records: Sequence[Record], prompt_id: str) -> np.ndarray:

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from ..data.subject_loading import load_tokenizer
-from ..lens_artifact import TrainedTensorsModel, load_subject, subject_location
+from ..lens_artifact import TrainedTensorsModel, load_subject, load_subject_tokenizer, subject_location
 from ..residual_stream import ResidualStream
 from .configuration_tuned_lens import TunedLensConfig
 from .preconditioner import Preconditioner
@@ -81,6 +80,7 @@ class TunedLens(TrainedTensorsModel):
     """
 
     config_class = TunedLensConfig
+    artifact_kind = "Tuned lens"
     norm_temperature: Tensor
 
     def __init__(self, config: TunedLensConfig, subject_model: PreTrainedModel | None = None):
@@ -216,7 +216,7 @@ class TunedLens(TrainedTensorsModel):
             ValueError: if it cannot be loaded either.
         """
         if self.tokenizer is None and subject_location(self.config):
-            self.tokenizer = load_tokenizer(subject_location(self.config), self.config.base_model_revision)
+            self.tokenizer = load_subject_tokenizer(self.config, self.base_kwargs)
         return super().require_tokenizer()
 
     @property
@@ -379,7 +379,3 @@ class TunedLens(TrainedTensorsModel):
 def context_length(subject: PreTrainedModel) -> int | None:
     """The most tokens that a model reads; None where its configuration sets no limit (ALiBi)."""
     return getattr(subject.config.get_text_config(), "max_position_embeddings", None)
-
-
-AutoConfig.register(TunedLensConfig.model_type, TunedLensConfig, exist_ok=True)
-AutoModel.register(TunedLensConfig, TunedLens, exist_ok=True)

@@ -5,16 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..hub.cache_push import is_path, public_name
+from ..public_names import is_path, public_name, without_paths
 from .content_checks import TunedLensFolder
 from .index import LOCAL, MODEL_PATTERN
 
-# A path from the root inside a longer text; addresses such as https://... and Hub ids are none.
-ABSOLUTE_PATH = r"(?<![\w:/.~-])~?/(?:[^\s/'\",;]+/)*(?P<last>[^\s/'\",;]+)/?"
 LOCAL_KEY = "local"
 MODEL_KEY, DATASET_KEY = "model_id", "dataset.repo_id"
-
-LONGEST_PATH = 250  # characters; what is longer is prose
 
 
 def index_name(provenance: Mapping[str, Any]) -> str:
@@ -56,22 +52,3 @@ def public_json(folder: TunedLensFolder) -> tuple[dict[str, Any], dict[str, Any]
         stand_ins[text] = public_name(text)
     public = without_paths(provenance, stand_ins) | {LOCAL_KEY: local}
     return without_paths(config, stand_ins), public, stand_ins
-
-
-def without_paths(value: Any, stand_ins: Mapping[str, str]) -> Any:
-    """JSON content with the last part alone of each local path, and stand-ins for the names that are given."""
-    if isinstance(value, Mapping):
-        return {key: without_paths(item, stand_ins) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item, stand_ins) for item in value]
-    return _without_paths(value, stand_ins) if isinstance(value, str) else value
-
-
-def _without_paths(text: str, stand_ins: Mapping[str, str]) -> str:
-    if text in stand_ins:
-        return stand_ins[text]
-    if "/" in text and len(text) < LONGEST_PATH and (text.startswith(("./", "../", "~/")) or Path(text).exists()):
-        return public_name(text)
-    for name in sorted(stand_ins, key=len, reverse=True):
-        text = text.replace(name, stand_ins[name]) if "/" in name else text
-    return re.sub(ABSOLUTE_PATH, lambda match: match["last"], text)

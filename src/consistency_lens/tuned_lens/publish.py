@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
 
+from ..hub.artifact_checks import raise_if_failed
+from ..hub.download import DATASET, FileRecord, fetch_checked
+from ..hub.index import INDEX_FILE
+from ..hub.releases import look_at, release_tag, upload_release
 from ..hub.upstream_license import upstream_license
-from ..hub_connection import asking_hub
 from ..lens_artifact import PROVENANCE_FILE
 from .cards import write_dataset_card
 from .content_checks import TunedLensFolder, content_checks, find_tuned_lenses, read_tuned_lens
-from .download import TunedLensRepository, fetch_checked, list_tuned_lenses
-from .index import INDEX_FILE, IndexEntry, TunedLensVerificationError, index_text, release_tag
+from .download import TunedLensRepository, list_tuned_lenses
+from .index import index_text
 from .lens_places import CONFIG_FILE
 from .public_files import MODEL_KEY, index_name, is_local
 from .staging import stage_lens
@@ -60,7 +62,7 @@ def publish_tuned_lens(
     Raises:
         ValueError: for a user's mistake, such as a path without a tuned lens, a tag that is there, a repository that
             holds something else, a token that does not do, or a licence that the Hub does not know.
-        TunedLensVerificationError: if a lens does not pass `content_checks`; nothing is uploaded.
+        VerificationError: if a lens does not pass `content_checks`; nothing is uploaded.
         HubError: if the Hub cannot be reached, or fails.
         OSError: if the staged files cannot be written.
     """
@@ -87,7 +89,17 @@ def publish_tuned_lens(
     url = f"{HfApi().endpoint}/datasets/{repo}"
     if dry_run:
         return PublishedTunedLenses(url, None, tag, models, staging / "upload")
-    commit = _upload(staging / "upload", repo, tag, entries, before, private)
+    commit = upload_release(
+        staging / "upload",
+        repo,
+        DATASET,
+        tag,
+        ", ".join(entries),
+        before=before.source if before is not None else None,
+        unfinished=before.unfinished if before is not None else None,
+        replaced=[file for name in entries.keys() & known for file in known[name].files],
+        private=private,
+    )
     shutil.rmtree(staging)
     return PublishedTunedLenses(url, commit, tag, models, None)
 
@@ -96,10 +108,7 @@ def _lenses_at(path: Path) -> dict[str, TunedLensFolder]:
     """Name in INDEX.json -> the lens, each of them checked."""
     lenses: dict[str, TunedLensFolder] = {}
     for folder in find_tuned_lenses(path):
-        failed = [check for check in content_checks(folder) if not check.passed]
-        if failed:
-            told = "; ".join(f"{check.name}: {check.detail.splitlines()[0]}" for check in failed)
-            raise TunedLensVerificationError(f"tuned lens: {str(folder)!r} does not pass verification ({told})")
+        raise_if_failed(content_checks(folder), f"tuned lens: {str(folder)!r}")
         lens = read_tuned_lens(folder)
         name = index_name(lens.provenance)
         if name in lenses:
@@ -114,25 +123,15 @@ def _hub_commit(folder: TunedLensFolder) -> str | None:
 
 def _look_at(repo: str, tag: str, private: bool, dry_run: bool) -> TunedLensRepository | None:
     """What the repository holds, None if it is new; checks that the token does, and that nothing would be lost."""
-    api = HfApi()
-    with asking_hub(repo):
-        if not dry_run:
-            api.whoami()
-        try:
-            info = api.dataset_info(repo)
-        except RepositoryNotFoundError:
-            return None
-        refs = api.list_repo_refs(repo, repo_type="dataset")
-    if tag in {ref.name for ref in refs.tags}:
-        raise ValueError(f"tag: {repo!r} has {tag} already, and a release never changes; pass another tag")
-    if private and not info.private:
-        raise ValueError(f"private: {repo!r} is there and public; make it private on the Hub, or publish to another")
-    files = {sibling.rfilename for sibling in info.siblings or []}
+    found = look_at(repo, DATASET, tag, private, dry_run)
+    if found is None:
+        return None
+    source, files = found
     if INDEX_FILE in files:
-        return list_tuned_lenses(repo)
+        return list_tuned_lenses(repo, also_unfinished=True)
     if files - {".gitattributes", "README.md"}:
         raise ValueError(f"repo: {repo!r} holds something that is no tuned lenses; choose another name")
-    return TunedLensRepository(repo, str(info.sha), {}, ())
+    return TunedLensRepository(source, {}, (), files)
 
 
 def _provenances(before: TunedLensRepository | None, folder: Path) -> dict[str, dict[str, Any]]:
@@ -142,7 +141,7 @@ def _provenances(before: TunedLensRepository | None, folder: Path) -> dict[str, 
         return found
     for name, entry in before.entries.items():
         for file in (CONFIG_FILE, PROVENANCE_FILE):
-            fetch_checked(before, f"{entry.path}/{file}", entry.sha256[file], folder)
+            fetch_checked(before.source, f"{entry.path}/{file}", FileRecord(entry.sha256[file]), folder)
         found[name] = read_tuned_lens(folder / entry.path).provenance
     return found
 
@@ -153,30 +152,3 @@ def _check_same_local_model(name: str, folder: TunedLensFolder, known: Mapping[s
         return
     if known[name]["weights_hash"] != folder.provenance["weights_hash"]:
         raise ValueError(f"path: {name!r} in the repository is of another model; rename the folder of this one")
-
-
-def _upload(
-    folder: Path,
-    repo: str,
-    tag: str,
-    entries: Mapping[str, IndexEntry],
-    before: TunedLensRepository | None,
-    private: bool,
-) -> str:
-    """One commit upon what was looked at, and its tag; returns the commit."""
-    api = HfApi()
-    known = before.entries if before is not None else {}
-    with asking_hub(repo):
-        if before is None:
-            api.create_repo(repo, repo_type="dataset", private=private)
-        pushed = api.upload_folder(
-            repo_id=repo,
-            repo_type="dataset",
-            folder_path=folder,
-            commit_message=f"{tag}: {', '.join(entries)}",
-            parent_commit=before.commit if before is not None else None,
-            # what is uploaded again is not deleted
-            delete_patterns=[file for name in entries.keys() & known for file in known[name].files],
-        )
-        api.create_tag(repo, repo_type="dataset", tag=tag, revision=pushed.oid, tag_message=f"Tuned lenses {tag}")
-    return pushed.oid

@@ -8,11 +8,12 @@ from ..atomic_write import write_json
 from ..data.activation_cache import file_hash
 from ..hub.upstream_license import UpstreamLicense
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
+from ..public_names import without_paths
 from .cards import write_lens_card, write_notice
 from .content_checks import TunedLensFolder
 from .index import GATES, LICENSES, TREE, IndexEntry
 from .lens_places import CONFIG_FILE
-from .public_files import public_json, without_paths
+from .public_files import public_json
 
 METRICS_FILE = "metrics.json"
 

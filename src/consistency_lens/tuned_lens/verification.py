@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..data.cache_check import Check
-from ..data.fingerprints import tokenizer_hash, weights_hash
 from ..data.generation import sample_documents
 from ..data.subject_loading import LoadedSubject
+from ..hub.artifact_checks import subject_checks
 from ..losses import kl_divergence
-from .content_checks import TunedLensFolder, content_checks, read_tuned_lens
+from .content_checks import content_checks, read_tuned_lens
 from .gates import MOST_LAST_LAYER_BITS
 from .modeling_tuned_lens import SEED, TunedLens
 
@@ -51,9 +51,9 @@ def verify_tuned_lens(path: str | Path, subject: LoadedSubject | None = None) ->
     checks = content_checks(path)
     if subject is None or not checks[0].passed:
         return checks
-    folder = read_tuned_lens(path)
-    own = _subject_checks(folder, subject)
-    checks += own
+    pins = read_tuned_lens(path).provenance
+    hashes = (pins.get("weights_hash"), pins.get("tokenizer_hash"))
+    checks += subject_checks(pins.get("model_commit"), *hashes, subject)
     if not all(check.passed for check in checks if check.name != "gates"):
         untried = "not tried: the checks above did not pass"
         return [*checks, *(Check(name, False, untried, checked=False) for name in ("last layer", "delta KL"))]
@@ -62,26 +62,6 @@ def verify_tuned_lens(path: str | Path, subject: LoadedSubject | None = None) ->
     except ValueError as error:
         return [*checks, Check("decoding", False, str(error))]
     return [*checks, *_decoding_checks(decoded)]
-
-
-def _subject_checks(folder: TunedLensFolder, subject: LoadedSubject) -> list[Check]:
-    """Whether this is the model, at the commit, with the weights and the tokenizer that the lens was fitted on."""
-    commit = folder.provenance.get("model_commit")
-    if commit is None or subject.revision is None:
-        revision = Check("revision", True, "not compared: a local folder has none, the weights have to do")
-    else:
-        told = commit if commit == subject.revision else f"loaded {subject.revision}, fitted on {commit}"
-        revision = Check("revision", commit == subject.revision, told)
-    hashes = {
-        "model weights": (weights_hash(subject.model), folder.provenance.get("weights_hash")),
-        "tokenizer": (tokenizer_hash(subject.tokenizer), folder.provenance.get("tokenizer_hash")),
-    }
-    return [revision, *(_hash_check(name, found, wanted) for name, (found, wanted) in hashes.items())]
-
-
-def _hash_check(name: str, found: str, wanted: str | None) -> Check:
-    detail = f"hash {found[:12]}…" if found == wanted else f"hash {found[:12]}…, not {str(wanted)[:12]}…"
-    return Check(name, found == wanted, detail)
 
 
 @torch.no_grad()

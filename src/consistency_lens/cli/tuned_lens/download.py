@@ -35,8 +35,8 @@ class DownloadArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetches; prints what is where. Returns the exit code, 3 for a file that is not what the index says."""
+    from ...data.cache_check import VerificationError
     from ...tuned_lens.download import download_tuned_lens
-    from ...tuned_lens.index import TunedLensVerificationError
     from ..command import NOT_VERIFIED, run_command
     from ..parser import parse_arguments
 
@@ -50,4 +50,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = f"{lens.model} {lens.tl_version} of commit {lens.commit}{state}; {lens.path}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    return run_command(work, {TunedLensVerificationError: NOT_VERIFIED})
+    return run_command(work, {VerificationError: NOT_VERIFIED})

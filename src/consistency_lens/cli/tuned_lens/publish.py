@@ -37,7 +37,7 @@ class PublishArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Publishes; prints what was released. Returns the exit code, 3 for a lens that does not pass its checks."""
-    from ...tuned_lens.index import TunedLensVerificationError
+    from ...data.cache_check import VerificationError
     from ...tuned_lens.publish import publish_tuned_lens
     from ..command import NOT_VERIFIED, run_command
     from ..parser import parse_arguments
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    return run_command(work, {TunedLensVerificationError: NOT_VERIFIED})
+    return run_command(work, {VerificationError: NOT_VERIFIED})
 
 
 def replaces(version: str | None) -> str:

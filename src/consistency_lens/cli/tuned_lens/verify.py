@@ -37,28 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Verifies; prints a table of checks for each lens. Returns 3 if one does not pass."""
     from ..command import DONE, NOT_VERIFIED, run_command
     from ..parser import parse_arguments
-    from ..verify import checks_table
 
     def work(console: "Console") -> int:
-        from ...tuned_lens.content_checks import find_tuned_lenses
-        from ...tuned_lens.verification import verify_tuned_lens
-
         (args,) = parse_arguments((VerifyArguments,), argv, "tuned-lens verify")
-        lenses = find_tuned_lenses(args.lens)
-        if args.model is not None and len(lenses) > 1:
-            raise ValueError(f"model: {args.lens!r} has {len(lenses)} lenses, each of its own model; pass one of them")
-        failed = 0
-        for lens in lenses:
-            subject = None if args.model is None else load_subject(args, lens)
-            checks = verify_tuned_lens(lens, subject)
-            failed += not all(check.passed for check in checks)
-            console.print(str(lens), markup=False, highlight=False, soft_wrap=True)
-            console.print(checks_table(checks))
-        untried = "" if args.model is not None else "; none was read with its model, pass --model for that"
-        console.print(f"{len(lenses) - failed} of {len(lenses)} lenses passed{untried}", highlight=False)
-        return NOT_VERIFIED if failed else DONE
+        return DONE if verify(args, console) else NOT_VERIFIED
 
     return run_command(work)
+
+
+def verify(args: VerifyArguments, console: "Console") -> bool:
+    """The work of the command: whether all lenses passed.
+
+    Raises:
+        ValueError: if there is none, or one model for several.
+    """
+    from ...tuned_lens.content_checks import find_tuned_lenses
+    from ...tuned_lens.verification import verify_tuned_lens
+    from ..checks import show_checks
+
+    lenses = find_tuned_lenses(args.lens)
+    if args.model is not None and len(lenses) > 1:
+        raise ValueError(f"model: {args.lens!r} has {len(lenses)} lenses, each of its own model; pass one of them")
+    failed = 0
+    for lens in lenses:
+        subject = None if args.model is None else load_subject(args, lens)
+        checks = verify_tuned_lens(lens, subject)
+        failed += not all(check.passed for check in checks)
+        show_checks(lens, checks, console)
+    untried = "" if args.model is not None else "; none was read with its model, pass --model for that"
+    console.print(f"{len(lenses) - failed} of {len(lenses)} lenses passed{untried}", highlight=False)
+    return not failed
 
 
 def load_subject(args: VerifyArguments, folder: Path) -> "LoadedSubject":

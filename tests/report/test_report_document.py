@@ -1,0 +1,78 @@
+"""The document of a report, from what a real run has left."""
+
+from pathlib import Path
+
+import pytest
+from report_documents import made_up_explorer
+
+from consistency_lens.report.document import report_document
+from consistency_lens.report.figures import comparison, verdict
+from consistency_lens.report.run_folder import RunFolder, read_run
+
+CARDS = Path(__file__).parents[2] / "model_cards" / "tiny_stories"
+
+
+@pytest.fixture(scope="module")
+def run():
+    return read_run(CARDS)
+
+
+@pytest.fixture(scope="module")
+def document(run):
+    return report_document(run, made_up_explorer(), notes=["made up"])
+
+
+def test_says_what_was_read_and_on_what(run, document):
+    assert document["title"] == "tiny_stories, layer 2, in words"
+    assert "block 2 of examples/tiny_stories is put into 5 tokens" in document["lead"][0]
+    assert f"{run.metrics['rows']:,} activations of {run.metrics['documents']:,} documents" in document["lead"][1]
+
+
+def test_figures_have_their_intervals(run, document):
+    figures = {figure["name"]: figure for figure in document["figures"]}
+    assert figures["fve"]["value"] == run.metrics["fve"]
+    assert figures["fve"]["interval"] == run.metrics["ci95"]["fve"]
+    assert figures["distinct_2"]["interval"] is None
+
+
+def test_every_control_stands_beside_the_lens(run, document):
+    lens, *controls = document["comparison"]
+    assert lens["fve"] == run.metrics["fve"]
+    assert [control["name"] for control in controls] == list(run.metrics["controls"])
+    assert all(control["interval"] and control["meaning"] for control in controls)
+    assert controls[-1]["meaning"].endswith("55 bits")
+
+
+def test_the_verdict_is_that_of_the_intervals(document):
+    sides = document["verdict"]
+    assert sides["below"] == ["residual vq", "context tail"] and sides["level"] == []
+    assert sides["above"][0] == "current token only" and len(sides["above"]) == 6
+
+
+def test_overlapping_intervals_are_level():
+    metrics = {
+        "fve": 0.5, "controls": {"mean": {"fve": 0.45, "kl_recovered": 0}, "shuffled": {"fve": 0.1}},
+        "ci95": {"fve": [0.4, 0.6], "controls.mean.fve": [0.42, 0.48]},
+    }  # fmt: skip
+    assert verdict(comparison(metrics)) == {"above": ["shuffled"], "level": ["mean"], "below": []}
+
+
+def test_checks(run, document):
+    assert [of["n"] for of in document["best_of_n"]] == [1, 2, 4, 8, 16]
+    fresh = next(reader for reader in document["readers"] if reader["name"] == "fresh_encoder")
+    assert fresh["fve"] == run.metrics["private_code"]["fresh_encoder"]["fve"]
+    assert document["linear_probe"][1]["text"] == run.metrics["linear_probe"]["named_by_text"][1]
+    assert len(document["tables"]) == 3
+
+
+def test_provenance_and_notes(document):
+    assert ["subject", "examples/tiny_stories"] in document["provenance"]
+    assert document["notes"][0] == "made up" and "No log_history.json" in document["notes"][1]
+
+
+def test_a_run_that_has_almost_nothing(tmp_path):
+    document = report_document(RunFolder(path=tmp_path / "mine", log=[{"step": 1, "ce": 1.0}, {"step": 2, "ce": 0.5}]))
+    assert document["title"] == "The lens in mine" and len(document["curves"]["charts"]) == 1
+    for part in ("lead", "figures", "comparison", "examples", "readers", "tables"):
+        assert document[part] == []
+    assert document["explorer"] is None and document["cases"] is None and document["verdict"] == {}
