@@ -42,7 +42,7 @@ class OpenedPage:
         requests: addresses that were asked for.
     """
 
-    def __init__(self, browser: Any, path: Path, **context: Any) -> None:
+    def __init__(self, browser: Any, place: Path | str, **context: Any) -> None:
         self.context = browser.new_context(**context)
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
@@ -52,7 +52,7 @@ class OpenedPage:
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: self.problems.append(f"dialog: {dialog.message}") or dialog.dismiss())
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
+        self.page.goto(place.as_uri() if isinstance(place, Path) else place)
         self.page.wait_for_selector("[data-part=lead]", state="attached")
 
     def _console(self, message: Any) -> None:

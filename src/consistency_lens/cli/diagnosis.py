@@ -20,7 +20,7 @@ FEATURES = {
     "flash": "--attn_implementation flash_attention_2",
     "plots": "figures of lenses and sweeps",
     "metrics": "modules of Hugging Face evaluate",
-    "serve": "a server of transformers for generate-chat",
+    "serve": "the page of `serve`, and a server of transformers for generate-chat",
     "cli": "completion of commands in a shell",
 }
 # glibc maps and unmaps large blocks at every step otherwise; see the Makefile

@@ -1,14 +1,6 @@
 """Texts as a lens reads them, token by token: the part of a report that is walked through.
 
-An explorer is a JSON object, and may lie beside a run as `explorer.json`:
-
-- `format`, `version`: what it is;
-- `source`: where the texts are from, for people;
-- `lens`: sha256 of the lens's weights file, or null; a file of another lens is not shown as this one's;
-- `max_tokens`: how many tokens were to be read in all;
-- `ablation`: whether it was tried what is lost without each word;
-- `words`: every string that is a token or a prediction, each once;
-- `texts`: a list of `ExplorerText`.
+An `Explorer` is a JSON object; beside a run it lies as `explorer.json`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,15 +50,20 @@ class ExplorerText(TypedDict):
 
 
 class Explorer(TypedDict):
-    """See the module."""
+    """Texts as a lens reads them."""
 
     format: str
     version: int
     source: str
+    """Where the texts are from, for people."""
     lens: str | None
+    """Sha256 of the lens's weights file; what was kept of another lens is not shown as this one's."""
     max_tokens: int
+    """How many tokens were to be read in all."""
     ablation: bool
+    """Whether it was tried what is lost without each word."""
     words: list[str]
+    """Every string that is a token or a prediction, each once."""
     texts: list[ExplorerText]
 
 
