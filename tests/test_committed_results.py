@@ -89,6 +89,8 @@ def test_every_picture_of_the_readme_exists():
         ("straight_through_time", 1.5),
         ("straight_through_memory", 1.0),
         ("shared_weights_memory", 1.0),
+        ("step_flops_vs_reference", 3.5),
+        ("step_flops_vs_reference_k8", 7.0),
         ("step_flops_vs_reference_tiny_stories", 3.0),
         ("step_flops_vs_reference_k8_tiny_stories", 6.0),
         ("step_memory_vs_reference_tiny_stories", 1 / 0.45),
