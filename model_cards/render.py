@@ -3,9 +3,9 @@
     make cards
 
 reads what is kept in model_cards/ (by `make best`, `make objectives` and `make keep`) and of benchmarks, and nothing
-else; writes the README.md of each lens there, pictures, and what stands in README.md between markers such as
-`<!-- demo:begin -->` and `<!-- demo:end -->`. Every number comes from the runs' own files, and a test holds that the
-files of the repository are those that this script writes.
+else; writes the README.md of each lens there, pictures, and what stands in README.md and docs/speed.md between markers
+such as `<!-- demo:begin -->` and `<!-- demo:end -->`. Every number comes from the runs' own files, and a test holds
+that the files of the repository are those that this script writes.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from speed_block import speed_block
 from tuned_lens_block import tuned_lens_block
 
 from consistency_lens import Explanation, TokenExplanation
@@ -189,28 +190,32 @@ def read_json(path: Path) -> Any:
 
 
 def render(target: Path) -> None:
-    """Writes README.md and model_cards/ below a folder, by default the repository itself."""
+    """Writes README.md, docs/speed.md and model_cards/ below a folder, by default the repository itself."""
     cards = target / "model_cards"
     render_lens("tiny_stories", cards)
     render_tuned_lens("tuned_lens_tiny_stories", cards)
     best, objectives = read_json(CARDS / "best.json"), read_json(CARDS / "objectives.json")
     draw_curves(objectives, cards / "objectives.png")
     demo = CARDS / "tiny_stories"
-    blocks = {
+    readme = {
         "demo": demo_block(read_json(demo / "run.json"), read_json(demo / "metrics.json")),
         "best": best_block(best),
         "objectives": objectives_block(objectives),
         "tuned_lens": tuned_lens_block(),
     }
-    text = (ROOT / README).read_text(encoding="utf-8")
-    for name, block in blocks.items():
-        text = with_block(text, name, block)
-    (target / README).write_text(text, encoding="utf-8")
+    for page, blocks in {README: readme, "docs/speed.md": {"speed": speed_block()}}.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name, block in blocks.items():
+            text = with_block(text, name, block)
+        (target / page).parent.mkdir(parents=True, exist_ok=True)
+        (target / page).write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=ROOT, help="folder that README.md and model_cards/ go to")
+    parser.add_argument(
+        "--target", type=Path, default=ROOT, help="folder that README.md, docs/ and model_cards/ go to"
+    )
     render(parser.parse_args().target)
 
 

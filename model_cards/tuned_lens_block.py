@@ -17,22 +17,45 @@ RESULTS = ROOT / "tests/benchmarks/results"
 PEER_RESULTS = {
     "tuned_lens_time_to_peer_kl": "seconds to its final KL",
     "tuned_lens_kl_equal_tokens": "nats of KL at equal tokens",
-    "tuned_lens_memory": "bytes that the fit adds",
+    "tuned_lens_memory": "MiB that the fit adds",
 }
 SHORT_PROMPTS = ROOT / "model_cards/tuned_lens_short_prompts.json"
+SCALES = {"tuned_lens_memory": 2**20}
+# by the suffixes of the results' names: the peer at its defaults, and at settings that were chosen for it
+PEERS = {"": "", "_tuned_peer": ", peer tuned"}
+PEER_MODELS = {"": "A model of 7 million parameters", "_embedded": "The embedded model"}
+SUBJECT = "after as many tokens, "  # what a result says before it names the model
+
+
+def peer_table(suffix: str) -> str:
+    """The benchmark on one model: ours beside the peer's, and beside the peer with settings chosen for it."""
+    rows = []
+    for peer, of_peer in PEERS.items():
+        for name, label in PEER_RESULTS.items():
+            path = RESULTS / f"{name}{suffix}{peer}.json"
+            if path.is_file():
+                result = read_json(path)
+                figures = (f"{result[side] / SCALES.get(name, 1):.3g}" for side in ("theirs", "ours"))
+                rows.append((f"{label}{of_peer}", *figures, f"{result['ratio']:.2f}", str(result["runs"])))
+    return markdown_table(("", "tuned-lens 0.2.0", "here", "ratio", "runs"), rows)
+
+
+def conditions(suffix: str) -> str:
+    """What the benchmark measured and how, in its own words."""
+    what = read_json(RESULTS / f"tuned_lens_kl_equal_tokens{suffix}.json")["what"]
+    return what[what.index(SUBJECT) + len(SUBJECT) :]
 
 
 def comparison() -> str:
-    """The benchmark's results: ours beside the peer's."""
-    rows = []
-    for name, label in PEER_RESULTS.items():
-        result = read_json(RESULTS / f"{name}.json")
-        rows.append((label, f"{result['theirs']:.3g}", f"{result['ours']:.3g}", f"{result['ratio']:.2f}"))
-    table = markdown_table(("", "tuned-lens 0.2.0", "here", "ratio"), rows)
-    return (
-        "Beside [tuned-lens](https://pypi.org/project/tuned-lens/) at its own learning rate, on the same 262,144 "
-        f"tokens of this model (`python tests/benchmarks/tuned_lens_vs_peer.py`; above 1 is better here):\n\n{table}\n"
+    """Both models of the benchmark."""
+    text = (
+        "Beside [tuned-lens](https://pypi.org/project/tuned-lens/) by its own loop, on the same text of the model "
+        "(`python tests/benchmarks/tuned_lens_vs_peer.py`; ratios above 1 are better here).\n"
     )
+    for suffix, title in PEER_MODELS.items():
+        if (RESULTS / f"tuned_lens_kl_equal_tokens{suffix}.json").is_file():
+            text += f"\n{title}: {conditions(suffix)}.\n\n{peer_table(suffix)}\n"
+    return text
 
 
 def short_prompts(result: dict[str, Any]) -> str:

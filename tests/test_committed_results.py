@@ -89,9 +89,17 @@ def test_every_picture_of_the_readme_exists():
         ("straight_through_time", 1.5),
         ("straight_through_memory", 1.0),
         ("shared_weights_memory", 1.0),
+        ("step_flops_vs_reference", 3.5),
+        ("step_flops_vs_reference_k8", 7.0),
+        ("step_flops_vs_reference_tiny_stories", 3.0),
+        ("step_flops_vs_reference_k8_tiny_stories", 6.0),
+        ("step_memory_vs_reference_tiny_stories", 1 / 0.45),
         ("cache_vs_plain_loop", 3.0),
         ("cache_vs_plain_loop_k1", 1.0),
         ("cache_vs_bare_forward", 1 / 1.3),
+        ("tuned_lens_time_to_peer_kl", 10.0),
+        ("tuned_lens_kl_equal_tokens", 1 / 0.85),
+        ("tuned_lens_memory", 1.0),
     ],
 )
 def test_a_benchmark_result_is_whole_and_meets_its_aim(name, least):

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.cli.completion import complete_parser
+from consistency_lens.data.cache_building import build_activation_cache
+from consistency_lens.data.corpus import corpus_from_rows, document_hash
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -54,7 +56,14 @@ def lens(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "lens"
     subject = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "tiny_stories").eval()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_stories")
-    ConsistencyLensModel.from_subject(subject, tokenizer, layer=2, training="frozen").save_pretrained(folder)
+    lens = ConsistencyLensModel.from_subject(subject, tokenizer, layer=2, training="frozen")
+    lens.save_pretrained(folder)
+    documents = [tokenizer(f"Once upon a time there was a {name}.")["input_ids"] for name in ("dog", "cat")]
+    corpus = corpus_from_rows({"input_ids": ids, "document": document_hash(ids)} for ids in documents)
+    build_activation_cache(
+        lens.subject, corpus, folder / "data" / "activations-layer2", tokenizer=tokenizer, subject_name="tiny_stories",
+        dataset_name="two sentences", dtype="float32", positions_per_sequence=2, min_position=2, progress=False,
+    )  # fmt: skip
     shutil.copy(ROOT / "model_cards" / "tiny_stories" / "metrics.json", folder)
     return folder
 

@@ -26,7 +26,7 @@ def rendered(tmp_path_factory):
     return target
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"model_cards/{card}/README.md" for card in CARDS)])
+@pytest.mark.parametrize("name", ["README.md", "docs/speed.md", *(f"model_cards/{card}/README.md" for card in CARDS)])
 def test_the_text_is_byte_for_byte_what_the_figures_lead_to(rendered, name):
     assert (rendered / name).read_bytes() == (ROOT / name).read_bytes(), "run `make cards`"
 

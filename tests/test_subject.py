@@ -118,6 +118,15 @@ class TestOneToken:
         context = subject.context(*ragged_inputs(3))
         torch.testing.assert_close(subject.replaced_logits(context, context.activations), context.logits)
 
+    @pytest.mark.parametrize("layer", range(NUM_LAYERS))
+    def test_only_blocks_above_the_layer_keep_keys_and_values(self, layer):
+        subject = Subject(tiny_model("llama"), layer)
+        context = subject.context(*ragged_inputs(3))
+        last = NUM_LAYERS - 1  # says which dtype attention runs in
+        assert [states is not None for states in context.cache] == [b > layer or b == last for b in range(NUM_LAYERS)]
+        length = context.input_ids.shape[1]
+        assert all(keys.shape[2] == values.shape[2] == length for keys, values in filter(None, context.cache))
+
     def test_context_serves_more_than_once(self):
         subject = Subject(tiny_model("llama"), LAYER)
         context = subject.context(*ragged_inputs(3))

@@ -22,6 +22,7 @@ from .lens_clone import encode_prompt
 from .lens_decoder import LensDecoder, SoftText, evaluating
 from .lens_encoder import LensEncoder
 from .residual_stream import ResidualStream
+from .spans import span
 from .steering import Steering, steer_text, text_direction
 from .subject import Subject
 
@@ -215,18 +216,23 @@ class ConsistencyLensModel(TrainedTensorsModel):
             assert text_ids is not None
             return LensOutput(self.reconstruct(text_ids, encoder_text_mask), text_ids)
         if sample:
-            return LensOutput(text_ids=self.decoder.generate_ids(activations, noise_keys, length, temperature))
+            with span("generation"):
+                return LensOutput(text_ids=self.decoder.generate_ids(activations, noise_keys, length, temperature))
         if text_ids is not None:
-            logits = self.decoder(activations, text_ids)
+            with span("decoder"):
+                logits = self.decoder(activations, text_ids)
             if straight_through:
-                embeddings = self.encoder.embed_text(SoftText(text_ids, logits), None, tau)
                 mask = self.mask_to_read(text_ids, encoder_text_mask)
-                return LensOutput(self.encoder(embeddings, mask), text_ids, logits)
+                with span("encoder"):
+                    embeddings = self.encoder.embed_text(SoftText(text_ids, logits), None, tau)
+                    return LensOutput(self.encoder(embeddings, mask), text_ids, logits)
             read_ids = text_ids if encoder_text_ids is None else encoder_text_ids
             return LensOutput(self.reconstruct(read_ids, encoder_text_mask), read_ids, logits)
-        text = self.decoder.generate_soft(activations, noise_keys, length, tau)
-        embeddings = self.encoder.embed_text(text, noise_keys, tau)
-        reconstruction = self.encoder(embeddings, self.mask_to_read(text.token_ids, None))
+        with span("generation"):
+            text = self.decoder.generate_soft(activations, noise_keys, length, tau)
+        with span("encoder"):
+            embeddings = self.encoder.embed_text(text, noise_keys, tau)
+            reconstruction = self.encoder(embeddings, self.mask_to_read(text.token_ids, None))
         return LensOutput(reconstruction, text.token_ids, text.logits)
 
     def text_mask(self, text_ids: Tensor) -> Tensor:
@@ -256,7 +262,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
 
     def reconstruct(self, text_ids: Tensor, mask: Tensor | None) -> Tensor:
         """What `read_ids` returns, from inside `forward`."""
-        return self.encoder(self.encoder.embed_ids(text_ids), self.mask_to_read(text_ids, mask))
+        with span("encoder"):
+            return self.encoder(self.encoder.embed_ids(text_ids), self.mask_to_read(text_ids, mask))
 
     def mask_to_read(self, text_ids: Tensor, mask: Tensor | None) -> Tensor | None:
         """The given mask, or the text's own; None where all of it is read, which spares the encoder a look."""

@@ -7,15 +7,17 @@ positions alone, each against the cache entries before it and itself.
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from .attention import attention_with_masks
+from .context_cache import ContextCache, empty_cache, kept, reopened
 from .residual_stream import ResidualStream, gather_positions
+from .spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,9 @@ class SubjectContext(NamedTuple):
     """Output of block `layer` at the positions, (B, K, d), in the model's dtype."""
     logits: Tensor
     """Next-token logits at the positions, (B, K, V)."""
-    cache: tuple[tuple[Tensor, Tensor], ...] | None
-    """Keys and values of every block over the whole sequence; None where the one-token pass is not in use."""
+    cache: ContextCache | None
+    """Keys and values over the whole sequence of the blocks above `layer`; None where the one-token pass is not in
+    use."""
     input_ids: Tensor
     """(B, S) int64, right-padded."""
     attention_mask: Tensor
@@ -82,25 +85,31 @@ class Subject:
             input_ids: right-padded tokens, (B, S) int64.
             attention_mask: 1 for real tokens, (B, S).
         """
-        with self.stream.capture(self.layer, stop=True) as captured:
+        with span("context pass"), self.stream.capture(self.layer, stop=True) as captured:
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return captured.activations
 
     @torch.no_grad()
-    def context(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SubjectContext:
+    def context(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, check: bool = True
+    ) -> SubjectContext:
         """Reads the subject at `positions`: activations, next-token logits and the cache for the replaced pass.
 
         Args:
             input_ids: right-padded tokens, (B, S) int64.
             attention_mask: 1 for real tokens, (B, S).
             positions: indices of real tokens, (B, K) int64.
+            check: look whether they are, which waits for the device; a collator's batches need it not.
 
         Raises:
-            ValueError: if the shapes do not fit, a row is padded on the left or a position is not a real token.
+            ValueError: with `check`, if the shapes do not fit, a row is padded on the left or a position is not a real
+                token.
         """
-        _check_inputs(input_ids, attention_mask, positions)
+        if check:
+            _check_inputs(input_ids, attention_mask, positions)
         one_token = self.check_one_token(input_ids.shape[1] + positions.shape[1])
-        return self._context(input_ids, attention_mask, positions, keep_cache=one_token)
+        with span("context pass"):
+            return self._context(input_ids, attention_mask, positions, keep_cache=one_token)
 
     def replaced_logits(self, context: SubjectContext, activations: Tensor) -> Tensor:
         """Next-token logits at each position after its residual alone was replaced; gradient flows to `activations`.
@@ -120,9 +129,9 @@ class Subject:
         with self.stream.replace(self.layer, queries, activations), attention_with_masks(self.model):
             output = self.model(
                 input_ids=context.input_ids.gather(1, context.positions),
-                attention_mask=self._attention_mask(context, dtype=context.cache[0][0].dtype),
+                attention_mask=self._attention_mask(context, dtype=next(iter(_keys(context.cache))).dtype),
                 position_ids=context.positions,
-                past_key_values=_dynamic_cache(context.cache),
+                past_key_values=reopened(context.cache, context.input_ids.shape[1]),
                 use_cache=True,
             )
         return output.logits
@@ -165,8 +174,9 @@ class Subject:
     def _context(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep_cache: bool
     ) -> SubjectContext:
-        # Built without a config, the cache keeps sliding-window layers at full length, which one shared mask needs.
-        cache = DynamicCache() if keep_cache else None
+        # The replaced pass overwrites the output of block `layer`; of the last block, the mask takes its dtype.
+        num_blocks = self.stream.num_layers
+        cache = empty_cache(num_blocks, first=min(self.layer + 1, num_blocks - 1)) if keep_cache else None
         with self.stream.capture(self.layer) as captured, self.stream.select_positions(positions):
             output = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=keep_cache
@@ -174,7 +184,7 @@ class Subject:
         return SubjectContext(
             activations=gather_positions(captured.activations, positions),
             logits=output.logits,
-            cache=None if cache is None else tuple((keys, values) for keys, values, *_ in cache),
+            cache=None if cache is None else kept(cache),
             input_ids=input_ids,
             attention_mask=attention_mask,
             positions=positions,
@@ -221,7 +231,7 @@ class Subject:
             raise
         except Exception as error:  # whatever a model's code does with a mask that it does not know
             return f"it fails with {type(error).__name__}: {error}"
-        dtypes = {self.model.dtype, logits.dtype, *(keys.dtype for keys, _ in context.cache or ())}
+        dtypes = {self.model.dtype, logits.dtype, *(keys.dtype for keys in _keys(context.cache or ()))}
         # Rounding stays below the root of the dtype's precision (and of TF32's); a wrong mask does not.
         tolerance = max(1e-3, *(math.sqrt(torch.finfo(dtype).eps) for dtype in dtypes))
         expected = expected.float()
@@ -245,16 +255,9 @@ class Subject:
         return input_ids.to(device), attention_mask.to(device), positions.to(device)
 
 
-def _dynamic_cache(cache: tuple[tuple[Tensor, Tensor], ...]) -> DynamicCache:
-    """A cache over the given keys and values; appending to it concatenates and so leaves them as they are."""
-    dynamic_cache = DynamicCache()
-    for keys, values in cache:
-        layer = DynamicLayer()
-        # Set directly, as `update` would copy the whole context once more.
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        dynamic_cache.layers.append(layer)
-    return dynamic_cache
+def _keys(cache: ContextCache) -> Iterator[Tensor]:
+    """The keys of the blocks that keep them."""
+    return (states[0] for states in cache if states is not None)
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> None:

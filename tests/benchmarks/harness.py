@@ -14,7 +14,8 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
-NUM_THREADS = 2
+# One is fairer than two where others are at work on the machine.
+NUM_THREADS = int(os.environ.get("BENCHMARK_THREADS", "2"))
 # Large logits are otherwise mapped and unmapped at every step, which drowns what is measured.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
@@ -46,16 +47,22 @@ def compare(
     Returns:
         What was written; `ratio` is theirs / ours, so above 1 means that ours is faster.
     """
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    sides = {"ours": ours, "theirs": theirs}
-    for run in range(-2, runs):
+    medians = interleaved({"ours": ours, "theirs": theirs}, device, runs)
+    return write_result(name, what, "seconds", medians["ours"], medians["theirs"], runs, device)
+
+
+def interleaved(
+    sides: dict[str, Callable[[], Any]], device: torch.device, runs: int, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of each callable by name, of `runs` calls after `warmup` others, all in turn."""
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for run in range(-warmup, runs):
         # The order changes, so that neither side always runs on the other's warm cache.
         for side in sorted(sides, reverse=bool(run % 2)):
             elapsed = seconds(sides[side], device)
             if run >= 0:
                 times[side].append(elapsed)
-    medians = {side: statistics.median(values) for side, values in times.items()}
-    return write_result(name, what, "seconds", medians["ours"], medians["theirs"], runs, device)
+    return {side: statistics.median(values) for side, values in times.items()}
 
 
 def write_result(

@@ -5,8 +5,9 @@ lens in bfloat16 autocast), the clipping, the optimizer (SGD with Nesterov momen
 weight decay 1e-3) and the schedule (linear to zero). Only `setup` and `_log` are ours: the model comes without the
 arguments that the transformers of today refuses, the tokens come from a file, and the clock is read.
 
-One change is in the peer's favour: it would also train a translator of the embeddings, which no other lens here has;
-it is spared that, and so trains the same layers as ours.
+Two changes are in the peer's favour. It would also train a translator of the embeddings, which no other lens here has;
+it is spared that, and so trains the same layers as ours. With `--autocast false` it computes in float32 throughout: a
+CPU without instructions for bfloat16 takes many times as long for its autocast.
 
 Writes config.json and params.pt as the peer does, into `--output`, and `result.json`: seconds of the loop alone, the
 memory it took, and its curve. `--snapshots` keeps params.pt of as many equal parts of the run, in `step-<n>/`; the
@@ -18,8 +19,10 @@ import json
 import sys
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -101,6 +104,7 @@ def main() -> None:
     parser.add_argument("--lr_scale", default=1.0, type=float)
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
     parser.add_argument("--threads", required=True, type=int)
+    parser.add_argument("--autocast", default="true", choices=("true", "false"))
     parser.add_argument("--snapshots", default=0, type=int)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -121,7 +125,9 @@ def main() -> None:
     )
     train.subject = AutoModelForCausalLM.from_pretrained(options.model).eval().requires_grad_(False)
     train.blocks, train.snapshots = blocks, options.snapshots
-    train.execute()
+    autocast = partial(torch.autocast, enabled=options.autocast == "true")
+    with mock.patch.object(torch, "autocast", autocast):
+        train.execute()
     memory = train.memory.as_dict()
     save(train.lens, options.output)
     result = {

@@ -2,12 +2,16 @@
 
     python tests/benchmarks/tuned_lens_vs_peer.py [--model FOLDER]
 
+Without `--model` it is the embedded model, whose results are called `..._embedded`: there the peer comes as close as
+any affine lens can, so little is left to tell the two apart. docs/tuned_lens.md says how the larger model is made.
+
 Both sides fit lenses of one model on the same blocks of tokens, which the model itself has written, each in a process
 of its own with the same threads and malloc settings. The peer runs its own training loop (`tuned_lens_peer.py`) in its
 own venv, `.peer_venv` beside this file, made at the first call; what it pins cannot be had with the torch and
 transformers of `constraints.txt`, so it is installed without dependencies, beside those that its training imports.
 
-The peer runs at its defaults, and once more (results with `_tuned_peer`) at the best of `TUNED_PEERS`, learning rates
+The peer runs at its defaults (in float32 where the CPU has no instructions for bfloat16, which spares it much time),
+and once more (results with `_tuned_peer`) at the best of `TUNED_PEERS`, learning rates
 and steps that are chosen for it by the very text that judges. Its default of 2^18 tokens a step would be a single step
 of such a fit.
 
@@ -31,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from fit_memory import FitMemory
 from harness import NUM_THREADS, prepare, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -41,7 +46,7 @@ from consistency_lens.tuned_lens.fit_arguments import TunedLensTrainingArguments
 from consistency_lens.tuned_lens.fitter import TunedLensFitter
 from consistency_lens.tuned_lens.interchange import from_alignment_research
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
-from consistency_lens.tuned_lens.residual_batches import make_head, read_batch
+from consistency_lens.tuned_lens.residual_batches import has_fast_bfloat16, make_head, read_residuals
 from consistency_lens.tuned_lens.trainer import TunedLensTrainer
 
 HERE = Path(__file__).parent
@@ -51,7 +56,8 @@ PEER_VENV = HERE / ".peer_venv"
 # what the peer's training imports, in the versions of today, and what it needs in its own
 PEER_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "requests")
 PEER_OWN_PACKAGES = ("tuned-lens==0.2.0", "torchdata==0.9.0", "simple-parsing==0.1.9", "docstring-parser==0.18.0")
-HELD_OUT_BLOCKS, SEED, RUNS = 64, 0, 3
+HELD_OUT_BLOCKS, SEED, RUNS = 32, 0, 3
+EMBEDDED_SUFFIX = "_embedded"  # of its results
 
 
 class PeerSettings(NamedTuple):
@@ -67,7 +73,6 @@ class PeerSettings(NamedTuple):
 # the peer's learning rate; its 2^18 tokens a step would be a single step here
 DEFAULT_PEER = PeerSettings(2048, 1)
 TUNED_PEERS = [PeerSettings(*pair) for pair in ((512, 4), (1024, 4), (2048, 4))]
-QUICK_TOKENS = [2**power for power in range(13, 19)]
 TOKENS_PER_PASS = 1024  # of the peer's subject: larger passes took more memory and no less time
 
 
@@ -77,28 +82,42 @@ class OurSettings:
 
     tokens: int
     ridge_tokens: int
-    blocks_per_pass: int = 8
+    blocks_per_pass: int = 4
+    positions: int | None = None
     rows_per_step: int = 128
-    learning_rate: float = 7e-3
+    learning_rate: float = 2e-3
     optimizer: str = "adamw"
     rank: int | None = None
 
     def __str__(self) -> str:
         rank = "full" if self.rank is None else str(self.rank)
+        start = f"rank {rank}, ridge on {self.ridge_tokens} tokens"
+        if self.ridge_tokens == self.tokens:
+            return f"{start}, no KL steps"
+        positions = "all" if self.positions is None else str(self.positions)
         return (
-            f"rank {rank}, ridge on {self.ridge_tokens} tokens, then {self.optimizer} at {self.learning_rate:g}, "
-            f"{self.rows_per_step} positions a step, head in bfloat16"
+            f"{start}, then {self.optimizer} at {self.learning_rate:g}, {positions} positions of a block, "
+            f"{self.rows_per_step} positions a step"
         )
 
 
+# the shortest fit first
+QUICK_TOKENS = [tokens for power in range(12, 19) for tokens in (2**power, 3 * 2 ** (power - 1))]
+QUICK_SETTINGS = [OurSettings(tokens, tokens // 2) for tokens in QUICK_TOKENS]
+
+
+def equal_settings(tokens: int) -> OurSettings:
+    """Our fit on as many tokens as the peer's, at half of the positions."""
+    return OurSettings(tokens, tokens // 8, positions=128, rows_per_step=256, learning_rate=3e-3)
+
+
 def token_blocks(
-    model: PreTrainedModel, tokenizer: Any, tokens: int, held_out: int, progress: bool = True
+    model: PreTrainedModel, tokenizer: Any, tokens: int, held_out: int, seed: int = SEED, progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blocks (N, S) int32 of the model's context, of documents that it wrote, and `held_out` others."""
     length = min(model.config.max_position_embeddings, 512)
     wanted = (tokens // length + held_out) * length
     sampled: list[int] = []
-    seed = SEED
     while len(sampled) < wanted:
         count = max(16, (wanted - len(sampled)) // length + 16)
         documents = sample_documents(model, tokenizer, count, length, seed=seed, batch_size=128, progress=progress)
@@ -124,21 +143,20 @@ def fit_ours(model: PreTrainedModel, blocks: np.ndarray, settings: OurSettings, 
     length = blocks.shape[1]
     ridge, rest = np.split(blocks[: settings.tokens // length], [settings.ridge_tokens // length])
     lens = TunedLens.for_model(model, rank=settings.rank)
-    head, layers = make_head(lens, "bfloat16"), range(lens.num_layers - 1)
+    head, layers = make_head(lens), range(lens.num_layers - 1)
     fitter = TunedLensFitter(lens, head)
     for rows in torch.from_numpy(ridge).long().split(settings.blocks_per_pass):
-        fitter.update(read_batch(lens, head, rows, torch.arange(length).expand(len(rows), -1), layers))
+        fitter.update(read_residuals(lens, rows, torch.arange(length).expand(len(rows), -1), layers))
     fitter.solve()
     if len(rest):
         arguments = TunedLensTrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=settings.blocks_per_pass,
             rows_per_step=settings.rows_per_step,
-            head_dtype="bfloat16",
             learning_rate=settings.learning_rate,
             translator_optim=settings.optimizer,
             layers_per_step="all",
-            positions_per_sequence="all",
+            positions_per_sequence="all" if settings.positions is None else str(settings.positions),
             position_range=[0.0, 1.0],
             eval_strategy="no",
             save_strategy="no",
@@ -158,6 +176,7 @@ def measure_ours(options: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     blocks = np.load(options.blocks)
     folder = Path(options.output)
+    Accelerator(cpu=True)  # imports what it finds installed, such as deepspeed
     memory, start = FitMemory(), time.perf_counter()
     lens = fit_ours(model, blocks, settings, folder)
     seconds = time.perf_counter() - start
@@ -182,15 +201,24 @@ class Comparison:
         model: folder of the subject.
         folder: for the tokens and lenses.
         tokens: of the longest fit.
+        seed: of the text.
+        made_by: how the subject was made, for the results.
     """
 
-    def __init__(self, model: str, folder: Path, tokens: int) -> None:
+    def __init__(self, model: str, folder: Path, tokens: int, seed: int = SEED, made_by: str | None = None) -> None:
         self.name, self.folder, self.tokens = model, folder, tokens
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()
-        train, self.held_out = token_blocks(self.model, AutoTokenizer.from_pretrained(model), tokens, HELD_OUT_BLOCKS)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        train, self.held_out = token_blocks(self.model, tokenizer, tokens, HELD_OUT_BLOCKS, seed)
         self.length = train.shape[1]
         self.blocks = folder / "train.npy"
         np.save(self.blocks, train)
+        config = self.model.config
+        made = "" if made_by is None else f"made by {made_by}; "
+        self.description = (
+            f"{Path(model).name} ({made}{config.num_hidden_layers} blocks, d={config.hidden_size}, "
+            f"V={config.vocab_size}), blocks of {self.length} tokens of its own text"
+        )
 
     def peer(self, settings: PeerSettings) -> Fit:
         """The peer's fit on all tokens."""
@@ -199,6 +227,7 @@ class Comparison:
         arguments = {
             "model": self.name, "blocks": self.blocks, "output": output, "threads": torch.get_num_threads(),
             "tokens_per_step": settings.tokens_per_step, "rows_per_pass": rows, "lr_scale": settings.lr_scale,
+            "autocast": str(has_fast_bfloat16(torch.device("cpu"))).lower(),
         }  # fmt: skip
         flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
         run([str(PEER_VENV / "bin" / "python"), "-W", "ignore", str(HERE / "tuned_lens_peer.py"), *flags])
@@ -234,69 +263,97 @@ def make_peer_venv() -> None:
     (PEER_VENV / "ready").touch()
 
 
-def best_of_peer(comparison: Comparison, candidates: list[PeerSettings]) -> PeerSettings:
-    """The peer's settings with the least KL, each tried once."""
-    found = {}
-    for settings in candidates:
-        fit = found[settings] = comparison.peer(settings)
-        sys.stdout.write(f"peer, {settings}: {fit.kl:.4f} nats, {fit.seconds:.1f} s, {_mebibytes(fit):.0f} MiB\n")
-    return min(found, key=lambda settings: found[settings].kl)
+def best_of_peer(comparison: Comparison, candidates: list[PeerSettings]) -> tuple[PeerSettings, Fit]:
+    """The peer's settings with the least KL, each tried once, and that fit."""
+    found = {settings: comparison.peer(settings) for settings in candidates}
+    for settings, fit in found.items():
+        say(f"peer, {settings}", fit)
+    best = min(found, key=lambda settings: found[settings].kl)
+    return best, found[best]
 
 
-def quickest(comparison: Comparison, kl: float) -> OurSettings | None:
-    """Our fit on the fewest tokens that reaches a KL; None if none of QUICK_TOKENS is enough."""
-    for tokens in QUICK_TOKENS:
-        settings = OurSettings(tokens, tokens // 4)
+def quickest(comparison: Comparison, kl: float) -> tuple[OurSettings, Fit] | None:
+    """The first of our QUICK_SETTINGS that reaches a KL, and that fit; None if none does."""
+    for settings in QUICK_SETTINGS:
+        if settings.tokens > comparison.tokens:
+            break
         fit = comparison.ours(settings)
-        sys.stdout.write(f"ours, {tokens} tokens: {fit.kl:.4f} nats, {fit.seconds:.1f} s, {_mebibytes(fit):.0f} MiB\n")
+        say(f"ours, {settings.tokens} tokens", fit)
         if fit.kl <= kl:
-            return settings
+            return settings, fit
     return None
 
 
-def write_results(comparison: Comparison, peer: PeerSettings, suffix: str, device: torch.device) -> None:
-    """Runs the peer and both of our fits in turn, `RUNS` times, and writes the medians.
+def measure(
+    comparison: Comparison, peer: PeerSettings, first: Fit | None, runs: int
+) -> dict[str, tuple[Any, list[Fit]]]:
+    """The settings of each side and its fits, one after the other in turn, so many times.
+
+    Args:
+        first: the peer's first fit, where there is one already.
+    """
+    first = comparison.peer(peer) if first is None else first
+    sides: dict[str, tuple[Any, list[Fit]]] = {"peer": (peer, [first])}
+    quick = quickest(comparison, first.kl)
+    if quick is not None:
+        sides["quick"] = (quick[0], [quick[1]])
+    equal = equal_settings(comparison.tokens)
+    sides["equal"] = (equal, [comparison.ours(equal)])
+    for _ in range(runs - 1):
+        for name, (settings, fits) in sides.items():
+            fits.append(comparison.peer(settings) if name == "peer" else comparison.ours(settings))
+            say(name, fits[-1])
+    return sides
+
+
+def write_results(
+    comparison: Comparison,
+    peer: PeerSettings,
+    suffix: str,
+    device: torch.device,
+    first: Fit | None = None,
+    runs: int = RUNS,
+) -> None:
+    """Runs the peer and both of our fits, and writes the medians.
 
     Args:
         suffix: of the results' names.
+        first, runs: see `measure`.
     """
-    equal = OurSettings(comparison.tokens, comparison.tokens // 8)
-    quick = quickest(comparison, comparison.peer(peer).kl)
-    sides: dict[str, Any] = {"peer": peer, "equal": equal} | ({} if quick is None else {"quick": quick})
-    fits: dict[str, list[Fit]] = {name: [] for name in sides}
-    for _ in range(RUNS):
-        for name, settings in sides.items():
-            run_side = comparison.peer if name == "peer" else comparison.ours
-            fits[name].append(run_side(settings))
-    kl = {name: statistics.median(fit.kl for fit in runs) for name, runs in fits.items()}
-    seconds = {name: statistics.median(fit.seconds for fit in runs) for name, runs in fits.items()}
-    rise = {name: statistics.median(fit.memory["rise_bytes"] for fit in runs) for name, runs in fits.items()}
-    config = comparison.model.config
-    where = (
-        f"{Path(comparison.name).name} ({config.num_hidden_layers} blocks, d={config.hidden_size}, "
-        f"V={config.vocab_size}), blocks of {comparison.length} tokens; tuned-lens 0.2.0 ({peer}), "
-        f"{comparison.tokens} tokens: {kl['peer']:.3f} nats"
+    sides = measure(comparison, peer, first, runs)
+    kl, seconds, rise = (
+        {name: statistics.median(figure(fit) for fit in fits) for name, (_, fits) in sides.items()}
+        for figure in (lambda fit: fit.kl, lambda fit: fit.seconds, lambda fit: fit.memory["rise_bytes"])
     )
-    if quick is None:
-        sys.stdout.write(f"time: ours does not reach {kl['peer']:.4f} nats on {QUICK_TOKENS[-1]} tokens\n")
+    where = f"{comparison.description}; tuned-lens 0.2.0 ({peer}), {comparison.tokens} tokens: {kl['peer']:.3f} nats"
+    equal = sides["equal"][0]
+    if "quick" not in sides:
+        sys.stdout.write(f"time: ours does not reach {kl['peer']:.4f} nats\n")
     else:
+        quick = sides["quick"][0]
         what = f"fitting a lens of {where}; ours {kl['quick']:.3f} nats on {quick.tokens} tokens ({quick})"
         name = f"tuned_lens_time_to_peer_kl{suffix}"
-        write_result(name, what, "seconds", seconds["quick"], seconds["peer"], RUNS, device)
+        write_result(name, what, "seconds", seconds["quick"], seconds["peer"], runs, device)
     what = f"mean KL(P_final || P_layer) of held-out text after as many tokens, {where}; ours: {equal}"
-    write_result(f"tuned_lens_kl_equal_tokens{suffix}", what, "nats", kl["equal"], kl["peer"], RUNS, device)
+    write_result(f"tuned_lens_kl_equal_tokens{suffix}", what, "nats", kl["equal"], kl["peer"], runs, device)
     what = f"by how much the resident set rises while a lens is fitted, {where}; ours: {equal}"
-    write_result(f"tuned_lens_memory{suffix}", what, "bytes", rise["equal"], rise["peer"], RUNS, device)
+    write_result(f"tuned_lens_memory{suffix}", what, "bytes", rise["equal"], rise["peer"], runs, device)
 
 
-def _mebibytes(fit: Fit) -> float:
-    return fit.memory["rise_bytes"] / 2**20
+def say(name: str, fit: Fit) -> None:
+    """Tells of one fit."""
+    mebibytes = fit.memory["rise_bytes"] / 2**20
+    sys.stdout.write(f"{name}: {fit.kl:.4f} nats, {fit.seconds:.1f} s, {mebibytes:.0f} MiB\n")
+    sys.stdout.flush()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EMBEDDED), help="folder of a causal language model")
+    parser.add_argument("--made_by", help="how that model was made, for the results")
     parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--tuned_runs", type=int, default=RUNS, help="of each side beside the tuned peer; 0: none")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the text")
     parser.add_argument("--ours", help=argparse.SUPPRESS)  # settings of one fit, in a process of its own
     parser.add_argument("--blocks", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
@@ -313,9 +370,12 @@ def main() -> None:
         return
     make_peer_venv()
     with tempfile.TemporaryDirectory() as folder:
-        comparison = Comparison(options.model, Path(folder), options.tokens)
-        write_results(comparison, DEFAULT_PEER, "", device)
-        write_results(comparison, best_of_peer(comparison, TUNED_PEERS), "_tuned_peer", device)
+        comparison = Comparison(options.model, Path(folder), options.tokens, options.seed, options.made_by)
+        suffix = EMBEDDED_SUFFIX if Path(options.model).resolve() == EMBEDDED else ""
+        write_results(comparison, DEFAULT_PEER, suffix, device)
+        if options.tuned_runs:
+            best, first = best_of_peer(comparison, TUNED_PEERS)
+            write_results(comparison, best, f"{suffix}_tuned_peer", device, first, options.tuned_runs)
 
 
 if __name__ == "__main__":

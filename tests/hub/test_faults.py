@@ -117,7 +117,10 @@ def push_under_faults(hub, lens, waits, patience, count):
         if failed is None:
             assert entry.release == NEXT, what
         elif entry.release == TAG:
-            push_lenses(lens, REPO, tag=NEXT)
+            try:
+                push_lenses(lens, REPO, tag=NEXT)
+            except ValueError as error:  # what was given up as too slow may have been done after that
+                assert "SLOW" in what and f"has {NEXT} already" in str(error), what
             assert check_release(hub, what).release == NEXT, what
     assert came == count and 0 < failures < count
 

@@ -38,18 +38,44 @@ def test_on_the_fly_and_cached_training_give_the_same_losses(tmp_path, run):
     assert compared >= 8
 
 
+@pytest.mark.parametrize("source", ["cache", "on_the_fly"])
+def test_rows_read_together_give_the_losses_of_rows_read_alone(tmp_path, source):
+    runs, contexts = [], []
+    for share in (True, False):
+        arguments = {"stages": ["gumbel"], "lm_reference": "subject", "positions_together": 3, "share_contexts": share}
+        trainer = tiny_trainer(tmp_path / str(share), source=source, max_steps=4, **arguments)
+        contexts.append([len(batch["input_ids"]) for batch in trainer.get_train_dataloader()])
+        trainer.train()
+        runs.append(trainer.state.log_history)
+    # eight rows of three documents, one of which may lie across the border of a batch
+    assert max(contexts[0]) <= 4 and set(contexts[1]) == {8}
+    for entry, other in zip(*runs, strict=True):
+        for term in TERMS:
+            assert entry.get(term) == pytest.approx(other.get(term), abs=1e-5)
+        assert entry.get("grad_norm") == pytest.approx(other.get("grad_norm"), abs=1e-3)
+
+
+def test_rows_of_a_stream_cannot_be_read_together(tmp_path):
+    with pytest.raises(ValueError, match="positions_together: got 3, but only rows of a cache"):
+        tiny_trainer(tmp_path, source="stream", positions_together=3)
+
+
 def test_the_kl_of_activations_on_the_fly_takes_no_second_pass_over_the_context(tmp_path, monkeypatch):
     for source in ("cache", "on_the_fly"):
         trainer = tiny_trainer(tmp_path / source, source=source, max_steps=3, stages=["gumbel"], lm_weight="0")
-        subject, tokens = trainer.lens.subject, []
+        subject, passes = trainer.lens.subject, []
         subject.check_one_token(64)
         hook = subject.model.register_forward_pre_hook(
-            lambda _, args, kwargs, tokens=tokens: tokens.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+            lambda _, args, kwargs, passes=passes: passes.append(
+                (kwargs["input_ids"].shape[1], kwargs.get("position_ids") is not None)
+            ),
+            with_kwargs=True,
         )
         trainer.train()
         hook.remove()
-        # a step: the context once, and then one token
-        assert [length > 1 for length in tokens] == [True, False] * 3
+        # a step: the contexts once, and then one token of each of the three activations at most that share one
+        assert [replaced for _, replaced in passes] == [False, True] * 3
+        assert all(1 <= length <= 3 for length, replaced in passes if replaced)
 
 
 def test_stages_without_a_kl_stop_the_subject_at_the_layer(tmp_path):

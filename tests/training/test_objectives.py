@@ -110,16 +110,37 @@ def test_the_kl_term_is_zero_for_the_activation_itself(setting):
     assert functional_kl(subject, batch, batch["other_activations"]).min() > 1e-3
 
 
-def test_the_delta_residual_of_a_perfect_lens_is_judged_as_perfect(setting):
+@pytest.mark.parametrize("delta_residual", ["detached", "full"])
+def test_the_delta_residual_of_a_perfect_lens_is_judged_as_perfect(setting, monkeypatch, delta_residual):
     subject, lens, batch = setting
-    objective = Gumbel(subject, reference=None, delta_residual="detached")
+    objective = Gumbel(subject, reference=None, delta_residual=delta_residual)
 
     def perfect(activations, **inputs):
         output = lens(activations=activations, **inputs)
         output.reconstruction = activations + 1.0  # a common error cancels: Â + (A' - Â') = A + A' - A' = A
         return output
 
+    monkeypatch.setattr(lens, "read_ids", lambda ids: batch["other_activations"] + 1.0)
     assert objective(perfect, lens, batch, Step(0, 0)).terms["kl"] < 1e-5
+
+
+def test_the_second_activation_takes_the_same_way_with_and_without_its_gradient(setting):
+    subject, lens, batch = setting
+    losses = [
+        Gumbel(subject, None, delta_residual=name)(lens, lens, batch, Step(0, 1)).terms
+        for name in ("detached", "full")
+    ]
+    torch.testing.assert_close(*(terms["kl"] for terms in losses), rtol=1e-5, atol=1e-6)
+
+
+def test_an_entropy_without_weight_is_measured_and_has_no_gradient(setting):
+    subject, lens, batch = setting
+    with_weight, without = (
+        Gumbel(subject, None, needs_entropy=needs)(lens, lens, batch, Step(0, 1)) for needs in (True, False)
+    )
+    assert with_weight.terms["entropy"].requires_grad and "entropy" not in without.terms
+    assert torch.equal(without.metrics["entropy"], with_weight.terms["entropy"])
+    assert not without.metrics["entropy"].requires_grad
 
 
 def test_the_subject_as_reference_reads_the_text_after_bos(setting):

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from consistency_lens.losses import kl_divergence
 from consistency_lens.tuned_lens import fitter as fitter_module
-from consistency_lens.tuned_lens.fitter import TunedLensFitter, best_temperatures, spread_rows
+from consistency_lens.tuned_lens.fitter import TunedLensFitter, best_temperatures
 from consistency_lens.tuned_lens.held_out import held_out_kl
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.moments import cut_to_rank
-from consistency_lens.tuned_lens.residual_batches import ResidualBatch, make_head, read_batch
+from consistency_lens.tuned_lens.residual_batches import Residuals, make_head, read_residuals
 from consistency_lens.tuned_lens.streamed_kl import Head, read_teacher, streamed_kl
 
 SEQ_LEN, BATCH = 20, 8
@@ -36,9 +36,9 @@ def text(blocks: int, seed: int = 0) -> torch.Tensor:
     return random_tokens(*[SEQ_LEN] * blocks, seed=seed)[0]
 
 
-def batch_of(lens: TunedLens, ids: torch.Tensor, head: Head | None = None) -> ResidualBatch:
+def residuals_of(lens: TunedLens, ids: torch.Tensor) -> Residuals:
     positions = torch.arange(SEQ_LEN).expand(len(ids), -1)
-    return read_batch(lens, head or make_head(lens), ids, positions, range(lens.num_layers - 1))
+    return read_residuals(lens, ids, positions, range(lens.num_layers - 1))
 
 
 def fitted(blocks: int = 32, ridge: float = 1e-2, model: PreTrainedModel | None = None, **settings) -> TunedLensFitter:
@@ -46,7 +46,7 @@ def fitted(blocks: int = 32, ridge: float = 1e-2, model: PreTrainedModel | None 
     lens = TunedLens.for_model(model or learnable(), **settings)
     fitter = TunedLensFitter(lens, make_head(lens), ridge)
     for ids in text(blocks).split(BATCH):
-        fitter.update(batch_of(lens, ids))
+        fitter.update(residuals_of(lens, ids))
     return fitter
 
 
@@ -79,7 +79,7 @@ def test_a_pretrained_model_is_read_far_better_than_by_the_norm_lens(stories260k
     fitter = TunedLensFitter(lens, make_head(lens))
     positions = torch.arange(8, 48).expand(BATCH, -1)
     for part in ids[:128].split(BATCH):
-        fitter.update(read_batch(lens, fitter.head, part, positions, range(4)))
+        fitter.update(read_residuals(lens, part, positions, range(4)))
     fitter.solve()
     means = fresh_kl(lens, ids[128:])
     assert (means["tuned"] < 0.9 * means["calibrated"]).all()
@@ -107,7 +107,7 @@ def test_the_cut_is_the_same_in_every_basis(basis):
     fitter.solve()
     moments, translator = fitter._moments[0], fitter.lens.translators[0]
     U, V = cut_to_rank(moments.solve(1e-2).W, 6, moments.covariance, fitter.metric())
-    hidden = batch_of(fitter.lens, text(2, seed=3)).hidden[0].double()
+    hidden = residuals_of(fitter.lens, text(2, seed=3)).hidden[0].double()
     expected = hidden + hidden @ U @ V.T
     expected += moments.mean_y - moments.mean_x - moments.mean_x @ U @ V.T
     torch.testing.assert_close(fitter.lens.translate(0, hidden.float()).double(), expected, rtol=1e-3, atol=1e-3)
@@ -136,14 +136,16 @@ def test_a_huge_penalty_leaves_the_norm_lens_but_for_a_shift():
 
 @pytest.mark.parametrize("family", ["gpt2", "phi"])
 def test_the_metric_is_the_hessian_of_the_kl(family, monkeypatch):
+    monkeypatch.setattr(fitter_module, "METRIC_ROWS", 10)
     monkeypatch.setattr(fitter_module, "CHUNK_NUMBERS", 7 * WIDTH)  # the head in pieces, of which the last is shorter
     lens = TunedLens.for_model(tiny_model(family), rank=4)
     head = make_head(lens)
     assert (head.bias is None) == (family == "gpt2")
     fitter = TunedLensFitter(lens, head)
     for ids in text(4).split(3):  # two batches of different sizes
-        fitter.update(batch_of(lens, ids))
-    final = batch_of(lens, text(4)).teacher.hidden.double()
+        fitter.update(residuals_of(lens, ids))
+    final = residuals_of(lens, text(4)).final.double()
+    final = torch.cat([final[:10], final[16::8]])  # the first ten rows, and every eighth of the others
     weight, bias = head.weight.double(), 0 if head.bias is None else head.bias.double()
     logits = final @ weight.T + bias
 
@@ -217,16 +219,6 @@ def test_a_lens_without_temperatures_has_none_to_set():
     assert (fresh_kl(fitter.lens)["tuned"] < 0.2 * fresh_kl(fitter.lens)["calibrated"]).all()
 
 
-def test_calibration_rows_are_spread_over_a_batch():
-    lens = TunedLens.for_model(learnable())
-    batch = batch_of(lens, text(5))
-    found = spread_rows(batch, 10)
-    assert torch.equal(found.hidden, batch.hidden[:, ::10])
-    assert all(torch.equal(few, every[::10]) for few, every in zip(found.teacher, batch.teacher, strict=True))
-    assert torch.equal(spread_rows(batch, 1000).hidden, batch.hidden)
-    assert torch.equal(spread_rows(batch, 7).teacher.lse, batch.teacher.lse[[0, 14, 28, 42, 57, 71, 85]])
-
-
 @torch.no_grad()
 def test_batches_make_no_difference():
     lenses = []
@@ -234,7 +226,7 @@ def test_batches_make_no_difference():
         lens = TunedLens.for_model(learnable(), rank=6, preconditioner="prism")
         fitter = TunedLensFitter(lens, make_head(lens))
         for ids in text(16).split(size):
-            fitter.update(batch_of(lens, ids))
+            fitter.update(residuals_of(lens, ids))
         assert fitter.rows == 16 * SEQ_LEN
         fitter.solve()
         lenses.append(lens)
@@ -247,7 +239,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(settings, tmp_path):
     whole = fitted(**settings)
     lens = TunedLens.for_model(learnable(), **settings)
     first, second = (TunedLensFitter(lens, make_head(lens)) for _ in range(2))
-    batches = [batch_of(lens, ids) for ids in text(32).split(BATCH)]
+    batches = [residuals_of(lens, ids) for ids in text(32).split(BATCH)]
     for batch in batches[:2]:
         first.update(batch)
     first.save(tmp_path / "moments.safetensors")
@@ -290,7 +282,7 @@ def test_a_head_in_bfloat16_gives_nearly_the_same_lens():
     lens = TunedLens.for_model(learnable(), rank=6)
     half = TunedLensFitter(lens, make_head(lens, "bfloat16"))
     for ids in text(32).split(BATCH):
-        half.update(batch_of(lens, ids, half.head))
+        half.update(residuals_of(lens, ids))
     for fitter in (exact, half):
         fitter.solve()
     found, expected = fresh_kl(half.lens)["tuned"], fresh_kl(exact.lens)["tuned"]

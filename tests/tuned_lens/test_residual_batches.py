@@ -6,7 +6,10 @@ from tiny_tuned_lenses import tiny_tuned_lens
 
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.residual_batches import (
+    BFLOAT16_INSTRUCTIONS,
     LARGE_VOCABULARY,
+    Residuals,
+    has_fast_bfloat16,
     make_head,
     position_bounds,
     read_batch,
@@ -85,17 +88,34 @@ def test_a_head_is_the_subjects_own():
     assert make_head(tiny_tuned_lens("gemma2")).soft_cap == 30.0
 
 
-def test_a_head_of_a_large_vocabulary_is_multiplied_in_bfloat16():
+@pytest.mark.parametrize("instructions", [None, *BFLOAT16_INSTRUCTIONS])
+def test_a_head_of_a_large_vocabulary_is_multiplied_in_bfloat16_where_that_is_fast(monkeypatch, instructions):
+    found = dict.fromkeys(BFLOAT16_INSTRUCTIONS, False) | {"avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found | ({instructions: True} if instructions else {}))
     small = tiny_tuned_lens("phi")
     large = TunedLens.for_model(tiny_model("llama", vocab_size=LARGE_VOCABULARY, num_hidden_layers=2))
-    found = {
+    dtypes = {
         (name, dtype): make_head(lens, dtype).weight.dtype
         for name, lens in (("small", small), ("large", large))
         for dtype in ("auto", "float32", "bfloat16")
     }
-    half = {("small", "bfloat16"), ("large", "bfloat16"), ("large", "auto")}
-    assert {key for key, dtype in found.items() if dtype == torch.bfloat16} == half
+    half = {("small", "bfloat16"), ("large", "bfloat16")} | ({("large", "auto")} if instructions else set())
+    assert {key for key, dtype in dtypes.items() if dtype == torch.bfloat16} == half
     assert make_head(small, "bfloat16").bias.dtype == torch.float32
+
+
+def test_a_gpu_is_fast_in_bfloat16_whatever_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert has_fast_bfloat16(torch.device("cuda")) and not has_fast_bfloat16(torch.device("cpu"))
+
+
+def test_rows_are_spread_over_a_batch():
+    final = torch.arange(100.0)[:, None].expand(100, 3)
+    residuals = Residuals(torch.stack([final, -final]), final)
+    found = residuals.spread(7)
+    assert found.final[:, 0].tolist() == [0, 14, 28, 42, 57, 71, 85]
+    assert torch.equal(found.hidden, torch.stack([found.final, -found.final]))
+    assert all(torch.equal(one, other) for one, other in zip(residuals.spread(1000), residuals, strict=True))
 
 
 @pytest.mark.parametrize("place", ["after_norm", "before_norm"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,15 @@ def weights_hash(model: PreTrainedModel) -> str:
     for name, scale in sorted(_scales(model).items()):
         digest.update(f"{name} {scale.dtype} {tuple(scale.shape)}".encode())
         _update(digest, scale)
+    return digest.hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Sha256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        _update(digest, tensor)
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from .activation_reading import ActivationReader
 from .activation_source import BLOCK_ROWS, ActivationSource, SourceRows
 from .cache_plan import CachePlan, ShardPlan, plan_cache
 from .moments import Moments, streaming_moments
+from .shared_contexts import ReadPlaces
 
 MOMENT_SEQUENCES = 8192  # sequences whose rows mean and RMS are taken from
 
@@ -170,7 +171,8 @@ def read_activations(subject: Subject, batch: dict[str, Any], keep_context: bool
 
     Args:
         subject: the model being read.
-        batch: from `data.collator.ActivationCollator`, of `ContextRows`, on the subject's device.
+        batch: from `data.collator.ActivationCollator` or `data.shared_contexts.SharedContexts`, of `ContextRows`, on
+            the subject's device.
         keep_context: whether the subject runs to its head and keeps what a later KL takes one token for. If not, the
             blocks above the layer do not run.
 
@@ -178,13 +180,13 @@ def read_activations(subject: Subject, batch: dict[str, Any], keep_context: bool
         The batch with `activations` (B, d) float32; `context`, a `subject.SubjectContext` read at P, where it was
         kept; and `other_activations` where the batch has contexts for them.
     """
-    positions = batch["positions"][:, None]
+    places = ReadPlaces.of(batch)
     if keep_context:
-        context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
-        read = {"activations": context.activations[:, 0].float(), "context": context}
+        context = subject.context(batch["input_ids"], batch["attention_mask"], places.positions, check=False)
+        read = {"activations": places.of_rows(context.activations).float(), "context": context}
     else:
         hidden = subject.activations(batch["input_ids"], batch["attention_mask"])
-        read = {"activations": gather_positions(hidden, positions)[:, 0].float()}
+        read = {"activations": places.of_rows(gather_positions(hidden, places.positions)).float()}
     if "other_input_ids" in batch:
         hidden = subject.activations(batch["other_input_ids"], batch["other_attention_mask"])
         last = batch["other_attention_mask"].sum(dim=1, keepdim=True) - 1

@@ -128,10 +128,10 @@ def ablated_text(lens: ConsistencyLensModel, row: Batch, text: str) -> AblatedTe
     words, sentences = split_words(text), split_sentences(text)
     word_rests, sentence_rests = without_each(words), without_each(sentences)
     reconstructions = lens.encode([text, *word_rests, *sentence_rests])
-    context, logits = judge(lens.subject, row, reconstructions[None])
+    original, logits = judge(lens.subject, row, reconstructions[None])
     activation = row["activations"][0].cpu()
     errors = squared_error(activation, reconstructions.cpu())
-    kls = kl_divergence(context.logits.expand_as(logits), logits)[0].cpu().double()
+    kls = kl_divergence(original.expand_as(logits), logits)[0].cpu().double()
     check_finite("the errors without a word", errors)
     check_finite("the KL without a word", kls)
     sizes = [1, len(word_rests), len(sentence_rests)]

@@ -39,8 +39,8 @@ def best_of_n(evaluated: EvaluatedRows, count: int = 16, seed: int = 0) -> dict[
     for _, batch in evaluated:
         kept, kept_errors = best_reconstructions(lens, batch, sizes, seed)
         mean = lens.mean.expand_as(batch["activations"])[:, None]
-        context, logits = judge(lens.subject, batch, torch.cat([kept, mean], dim=1))
-        kl = kl_divergence(context.logits.expand_as(logits), logits)
+        original, logits = judge(lens.subject, batch, torch.cat([kept, mean], dim=1))
+        kl = kl_divergence(original.expand_as(logits), logits)
         check_finite("the KL of the sampled texts", kl)
         errors.append(kept_errors)
         kls.append(kl.cpu().double())

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.collator import ActivationCollator
+from ..data.shared_contexts import ReadPlaces
 from ..modeling_consistency_lens import ConsistencyLensModel
-from ..subject import Subject, SubjectContext
+from ..subject import Subject
 
 Batch = dict[str, Any]
 
@@ -57,29 +58,50 @@ class NotFiniteError(ValueError):
     """Raised where an evaluation meets NaN or infinity."""
 
 
-def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[SubjectContext, Tensor]:
+class Judgement(NamedTuple):
+    """The subject's next-token logits with A, and with reconstructions in its place."""
+
+    places: ReadPlaces
+    """Where the rows of the batch stand."""
+    before: Tensor
+    """(N, K, V), with A."""
+    after: Tensor
+    """(N, K, n, V), with each of n reconstructions."""
+
+
+def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+    """What the subject predicts with A and with each of n reconstructions in its place; see `judge_places`.
+
+    Returns:
+        Logits of the rows, (B, 1, V) and (B, n, V).
+    """
+    places, before, after = judge_places(subject, batch, reconstructions)
+    return places.of_rows(before)[:, None], places.of_rows(after)
+
+
+def judge_places(subject: Subject, batch: Batch, reconstructions: Tensor) -> Judgement:
     """The subject with A and with each of n reconstructions in its place.
 
-    One pass over the contexts, and one token for each reconstruction: they are all queries at the same position.
+    One pass over the contexts, and one token for each reconstruction: those of a row are all queries at its position.
 
     Args:
         subject: the model being read.
-        batch: from `data.collator.ActivationCollator`, on the subject's device. Where it brings the `context` of
-            `data.on_the_fly.read_activations`, the pass over the contexts has been made.
+        batch: from `data.collator.ActivationCollator` or `data.shared_contexts.SharedContexts`, on the subject's
+            device. Where it brings the `context` of `data.on_the_fly.read_activations`, the pass over the contexts has
+            been made.
         reconstructions: (B, n, d).
-
-    Returns:
-        The context, read at P alone (K = 1), and the logits (B, n, V) after each replacement.
     """
-    positions, count = batch["positions"][:, None], reconstructions.shape[1]
-    one_token = subject.check_one_token(batch["input_ids"].shape[1] + count)
+    places, count = ReadPlaces.of(batch), reconstructions.shape[1]
+    num_queries = places.positions.shape[1] * count
+    one_token = subject.check_one_token(batch["input_ids"].shape[1] + num_queries)
     context = batch.get("context")
     if context is None:
-        context = subject.context(batch["input_ids"], batch["attention_mask"], positions)
+        context = subject.context(batch["input_ids"], batch["attention_mask"], places.positions, check=False)
     elif not one_token:
         context = context._replace(cache=None)
-    repeated = context._replace(positions=positions.expand(-1, count))
-    return context, subject.replaced_logits(repeated, reconstructions)
+    queries = context._replace(positions=places.positions.repeat_interleave(count, dim=1))
+    logits = subject.replaced_logits(queries, places.of_contexts(reconstructions).flatten(1, 2))
+    return Judgement(places, context.logits, logits.unflatten(1, (-1, count)))
 
 
 def numbered(batches: list[Batch]) -> Iterator[tuple[slice, Batch]]:

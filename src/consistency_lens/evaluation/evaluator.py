@@ -174,8 +174,8 @@ class Evaluator:
         subject = self.lens.subject
         # Errors are taken on the CPU: they are in float64, which not every device has.
         target, mean, prediction = (t.cpu() for t in (batch["activations"], self.lens.mean, reconstructions["lens"]))
-        context, logits = judge(subject, batch, torch.stack(list(reconstructions.values()), dim=1))
-        original = context.logits[:, 0]
+        original, logits = judge(subject, batch, torch.stack(list(reconstructions.values()), dim=1))
+        original = original[:, 0]
         values = {
             "target": target,
             "prediction": prediction,

@@ -105,10 +105,10 @@ def recovered(
     for rows, batch in evaluated:
         activations = batch["activations"]
         readings = {"mean": lens.mean.expand_as(activations)} | read(rows, batch)
-        context, logits = judge(lens.subject, batch, torch.stack(list(readings.values()), dim=1))
+        original, logits = judge(lens.subject, batch, torch.stack(list(readings.values()), dim=1))
         for index, (name, reconstruction) in enumerate(readings.items()):
             columns[f"error.{name}"].append(squared_error(activations.cpu(), reconstruction.cpu()))
-            columns[f"kl.{name}"].append(kl_divergence(context.logits[:, 0], logits[:, index]).cpu().double())
+            columns[f"kl.{name}"].append(kl_divergence(original[:, 0], logits[:, index]).cpu().double())
     sums = {}
     for name, values in columns.items():
         joined = torch.cat(values)

@@ -106,8 +106,7 @@ class TrackedSamples:
         batch = {name: tensor.to(lens.device) for name, tensor in batch.items()}
         decoded = lens.decode(batch["activations"])
         reconstructions = lens.encode(decoded.token_ids)
-        context, logits = judge(lens.subject, batch, reconstructions[:, None])
-        before, after = context.logits[:, 0], logits[:, 0]
+        before, after = (logits[:, 0] for logits in judge(lens.subject, batch, reconstructions[:, None]))
         activations = batch["activations"].cpu()
         error = squared_error(activations, reconstructions.cpu())
         columns = {

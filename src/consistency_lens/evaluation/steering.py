@@ -135,9 +135,9 @@ def steered_changes(lens: ConsistencyLensModel, batch: Batch, directions: Tensor
         tokens: (B, k) whose log-probabilities are followed.
     """
     steps = directions[:, :1].norm(dim=-1, keepdim=True) * normalize(directions, dim=-1)
-    context, logits = judge(lens.subject, batch, batch["activations"][:, None] + steps)
+    original, logits = judge(lens.subject, batch, batch["activations"][:, None] + steps)
     followed = tokens[:, None].to(logits.device)
-    before = context.logits.float().log_softmax(-1).gather(-1, followed)
+    before = original.float().log_softmax(-1).gather(-1, followed)
     after = logits.float().log_softmax(-1).gather(-1, followed.expand(-1, logits.shape[1], -1))
     check_finite("the changes of log p under steering", after - before)
     return (after - before).cpu().double()

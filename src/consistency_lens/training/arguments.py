@@ -6,6 +6,7 @@ from typing import Any
 
 from ..schedules import Schedule, check_duration, parse_duration
 from .control_arguments import ControlArguments
+from .profiling import steps_to_profile
 from .sharding_arguments import ShardingArguments
 from .unfreezing import Unfreezing
 
@@ -145,6 +146,18 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         },
     )
     warm_start_check_steps: int = field(default=100, metadata={"help": "Steps from one such check to the next."})
+    share_contexts: bool = field(
+        default=True,
+        metadata={"help": "Run a context once for all rows of a batch that are read in it; the losses are the same."},
+    )
+    positions_together: int = field(
+        default=1,
+        metadata={"help": "Rows of one document that follow each other, so that they share its context; 1: mixed."},
+    )
+    profile: str = field(
+        default="false",
+        metadata={"help": "true, or how many steps: where their time and memory go, in profile.json and a trace."},
+    )
     max_nonfinite_steps: int = field(
         default=100, metadata={"help": "Stop after this many steps in a row with gradients that are not finite."}
     )
@@ -160,6 +173,13 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         self.check_choices()
         self.check_numbers()
         self.check_stage_settings()
+        self.profile = str(self.profile).lower()
+        steps_to_profile(self.profile)
+
+    @property
+    def num_profiled_steps(self) -> int:
+        """Steps that are profiled."""
+        return steps_to_profile(self.profile)
 
     def check_schedules(self) -> None:
         """Puts a schedule that is given alone into a list; ValueError for what is none, or a wrong number of them."""
@@ -203,7 +223,12 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         for name in ("own_share", "shorter_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
-        for name, least in (("length_penalty", 0), ("warm_start_patience", 0), ("warm_start_check_steps", 1)):
+        for name, least in (
+            ("length_penalty", 0),
+            ("warm_start_patience", 0),
+            ("warm_start_check_steps", 1),
+            ("positions_together", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.shared_contexts import TogetherSampler
 from ..data.streaming import StreamSampler
 from .nonfinite import NonfiniteGradientsError
 
@@ -26,7 +27,7 @@ EVALUATED = {
 
 
 class OrderOfEpoch(TrainerCallback):
-    """Tells the sampler of a stream which epoch begins.
+    """Tells a sampler of our own which epoch begins.
 
     `accelerate` tells it too, but not through the wrappers of a run that was resumed on several processes.
 
@@ -34,7 +35,7 @@ class OrderOfEpoch(TrainerCallback):
         sampler: gives the sampler of the run under way; None before there is one.
     """
 
-    def __init__(self, sampler: Callable[[], StreamSampler | None]) -> None:
+    def __init__(self, sampler: Callable[[], StreamSampler | TogetherSampler | None]) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(

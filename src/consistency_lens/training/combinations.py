@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
+from ..data.activation_source import SourceRows
 from ..data.streaming import StreamedActivations
 from ..data.subject_loading import check_loading
 from ..modeling_consistency_lens import ConsistencyLensModel
@@ -126,6 +127,11 @@ def check_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> None:
     """
     if isinstance(rows, StreamedActivations):
         check_stream(args)
+    if args.positions_together > 1 and rows is not None and not isinstance(rows, SourceRows):
+        raise ValueError(
+            f"positions_together: got {args.positions_together}, but only rows of a cache, or read on the fly, are "
+            "known by document; set it to 1 for streamed rows, summaries and data sets of your own"
+        )
     if rows is None or has_length(rows):
         return
     what = "the training rows have no known number"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.evaluated import judge
+from ..evaluation.evaluated import judge, judge_places
 from ..losses import (
     entropy,
     functional_target,
@@ -25,6 +25,7 @@ from ..losses import (
     token_log_probabilities,
 )
 from ..modeling_consistency_lens import ConsistencyLensModel
+from ..spans import span
 from ..straight_through import fold_in, row_keys
 from ..subject import Subject
 from .arguments import ConsistencyLensTrainingArguments
@@ -167,6 +168,7 @@ class Gumbel:
         delta_residual: "none": Â is judged; "detached" or "full": Â + (A' - Â') is, without or with the gradient of
             the second term (a second activation A' then goes through the lens in the same pass).
         needs_kl: whether the KL has any weight; without one the subject need not run.
+        needs_entropy: whether the entropy has any weight; without one it is only logged, and has no gradient.
     """
 
     subject: Subject
@@ -174,37 +176,45 @@ class Gumbel:
     lm_direction: str = "forward"
     delta_residual: str = "none"
     needs_kl: bool = True
+    needs_entropy: bool = True
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
         activations = batch["activations"]
         keys = step.keys(batch["rows"])
-        if self.delta_residual == "none":
-            output = model(activations=activations, noise_keys=keys, tau=step.tau)
-            reconstruction = judged = output.reconstruction
-            logits, ids = output.logits, output.text_ids
-        else:
+        if self.delta_residual == "full":
             both = torch.cat([activations, batch["other_activations"]])
             both_keys = torch.cat([keys, step.keys(batch["rows"], draw=1)])
             output = model(activations=both, noise_keys=both_keys, tau=step.tau)
             reconstruction, other = output.reconstruction.chunk(2)
-            judged = functional_target(
-                reconstruction, batch["other_activations"], other, detach=self.delta_residual == "detached"
-            )
             logits, ids = output.logits[: len(activations)], output.text_ids[: len(activations)]
+        else:
+            other = self.other_reconstruction(lens, batch, step) if self.delta_residual == "detached" else None
+            output = model(activations=activations, noise_keys=keys, tau=step.tau)
+            reconstruction, logits, ids = output.reconstruction, output.logits, output.text_ids
+        judged = reconstruction
+        if other is not None:
+            detach = self.delta_residual == "detached"
+            judged = functional_target(reconstruction, batch["other_activations"], other, detach)
 
         drawn = lens.drawn_mask(ids)
-        terms = {
-            "mse": normalised_mse(activations, reconstruction, lens.rms).mean(),
-            "entropy": masked_mean(entropy(logits), drawn).mean(),
-        }
+        terms = {"mse": normalised_mse(activations, reconstruction, lens.rms).mean()}
+        with torch.set_grad_enabled(self.needs_entropy):
+            spread = {"entropy": masked_mean(entropy(logits), drawn).mean()}
         if self.needs_kl:
             terms["kl"] = functional_kl(self.subject, batch, judged).mean()
         if self.reference is not None:
-            with torch.no_grad():
-                reference = self.reference(activations, ids)
-            pair = (reference, logits) if self.lm_direction == "forward" else (logits, reference)
-            terms["lm"] = masked_mean(kl_divergence(*pair), drawn).mean()
-        return Losses(terms)
+            with span("lm"):
+                with torch.no_grad():
+                    reference = self.reference(activations, ids)
+                pair = (reference, logits) if self.lm_direction == "forward" else (logits, reference)
+                terms["lm"] = masked_mean(kl_divergence(*pair), drawn).mean()
+        return Losses(terms | spread) if self.needs_entropy else Losses(terms, spread)
+
+    @torch.no_grad()
+    def other_reconstruction(self, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Tensor:
+        """Â' (B, d) where no gradient passes through it: neither logits nor activations are kept."""
+        ids = lens.decode_ids(batch["other_activations"], keys=step.keys(batch["rows"], draw=1))
+        return lens.read_ids(ids)
 
 
 @dataclass
@@ -268,14 +278,9 @@ class PolicyGradient:
         score = log_probabilities.masked_fill(~texts.credited, 0).mean(dim=1)
         terms = {"policy": -(advantage * score).mean(), "mse": mse.mean()}
         if self.reference is not None:
-            with torch.no_grad():
-                reference = self.reference(activations, texts.ids)
-            if self.lm_estimator == "exact":
-                pair = (reference, output.logits) if self.lm_direction == "forward" else (output.logits, reference)
-                divergence = kl_divergence(*pair)
-            else:
-                divergence = k3_divergence(log_probabilities, token_log_probabilities(reference, texts.ids))
-            terms["lm"] = masked_mean(divergence, texts.drawn).mean()
+            with span("lm"):
+                divergence = self.divergence(activations, texts.ids, output.logits, log_probabilities)
+                terms["lm"] = masked_mean(divergence, texts.drawn).mean()
         with torch.no_grad():
             spread = rewards.view(-1, self.group_size).std(dim=1)
             metrics = {
@@ -286,6 +291,15 @@ class PolicyGradient:
                 "text_length": texts.text.float().sum(dim=1).mean(),
             }
         return Losses(terms, metrics)
+
+    def divergence(self, activations: Tensor, ids: Tensor, logits: Tensor, log_probabilities: Tensor) -> Tensor:
+        """Between decoder and reference at every token of the texts, (N, T)."""
+        assert self.reference is not None
+        with torch.no_grad():
+            reference = self.reference(activations, ids)
+        if self.lm_estimator == "k3":
+            return k3_divergence(log_probabilities, token_log_probabilities(reference, ids))
+        return kl_divergence(*((reference, logits) if self.lm_direction == "forward" else (logits, reference)))
 
     def sample(self, lens: ConsistencyLensModel, batch: Batch, step: Step) -> "SampledTexts":
         """G texts for each row of the batch, those of a row one after the other."""
@@ -306,9 +320,9 @@ class PolicyGradient:
             return -mse.log()
         assert self.subject is not None
         groups = reconstruction.view(-1, self.group_size, reconstruction.shape[-1])
-        with in_full_precision(groups):
-            context, logits = judge(self.subject, batch, groups)
-        return -kl_divergence(context.logits.expand_as(logits), logits).flatten()
+        with span("kl"), in_full_precision(groups):
+            original, logits = judge(self.subject, batch, groups)
+        return -kl_divergence(original.expand_as(logits), logits).flatten()
 
 
 class SampledTexts(NamedTuple):
@@ -341,9 +355,9 @@ def uniform(keys: Tensor, salt: int) -> Tensor:
 
 def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Tensor:
     """KL(p(.|A) || p(.|Â)) in nats for each row, (B,): what the subject would predict instead."""
-    with in_full_precision(reconstruction):
-        context, logits = judge(subject, batch, reconstruction[:, None])
-    return kl_divergence(context.logits, logits)[:, 0]
+    with span("kl"), in_full_precision(reconstruction):
+        places, before, after = judge_places(subject, batch, reconstruction[:, None])
+    return places.of_rows(kl_divergence(before, after[:, :, 0]))
 
 
 def in_full_precision(tensor: Tensor) -> AbstractContextManager:
@@ -381,4 +395,5 @@ def make_objective(
         lm_direction=args.lm_direction,
         delta_residual=args.delta_residual,
         needs_kl=args.has_weight("kl"),
+        needs_entropy=args.has_weight("entropy"),
     )

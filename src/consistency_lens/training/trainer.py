@@ -3,17 +3,21 @@
 import logging
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import ProgressCallback
 
 from ..data.activation_source import rows_at
 from ..data.on_the_fly import read_activations
+from ..data.shared_contexts import ReadPlaces, SharedContexts, TogetherSampler
 from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel
+from ..spans import span
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
 from .combinations import check_lens, check_rows
@@ -21,6 +25,7 @@ from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
 from .lm_reference import Reference, SubjectReference
 from .objectives import Objective, Step, make_objective
+from .profiling import ProfileSteps
 from .timetable import Timetable, steps_in_epoch
 from .warm_start_end import HELD_OUT_ROWS, WarmStartEnd
 
@@ -54,8 +59,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
         self.can_return_loss = True
         self.label_names = []
         compile_clones(model, self.accelerator.state.dynamo_plugin)
-        if isinstance(self.train_dataset, StreamedActivations):
-            self.add_callback(OrderOfEpoch(lambda: self.stream_sampler))
+        if isinstance(self.train_dataset, StreamedActivations) or args.positions_together > 1:
+            self.add_callback(OrderOfEpoch(lambda: self.own_sampler))
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()
             self.add_callback(self.warm_start_end)
@@ -64,11 +69,13 @@ class ConsistencyLensTrainer(ControlledTrainer):
         )
         self.add_callback(self.skipper)
         self.kept["skipped_steps"] = self.skipper
+        if args.num_profiled_steps > 0:
+            self.add_callback(ProfileSteps(args.num_profiled_steps, Path(str(args.output_dir))))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(LensProgress)
         self.weights.prepare(model, keep_reference=args.keeps_warm_start(), share_weights=args.share_weights)
-        self.stream_sampler: StreamSampler | None = None
+        self.own_sampler: StreamSampler | TogetherSampler | None = None
         self._objectives: dict[int, Objective] = {}
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
         self._counts: dict[str, int] = defaultdict(int)
@@ -151,13 +158,29 @@ class ConsistencyLensTrainer(ControlledTrainer):
     # --- the rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(rows, StreamedActivations):
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, StreamedActivations):
+            self.own_sampler = StreamSampler(
+                rows, self.args.seed, self.args.train_batch_size, self.args.world_size, self.args.process_index
+            )
+        elif self.args.positions_together > 1:
+            self.own_sampler = TogetherSampler(rows.source.documents, self.args.positions_together, self.args.seed)
+        else:
             return super()._get_train_sampler(train_dataset)
-        self.stream_sampler = StreamSampler(
-            rows, self.args.seed, self.args.train_batch_size, self.args.world_size, self.args.process_index
-        )
-        return self.stream_sampler
+        return self.own_sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; with `share_contexts` the batches hold each context once (`SharedContexts`)."""
+        given: Any = self.data_collator
+        accelerator: Any = self.args.accelerator_config
+        # the batches of an iterable may be cut into those of the processes, row by row
+        dispatched = isinstance(self.train_dataset, IterableDataset) or accelerator.dispatch_batches
+        if self.args.share_contexts and not dispatched:
+            self.data_collator = SharedContexts(given)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = given
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device; where its rows came without activations, the subject is run for them."""
@@ -171,7 +194,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
     def check_one_token(self, batch: dict[str, Any]) -> None:
         """Has every process make the subject's self-check at once, for the longest batch among theirs."""
         count = 2 + self.args.group_size if self.args.reward == "-kl" else 2
-        length = torch.tensor(batch["input_ids"].shape[1] + count, device=self.args.device)
+        queries = ReadPlaces.of(batch).positions.shape[1] * count
+        length = torch.tensor(batch["input_ids"].shape[1] + queries, device=self.args.device)
         self.lens.subject.check_one_token(int(self.accelerator.gather(length).max()))
 
     # --- the loss
@@ -185,6 +209,15 @@ class ConsistencyLensTrainer(ControlledTrainer):
         """Steps of the whole run."""
         return max(1, self.state.max_steps or self.args.max_steps)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with span("data"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        # its other parts, which lie in it, have spans of their own
+        with span("backward"):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -196,7 +229,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         number, timetable = self.state.global_step, self.timetable()
         step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
-        with self.weights.autocast():
+        with span("losses"), self.weights.autocast():
             losses = self.current_objective()(model, self.lens, inputs, step)
         weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()

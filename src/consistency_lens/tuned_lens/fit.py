@@ -44,7 +44,7 @@ from .lens_places import default_folder
 from .modeling_tuned_lens import TunedLens
 from .provenance import provenance_of
 from .readout import Readout
-from .residual_batches import make_head, position_bounds, read_batch, sampled_positions
+from .residual_batches import make_head, position_bounds, read_residuals, sampled_positions
 from .token_blocks import TokenBlocks, block_length, read_token_blocks
 from .trainer import TunedLensTrainer
 
@@ -251,7 +251,7 @@ class _Fit:
         lens = fitter.lens
         positions = sampled_positions(range(len(blocks)), None, bounds, self.training.seed)
         input_ids = torch.from_numpy(blocks.astype(np.int64))
-        fitter.update(read_batch(lens, fitter.head, input_ids, positions, range(lens.num_layers - 1)))
+        fitter.update(read_residuals(lens, input_ids, positions, range(lens.num_layers - 1)))
 
     def write(self, lens: TunedLens, metrics: dict[str, Any]) -> None:
         """Writes the artifact, its provenance last, and removes what only an unfinished fit needs."""

@@ -131,7 +131,11 @@ class TunedLensTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Only the teacher's most probable tokens of each position; unset: all."}
     )
     head_dtype: str = field(
-        default=AUTO, metadata={"help": "Of the unembedding; auto: bfloat16 for V >= 100000.", "choices": HEAD_DTYPES}
+        default=AUTO,
+        metadata={
+            "help": "Of the unembedding; auto: bfloat16 for V >= 100000 where that is fast.",
+            "choices": HEAD_DTYPES,
+        },
     )
     early_stopping_patience: int = field(
         default=3, metadata={"help": "Ends after this many readings that are not better; 0: never."}

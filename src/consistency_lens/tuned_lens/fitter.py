@@ -16,13 +16,15 @@ from ..atomic_write import write_tensors
 from .modeling_tuned_lens import TunedLens
 from .moments import AffineMap, RidgeMoments, check_ridge, cut_to_rank, pooled
 from .passes import concatenated
-from .residual_batches import ResidualBatch
-from .streamed_kl import CHUNK_NUMBERS, Head, Teacher, mean_probabilities
+from .residual_batches import ResidualBatch, Residuals
+from .streamed_kl import CHUNK_NUMBERS, Head, Teacher, mean_probabilities, read_teacher
 
 # Rows that temperatures are fitted on, and what they lie between.
 CALIBRATION_ROWS = 512
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.1, 10.0
-BISECTIONS = 14
+TEMPERATURE_STEPS, TEMPERATURE_TOLERANCE = 20, 1e-4
+# rows that the metric is read from, for the head costs far more than the moments: so many, and every so manieth after
+METRIC_ROWS, METRIC_STRIDE = 2048, 8
 
 
 class TunedLensFitter:
@@ -49,23 +51,31 @@ class TunedLensFitter:
         self._moments = {layer: RidgeMoments(width, device) for layer in range(lens.num_layers - 1)}
         self._mean_probability = torch.zeros(lens.config.vocab_size, dtype=torch.float64, device=device)
         self._expected_squares = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._metric_rows = 0
         self._kept: list[ResidualBatch] = []
 
     @property
     def rows(self) -> int:
         return self._moments[0].count
 
-    def update(self, batch: ResidualBatch) -> None:
+    def update(self, residuals: Residuals) -> None:
         """Adds the rows of a batch that has every layer but the last."""
-        teacher = batch.teacher
-        for layer, moments in self._moments.items():
-            moments.update(batch.hidden[layer], teacher.hidden)
         if self.lens.config.rank is not None:
-            self._mean_probability += mean_probabilities(teacher, self.head) * len(teacher.hidden)
-            self._expected_squares += teacher.expected_weight.T @ teacher.expected_weight
+            numbers = torch.arange(self.rows, self.rows + len(residuals.final), device=residuals.final.device)
+            self._add_to_metric(residuals.final[(numbers < METRIC_ROWS) | (numbers % METRIC_STRIDE == 0)])
+        for layer, moments in self._moments.items():
+            moments.update(residuals.hidden[layer], residuals.final)
         missing = CALIBRATION_ROWS - sum(kept.hidden.shape[1] for kept in self._kept)
         if missing > 0:
-            self._kept.append(spread_rows(batch, missing))
+            kept = residuals.spread(missing)
+            self._kept.append(ResidualBatch(kept.hidden, read_teacher(kept.final, self.head)))
+
+    def _add_to_metric(self, final: Tensor) -> None:
+        """Adds final residuals, (N, d)."""
+        teacher = read_teacher(final, self.head)
+        self._metric_rows += len(final)
+        self._mean_probability += mean_probabilities(teacher, self.head) * len(final)
+        self._expected_squares += teacher.expected_weight.T @ teacher.expected_weight
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -86,12 +96,12 @@ class TunedLensFitter:
     def metric(self) -> Tensor:
         """Of normalised final residuals, (d, d): to second order, a step s there costs s M s^T / 2 nats.
 
-        It is the Fisher information W^T (diag(p) - p p^T) W of the final distribution, averaged over the rows. The
-        slope of a soft-cap is left out.
+        It is the Fisher information W^T (diag(p) - p p^T) W of the final distribution, averaged over some
+        of the rows. The slope of a soft-cap is left out.
         """
-        metric = -self._expected_squares / self.rows
+        metric = -self._expected_squares / self._metric_rows
         size = max(1, CHUNK_NUMBERS // self.lens.config.width)
-        probabilities = (self._mean_probability / self.rows).split(size)
+        probabilities = (self._mean_probability / self._metric_rows).split(size)
         for part, probability in zip(self.head.weight.split(size), probabilities, strict=True):
             weight = part.double()
             metric += (weight.T * probability) @ weight
@@ -134,7 +144,8 @@ class TunedLensFitter:
         kept = concatenated(self._kept)
         tensors = {f"{layer}.{name}": t for layer, m in self._moments.items() for name, t in m.state().items()}
         tensors |= {"mean_probability": self._mean_probability, "expected_squares": self._expected_squares}
-        tensors |= {"kept": kept.hidden, **{f"teacher.{n}": t for n, t in kept.teacher._asdict().items()}}
+        tensors |= {"metric_rows": torch.tensor(self._metric_rows), "kept": kept.hidden}
+        tensors |= {f"teacher.{n}": t for n, t in kept.teacher._asdict().items()}
         write_tensors(path, tensors)
 
     def load(self, path: Path) -> None:
@@ -144,6 +155,7 @@ class TunedLensFitter:
             moments.load_state({name: tensors[f"{layer}.{name}"] for name in moments.state()})
         self._mean_probability = tensors["mean_probability"]
         self._expected_squares = tensors["expected_squares"]
+        self._metric_rows = int(tensors["metric_rows"])
         teacher = Teacher(*(tensors[f"teacher.{name}"] for name in Teacher._fields))
         self._kept = [ResidualBatch(tensors["kept"], teacher)]
 
@@ -160,8 +172,9 @@ def check_rows(rows: int, width: int) -> None:
 def best_temperatures(hidden: Tensor, teacher: Teacher, head: Head) -> Tensor:
     """The temperature of each layer with the least mean KL, (layers,) float32.
 
-    The KL is convex in b = 1 / temperature; its slope is E_q[z] - E_p[z] with q = softmax(b z), whose root is found by
-    bisection on a logarithmic scale. The logits of one layer are held at a time.
+    The KL is convex in b = 1 / temperature; its slope is E_q[z] - E_p[z] with q = softmax(b z), its curvature the
+    variance of z under q. Newton's steps find the root of the slope, within bounds that close in on it. The logits of
+    one layer are held at a time.
 
     Args:
         hidden: (layers, N, d), what the head decodes.
@@ -173,19 +186,19 @@ def best_temperatures(hidden: Tensor, teacher: Teacher, head: Head) -> Tensor:
 
 def _best_temperature(logits: Tensor, p: Tensor) -> Tensor:
     """The temperature, (), for logits (N, V) and the distributions (N, V) that they are to match."""
-    wanted = (p * logits).sum(dim=-1).mean()
-    low, high = math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        found = ((logits / math.exp(middle)).softmax(dim=-1) * logits).sum(dim=-1).mean()
-        # colder than the best, q is too sure of its largest logits
-        low, high = (middle, high) if found > wanted else (low, middle)
-    return logits.new_tensor(math.exp((low + high) / 2))
-
-
-def spread_rows(batch: ResidualBatch, count: int) -> ResidualBatch:
-    """So many rows of a batch, or all, at even distances: rows side by side are of one text."""
-    available = batch.hidden.shape[1]
-    count = min(count, available)
-    rows = torch.arange(count, device=batch.hidden.device) * available // count
-    return ResidualBatch(batch.hidden[:, rows], Teacher(*(tensor[rows] for tensor in batch.teacher)))
+    wanted = float((p * logits).sum(dim=-1).mean())
+    low, high, b = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE, 1.0
+    for _ in range(TEMPERATURE_STEPS):
+        q = (logits * b).softmax(dim=-1)
+        weighted = q.mul_(logits)
+        means = weighted.sum(dim=-1)
+        slope = float(means.mean()) - wanted
+        curvature = float((weighted.mul_(logits).sum(dim=-1) - means.square()).mean())
+        # where q is too sure of its largest logits, b is too large
+        low, high = (low, b) if slope > 0 else (b, high)
+        before, b = b, b - slope / curvature if curvature > 0 else 0.0
+        if not low < b < high:
+            b = math.sqrt(low * high)
+        if abs(math.log(b / before)) < TEMPERATURE_TOLERANCE:
+            break
+    return logits.new_tensor(1 / b)

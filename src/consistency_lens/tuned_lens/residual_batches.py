@@ -15,8 +15,10 @@ from ..residual_stream import gather_positions
 from .modeling_tuned_lens import TunedLens
 from .streamed_kl import Head, Teacher, read_teacher
 
-# from this vocabulary on the unembedding is multiplied in bfloat16 (plan, section 15)
+# from this vocabulary on the unembedding is multiplied in bfloat16 (plan, section 15) where that is fast: on a GPU and
+# on a CPU with instructions for it; one without takes many times as long as in float32
 LARGE_VOCABULARY = 100_000
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 # layers and positions of a step at a vocabulary of 32,000, and the fewest (plan, section 15)
 USUAL_LAYERS, USUAL_POSITIONS, USUAL_VOCABULARY = 24, 16, 32_000
 FEWEST_LAYERS, FEWEST_POSITIONS = 8, 12
@@ -44,12 +46,21 @@ def make_head(lens: TunedLens, dtype: str = "auto") -> Head:
     """The subject's head for the fit.
 
     Args:
-        dtype: "float32", "bfloat16", or "auto": bfloat16 for a vocabulary of 100,000 and more.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 for a vocabulary of 100,000 and more, where it is fast.
     """
     readout = lens.readout
-    half = dtype == "bfloat16" or (dtype == "auto" and readout.vocab_size >= LARGE_VOCABULARY)
+    automatic = readout.vocab_size >= LARGE_VOCABULARY and has_fast_bfloat16(readout.device)
+    half = dtype == "bfloat16" or (dtype == "auto" and automatic)
     weight = readout.weight.to(torch.bfloat16) if half else readout.weight
     return Head(weight, readout.bias, readout.soft_cap)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrices are multiplied faster in bfloat16 than in float32 there."""
+    if device.type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 
 def position_bounds(position_range: Sequence[float], seq_len: int) -> tuple[int, int]:
@@ -80,20 +91,34 @@ def sampled_positions(
     return torch.from_numpy(np.stack(drawn) + first)
 
 
-class ResidualBatch(NamedTuple):
-    """What the fit reads of one batch of text."""
+class Residuals(NamedTuple):
+    """What the closed form reads of one batch of text, which needs no head."""
 
     hidden: Tensor
     """Normalised residuals of the layers, (layers, N, d) float32; raw ones for translators before the norm."""
+    final: Tensor
+    """Normalised residuals of the last layer, (N, d) float32."""
+
+    def spread(self, count: int) -> "Residuals":
+        """So many rows, or all, at even distances: rows side by side are of one text."""
+        available = len(self.final)
+        count = min(count, available)
+        rows = torch.arange(count, device=self.final.device) * available // count
+        return Residuals(self.hidden[:, rows], self.final[rows])
+
+
+class ResidualBatch(NamedTuple):
+    """What the KL reads of one batch of text."""
+
+    hidden: Tensor
+    """As those of `Residuals`."""
     teacher: Teacher
     """The final distribution of the N rows."""
 
 
 @torch.no_grad()
-def read_batch(
-    lens: TunedLens, head: Head, input_ids: Tensor, positions: Tensor, layers: Sequence[int]
-) -> ResidualBatch:
-    """Runs the subject once, up to its last block; the head is read at the positions alone.
+def read_residuals(lens: TunedLens, input_ids: Tensor, positions: Tensor, layers: Sequence[int]) -> Residuals:
+    """Runs the subject once, up to its last block.
 
     Args:
         input_ids: (B, S) int64, without padding.
@@ -108,5 +133,12 @@ def read_batch(
         hidden = torch.stack(chosen).float()
     else:
         hidden = torch.stack([readout.normalise(output) for output in chosen])
-    teacher = read_teacher(readout.normalise(gather_positions(final, positions).flatten(0, 1)), head)
-    return ResidualBatch(hidden, teacher)
+    return Residuals(hidden, readout.normalise(gather_positions(final, positions).flatten(0, 1)))
+
+
+def read_batch(
+    lens: TunedLens, head: Head, input_ids: Tensor, positions: Tensor, layers: Sequence[int]
+) -> ResidualBatch:
+    """The same, and the final distribution; the head is read at the positions alone."""
+    residuals = read_residuals(lens, input_ids, positions, layers)
+    return ResidualBatch(residuals.hidden, read_teacher(residuals.final, head))

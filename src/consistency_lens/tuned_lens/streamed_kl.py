@@ -7,8 +7,9 @@ logits z(x) / tau needs only the numbers e and m of the teacher, computed once f
     dKL/dx = (W^T softmax(z / tau) - e) / tau
     dKL/dtau = ((x . e + m) - E_q[z]) / tau^2, with q = softmax(z / tau)
 
-lse and E_q[W] are summed over chunks of the vocabulary in one pass, rescaled to the largest logit so far. With a
-soft-cap, s = c tanh(z / c), the logits are not linear in x, so the teacher's probabilities are read chunk by chunk.
+lse and E_q[W] are summed over chunks of the vocabulary in one pass, rescaled to the largest logit so far; E_q[z] is
+x . E_q[W] + E_q[b]. With a soft-cap, s = c tanh(z / c), the logits are not linear in x, so the teacher's probabilities
+are read chunk by chunk.
 Shapes: N rows, R layers times rows, d width, V vocabulary.
 """
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-# numbers in one chunk of logits: 64 MiB in float32
+# numbers in one chunk of logits: 64 MiB in float32 on a GPU, and on a CPU 4 MiB, which stay in its cache
 CHUNK_NUMBERS = 1 << 24
+CPU_CHUNK_NUMBERS = 1 << 20
 
 
 class Head(NamedTuple):
@@ -60,23 +62,22 @@ class Teacher(NamedTuple):
 
 
 @torch.no_grad()
-def read_teacher(hidden: Tensor, head: Head, chunk_numbers: int = CHUNK_NUMBERS) -> Teacher:
+def read_teacher(hidden: Tensor, head: Head, chunk_numbers: int | None = None) -> Teacher:
     """What the KL needs of the final distribution, in one pass over the vocabulary.
 
     Args:
         hidden: (N, d) float32, the normalised final residuals.
         chunk_numbers: see `streamed_kl`.
     """
-    sums = _Sums(hidden)
+    sums = _Sums(hidden, head)
     for chunk in _chunks(head, len(hidden), chunk_numbers):
-        raw = _raw_logits(hidden, chunk)
-        capped, _ = _capped(raw, head.soft_cap)
-        sums.add(capped, None, chunk)
-    return Teacher(hidden, sums.lse, sums.expected_weight, sums.expected_logit)
+        logits, _ = _capped(_raw_logits(hidden, chunk), head.soft_cap)
+        sums.add(logits, None, chunk)
+    return Teacher(hidden, sums.lse, sums.expected_weight, sums.expected_logit(hidden))
 
 
 def streamed_kl(
-    hidden: Tensor, temperature: Tensor, teacher: Teacher, head: Head, chunk_numbers: int = CHUNK_NUMBERS
+    hidden: Tensor, temperature: Tensor, teacher: Teacher, head: Head, chunk_numbers: int | None = None
 ) -> Tensor:
     """KL(P_final || P_layer) in nats, (layers, N) float32; gradients reach `hidden` and `temperature`.
 
@@ -85,13 +86,13 @@ def streamed_kl(
         temperature: (layers,) float32.
         teacher: of the same N rows, read with the same head.
         head: of the subject.
-        chunk_numbers: of logits that are held at a time.
+        chunk_numbers: of logits that are held at a time; None for what suits the device.
     """
     return _StreamedKL.apply(hidden, temperature, teacher, head, chunk_numbers)
 
 
 @torch.no_grad()
-def mean_probabilities(teacher: Teacher, head: Head, chunk_numbers: int = CHUNK_NUMBERS) -> Tensor:
+def mean_probabilities(teacher: Teacher, head: Head, chunk_numbers: int | None = None) -> Tensor:
     """The mean of the final distribution over the rows, (V,) float32."""
     found = []
     for chunk in _chunks(head, len(teacher.hidden), chunk_numbers):
@@ -117,7 +118,7 @@ class _StreamedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, temperature: Tensor, teacher: Teacher, head: Head, chunk_numbers: int
+        ctx: Any, hidden: Tensor, temperature: Tensor, teacher: Teacher, head: Head, chunk_numbers: int | None
     ) -> Tensor:
         layers, num_rows, width = hidden.shape
         wanted = any(ctx.needs_input_grad)
@@ -136,12 +137,12 @@ class _StreamedKL(torch.autograd.Function):
 
 
 def _linear_kl(
-    rows: Tensor, tau: Tensor, layers: int, teacher: Teacher, head: Head, chunk_numbers: int, wanted: bool
+    rows: Tensor, tau: Tensor, layers: int, teacher: Teacher, head: Head, chunk_numbers: int | None, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL (R,), its gradient (R, d) and its slope in the temperature (R,), for a head without soft-cap."""
-    sums = _Sums(rows, wanted)
+    sums, cooled = _Sums(rows, head, wanted), rows / tau  # W x / tau is W (x / tau), and x is far smaller
     for chunk in _chunks(head, len(rows), chunk_numbers):
-        sums.add(_raw_logits(rows, chunk) / tau, None, chunk)
+        sums.add(_raw_logits(cooled, chunk, tau), None, chunk)
     tau = tau[:, 0]
     e = teacher.expected_weight.repeat(layers, 1)
     expected = (rows * e).sum(dim=-1)
@@ -151,14 +152,15 @@ def _linear_kl(
     kl = teacher.negative_entropy.repeat(layers) - expected / tau + sums.lse
     if not wanted:
         return kl, rows, tau
-    return kl, (sums.expected_weight - e) / tau[:, None], expected / tau.square() - sums.expected_logit / tau
+    slope = (expected - sums.expected_logit(rows)) / tau.square()
+    return kl, (sums.expected_weight - e) / tau[:, None], slope
 
 
 def _soft_capped_kl(
-    rows: Tensor, tau: Tensor, layers: int, teacher: Teacher, head: Head, chunk_numbers: int, wanted: bool
+    rows: Tensor, tau: Tensor, layers: int, teacher: Teacher, head: Head, chunk_numbers: int | None, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with a soft-cap; the teacher's probabilities are read again, a chunk at a time."""
-    sums, expected, from_teacher = _Sums(rows, wanted), torch.zeros_like(tau[:, 0]), torch.zeros_like(rows)
+    sums, expected, from_teacher = _Sums(rows, head, wanted), torch.zeros_like(tau[:, 0]), torch.zeros_like(rows)
     for chunk in _chunks(head, len(rows), chunk_numbers):
         logits, slope = _capped(_raw_logits(rows, chunk), head.soft_cap)
         sums.add(logits / tau, slope, chunk)
@@ -170,29 +172,41 @@ def _soft_capped_kl(
     tau = tau[:, 0]
     kl = teacher.negative_entropy.repeat(layers) - expected / tau + sums.lse
     gradient = (sums.expected_weight - from_teacher) / tau[:, None]
-    return kl, gradient, expected / tau.square() - sums.expected_logit / tau
+    return kl, gradient, expected / tau.square() - sums.expected_logit(rows) / tau
 
 
 class _Sums:
-    """Running sums over the vocabulary under q = softmax(logits): lse, E_q[slope W] and E_q[logits]."""
+    """Running sums over the vocabulary under q = softmax(logits): lse, E_q[slope W], E_q[b] and E_q[logits].
 
-    def __init__(self, rows: Tensor, gradient: bool = True) -> None:
+    Without a soft-cap, E_q of the logits x . W + b follows from the others, and is not summed up.
+    """
+
+    def __init__(self, rows: Tensor, head: Head, gradient: bool = True) -> None:
         self.largest = rows.new_full((len(rows), 1), float("-inf"))
         self.total = rows.new_zeros(len(rows), 1)
-        self.weighted_logit = rows.new_zeros(len(rows), 1)
         self.weighted = torch.zeros_like(rows) if gradient else None
+        self.capped = head.soft_cap is not None
+        # of the logits with a soft-cap, of the bias without
+        self.weighted_number = rows.new_zeros(len(rows), 1)
 
     def add(self, logits: Tensor, slope: Tensor | None, head: Head) -> None:
-        """Takes a chunk's logits (R, v), and their slope in what the head's matrix gave where it is not 1."""
+        """Takes a chunk's logits (R, v), and their slope in what the head's matrix gave where it is not 1.
+
+        Without a soft-cap the logits are overwritten.
+        """
         largest = torch.maximum(self.largest, logits.amax(dim=-1, keepdim=True))
         rescale = (self.largest - largest).exp()
-        weights = (logits - largest).exp_()
+        weights = (logits - largest if self.capped else logits.sub_(largest)).exp_()
         self.total = self.total * rescale + weights.sum(dim=-1, keepdim=True)
-        if self.weighted is not None:
-            self.weighted_logit = self.weighted_logit * rescale + (weights * logits).sum(dim=-1, keepdim=True)
-            weights = weights if slope is None else weights.mul_(slope)
-            self.weighted = self.weighted.mul_(rescale).add_(_times_weight(weights, head))
         self.largest = largest
+        if self.weighted is None:
+            return
+        if self.capped:
+            self.weighted_number = self.weighted_number * rescale + (weights * logits).sum(dim=-1, keepdim=True)
+        elif head.bias is not None:
+            self.weighted_number = self.weighted_number * rescale + weights @ head.bias[:, None]
+        weights = weights if slope is None else weights.mul_(slope)
+        self.weighted = self.weighted.mul_(rescale).add_(_times_weight(weights, head))
 
     @property
     def lse(self) -> Tensor:
@@ -202,22 +216,27 @@ class _Sums:
     def expected_weight(self) -> Tensor:
         return self.total if self.weighted is None else self.weighted / self.total
 
-    @property
-    def expected_logit(self) -> Tensor:
-        return (self.weighted_logit / self.total)[:, 0]
+    def expected_logit(self, rows: Tensor) -> Tensor:
+        """Of the logits that were taken with a soft-cap; without, of W x + b for these rows (R, d)."""
+        number = (self.weighted_number / self.total)[:, 0]
+        return number if self.capped else (rows * self.expected_weight).sum(dim=-1) + number
 
 
-def _chunks(head: Head, num_rows: int, chunk_numbers: int) -> list[Head]:
+def _chunks(head: Head, num_rows: int, chunk_numbers: int | None) -> list[Head]:
     """The head in pieces of the vocabulary, each with at most `chunk_numbers` logits of all rows."""
+    if chunk_numbers is None:
+        chunk_numbers = CPU_CHUNK_NUMBERS if head.weight.device.type == "cpu" else CHUNK_NUMBERS
     size = max(1, chunk_numbers // max(1, num_rows))
     biases: Any = [None] * -(-len(head.weight) // size) if head.bias is None else head.bias.split(size)
     return [Head(weight, bias) for weight, bias in zip(head.weight.split(size), biases, strict=True)]
 
 
-def _raw_logits(rows: Tensor, head: Head) -> Tensor:
-    """W x + b, (R, v) float32."""
+def _raw_logits(rows: Tensor, head: Head, tau: Tensor | None = None) -> Tensor:
+    """W x + b, (R, v) float32; or W x + b / tau, with tau (R, 1), for rows that are divided by it already."""
     logits = linear(rows.to(head.weight.dtype), head.weight).float()
-    return logits if head.bias is None else logits + head.bias
+    if head.bias is None:
+        return logits
+    return logits.add_(head.bias if tau is None else head.bias / tau)
 
 
 def _times_weight(weights: Tensor, head: Head) -> Tensor:

@@ -1,0 +1,69 @@
+"""The key-value cache of a context for a pass that starts anew at some block.
+
+When the output of block k is overwritten at every token of a pass, what the blocks up to k make of these tokens does
+not matter, and neither does the context that they see. So only the blocks above k keep keys and values.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Keys and values (B, heads, S, width of a head) of each block; None for a block that keeps none.
+ContextCache = tuple[tuple[Tensor, Tensor] | None, ...]
+
+
+class _NotKept(DynamicLayer):
+    """Hands on the keys and values of a pass without a past, and keeps nothing."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+class _NotRead(DynamicLayer):
+    """Stands for `length` tokens whose keys and values do not matter: those of the pass, repeated without a copy."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        total = self.length + key_states.shape[-2]
+        return tuple(states[:, :, :1].expand(-1, -1, total, -1) for states in (key_states, value_states))  # type: ignore
+
+
+def empty_cache(num_blocks: int, first: int) -> DynamicCache:
+    """A cache for a pass over a context, in which the blocks from `first` on keep what a later pass reads."""
+    # Built without a config, it keeps sliding-window layers at full length, which one shared mask needs.
+    cache = DynamicCache()
+    cache.layers.extend(_NotKept() if block < first else DynamicLayer() for block in range(num_blocks))
+    return cache
+
+
+def kept(cache: DynamicCache) -> ContextCache:
+    """What a cache of `empty_cache` holds after the pass."""
+    layers: list[Any] = cache.layers
+    return tuple((layer.keys, layer.values) if layer.is_initialized else None for layer in layers)
+
+
+def reopened(context: ContextCache, length: int) -> DynamicCache:
+    """A cache over the kept keys and values of `length` tokens; what is appended leaves them as they are."""
+    cache = DynamicCache()
+    for states in context:
+        if states is None:
+            cache.layers.append(_NotRead(length))
+            continue
+        layer = DynamicLayer()
+        # Set directly, as `update` would copy the whole context once more.
+        layer.lazy_initialization(*states)
+        layer.keys, layer.values = states
+        cache.layers.append(layer)
+    return cache

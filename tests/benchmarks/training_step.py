@@ -1,0 +1,244 @@
+"""A training step, time and peak memory: ours against the step of the method's plan (`spec_reference`).
+
+Both sides take a whole step with the same losses (KL and LM, with A' and the residual it leaves), fully trained clones
+and fused AdamW, from the same activations; `tests/test_spec_reference.py` holds that losses and gradients are equal.
+Two models: the embedded one, and 12 blocks of width 512 with a vocabulary of 32,000 and random weights.
+
+Run with `python tests/benchmarks/training_step.py`. It writes, for the large model (and `<name>_tiny_stories`):
+`step_vs_reference` and `step_vs_reference_k8` (8 activations of a sequence), seconds; `step_vs_cached_reference`,
+where the plan's generation has a key-value cache; `step_memory_vs_reference`, the peak of a process that builds its
+models and takes two steps; `step_flops_vs_reference` and `step_flops_vs_cached_reference`, also for `_k8`, FLOPs of an
+activation; `kl_share_of_step`, what of a step the subject's judgement costs, K=8.
+"""
+
+import functools
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import interleaved, prepare, write_result
+from spec_reference import SpecStep
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from flop_count import flops  # noqa: E402
+from tiny_lenses import tiny_tokenizer  # noqa: E402
+
+from consistency_lens import ConsistencyLensModel  # noqa: E402
+from consistency_lens.data.on_the_fly import read_activations  # noqa: E402
+from consistency_lens.data.shared_contexts import share_contexts  # noqa: E402
+from consistency_lens.training.lm_reference import SubjectReference  # noqa: E402
+from consistency_lens.training.objectives import Gumbel, Step  # noqa: E402
+
+LENGTH, NUM_TEXT_TOKENS, MIN_POSITION = 128, 8, 10
+Losses = Callable[[], dict[str, torch.Tensor]]
+
+LM_WEIGHT, LEARNING_RATE = 0.3, 1e-4
+EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_stories"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and how many activations a step has."""
+
+    suffix: str
+    layer: int
+    batch: int
+    memory_batch: int
+    runs: int
+
+    def make_lens(self) -> ConsistencyLensModel:
+        torch.manual_seed(0)
+        if self.suffix:
+            model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
+            tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+        else:
+            config = LlamaConfig(
+                vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
+                num_attention_heads=8, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+            )  # fmt: skip
+            model, tokenizer = LlamaForCausalLM(config), tiny_tokenizer()
+        return ConsistencyLensModel.from_subject(
+            model, tokenizer, self.layer, num_text_tokens=NUM_TEXT_TOKENS, training="full"
+        ).train()
+
+
+# The more activations a step has, the less of its memory is weights and optimizer, which are alike on both sides.
+SETTINGS = (
+    Setting(suffix="_tiny_stories", layer=2, batch=64, memory_batch=64, runs=5),
+    Setting(suffix="", layer=6, batch=8, memory_batch=32, runs=3),
+)
+
+
+def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int) -> dict[str, Any]:
+    """Rows of random sequences, one at its last token or K each at random ones, with their activations."""
+    generator = torch.Generator().manual_seed(0)
+    num_sequences, vocabulary = batch // num_positions, lens.subject.model.config.vocab_size
+    input_ids = torch.randint(3, vocabulary, (num_sequences, LENGTH), generator=generator)
+    if num_positions == 1:
+        positions = torch.full((batch,), LENGTH - 1)
+    else:
+        order = torch.rand(num_sequences, LENGTH - MIN_POSITION, generator=generator).argsort(-1)
+        positions = (MIN_POSITION + order[:, :num_positions]).flatten()
+    longest = int(positions.max()) + 1
+    mask = (torch.arange(longest) <= positions[:, None]).long()
+    rows = {
+        "input_ids": input_ids.repeat_interleave(num_positions, 0)[:, :longest] * mask,
+        "attention_mask": mask,
+        "positions": positions,
+        "rows": torch.arange(batch),
+    }
+    activations = read_activations(lens.subject, share_contexts(rows), keep_context=False)["activations"]
+    mean = activations.mean(0)
+    lens.set_statistics(mean, (activations - mean).square().mean().sqrt())
+    return rows | {"activations": activations, "other_activations": activations.roll(num_positions, 0)}
+
+
+def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True) -> Losses:
+    """Of our step: the contexts of a sequence are shared, and read once for activations and KL."""
+    subject = lens.subject
+    objective = Gumbel(
+        subject, SubjectReference(subject), "forward", delta_residual="detached", needs_kl=kl, needs_entropy=False
+    )
+    shared = share_contexts(batch)
+
+    return lambda: objective(lens, lens, read_activations(subject, shared, keep_context=kl), Step(0, 0)).terms
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+
+
+def take_step(losses: Losses, optimizer: torch.optim.Optimizer) -> None:
+    terms = losses()
+    loss = LM_WEIGHT * terms["lm"] + (terms["kl"] if "kl" in terms else 0)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Our model and those of the plan, each with its optimizer."""
+
+    lens: ConsistencyLensModel
+    plans: dict[str, SpecStep]
+    optimizers: dict[str, torch.optim.Optimizer]
+
+    @classmethod
+    def of(cls, lens: ConsistencyLensModel, device: torch.device) -> "Sides":
+        plans = {"plan": SpecStep(lens).to(device), "cached": SpecStep(lens, cached=True).to(device)}
+        optimizers = {name: make_optimizer(model) for name, model in {**plans, "ours": lens}.items()}
+        return cls(lens, plans, optimizers)
+
+    def steps(self, batch: dict[str, Any], kl: bool = True) -> dict[str, Callable[[], None]]:
+        """A step of each on a batch."""
+        losses: dict[str, Losses] = {
+            name: functools.partial(plan, batch, judged=kl) for name, plan in self.plans.items()
+        }
+        losses["ours"] = our_losses(self.lens, batch, kl)
+        return {name: functools.partial(take_step, of, self.optimizers[name]) for name, of in losses.items()}
+
+
+def measure_times(setting: Setting, device: torch.device) -> None:
+    """Writes what a step takes."""
+    lens = setting.make_lens().to(device)
+    model = f"{type(lens.subject.model).__name__} of {lens.subject.model.num_parameters() / 1e6:.1f}M parameters"
+    what = f"training step, {model}, layer {setting.layer}, B={setting.batch} S={LENGTH} T={NUM_TEXT_TOKENS}"
+    sides = Sides.of(lens, device)
+    medians = interleaved(sides.steps(make_batch(lens, setting.batch, 1)), device, setting.runs, warmup=1)
+    for name, side in (("step_vs_reference", "plan"), ("step_vs_cached_reference", "cached")):
+        write(name, f"{what} K=1 against the plan's", "seconds", medians["ours"], medians[side], setting, device)
+    batch = make_batch(lens, setting.batch, 8)
+    del sides.plans["cached"]
+    work = sides.steps(batch)
+    work |= {f"{name} without": step for name, step in sides.steps(batch, kl=False).items()}
+    medians = interleaved(work, device, setting.runs, warmup=1)
+    what, ours, plan = f"{what} K=8", medians["ours"], medians["plan"]
+    write("step_vs_reference_k8", f"{what} against the plan's", "seconds", ours, plan, setting, device)
+    shares = {side: 1 - medians[f"{side} without"] / medians[side] for side in ("ours", "plan")}
+    what = f"what of a {what} the KL costs, in the plan's and in ours, which reads its activations on the fly"
+    write("kl_share_of_step", what, "of a step", shares["ours"], shares["plan"], setting, device)
+
+
+def measure_flops(setting: Setting, device: torch.device) -> None:
+    """Writes how many FLOPs of matrix products a step makes for each activation: the same on every machine."""
+    lens = setting.make_lens().to(device)
+    sides = Sides.of(lens, device)
+    for num_positions, suffix in ((1, ""), (8, "_k8")):
+        lens.subject.check_one_token(2 * LENGTH)
+        size = max(2, num_positions)
+        work = sides.steps(make_batch(lens, size, num_positions))
+        counts = {name: flops(step) / size for name, step in work.items()}
+        what = f"a step's matrix products, layer {setting.layer}, S={LENGTH} T={NUM_TEXT_TOKENS} K={num_positions}"
+        for name, side in (("step_flops_vs_reference", "plan"), ("step_flops_vs_cached_reference", "cached")):
+            against = f"{what} against the plan's{', cached' if side == 'cached' else ''}"
+            write(f"{name}{suffix}", against, "FLOPs an activation", counts["ours"], counts[side], setting, device)
+
+
+def peak_bytes(setting: Setting, side: str) -> int:
+    """By how much the memory of this process, which has done nothing yet, rises at most; on a GPU, what it takes."""
+    device = prepare()
+    before = memory("VmRSS", device)
+    lens = setting.make_lens().to(device)
+    # the first step makes the states of the optimizer, which are there during the second
+    batches = [make_batch(lens, size, 1) for size in (2, setting.memory_batch)]
+    if side == "ours":
+        optimizer, losses = make_optimizer(lens), [our_losses(lens, batch) for batch in batches]
+    else:
+        plan = SpecStep(lens)
+        del lens  # the plan has its own copies
+        optimizer, losses = make_optimizer(plan), [functools.partial(plan, batch) for batch in batches]
+    for of_step in losses:
+        take_step(of_step, optimizer)
+    return memory("VmHWM", device) - before
+
+
+def memory(field: str, device: torch.device) -> int:
+    """A field of /proc/self/status in bytes; on a GPU, the peak that was allocated."""
+    if device.type == "cuda":
+        return 0 if field == "VmRSS" else torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def measure_memory(setting: Setting, device: torch.device) -> None:
+    """Writes what a step holds at most, weights and optimizer included."""
+    peaks = {}
+    for side in ("ours", "plan"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            peaks[side] = pool.submit(peak_bytes, setting, side).result()
+    what = (
+        f"peak memory of models, optimizer and two training steps, layer {setting.layer}, "
+        f"B={setting.memory_batch} S={LENGTH} T={NUM_TEXT_TOKENS} K=1 against the plan's"
+    )
+    write("step_memory_vs_reference", what, "bytes", peaks["ours"], peaks["plan"], setting, device)
+
+
+def write(name: str, what: str, unit: str, mine: float, other: float, setting: Setting, device: torch.device) -> None:
+    runs = setting.runs if unit in ("seconds", "of a step") else 1
+    write_result(f"{name}{setting.suffix}", what, unit, mine, other, runs, device)
+
+
+MEASURES = {"flops": measure_flops, "memory": measure_memory, "times": measure_times}
+
+
+def main() -> None:
+    """Measures both models, or what is named: `flops`, `memory`, `times`, `large`, `embedded`."""
+    device, named = prepare(), set(sys.argv[1:])
+    for setting in SETTINGS:
+        if {"large", "embedded"} & named and ("embedded" if setting.suffix else "large") not in named:
+            continue
+        for part, measure in MEASURES.items():
+            if not MEASURES.keys() & named or part in named:
+                measure(setting, device)
+
+
+if __name__ == "__main__":
+    main()

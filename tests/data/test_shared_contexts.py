@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, tiny_model
+
+from consistency_lens.data.collator import ActivationCollator
+from consistency_lens.data.on_the_fly import read_activations
+from consistency_lens.data.shared_contexts import SharedContexts, TogetherSampler, cheapest_group, share_contexts
+from consistency_lens.evaluation.evaluated import judge
+from consistency_lens.subject import Subject
+from consistency_lens.training.objectives import functional_kl
+
+LAYER, LENGTH = 1, 20
+
+
+def rows_of(*positions, seed=0):
+    """Rows read at these positions of some sequences, one tuple of positions a sequence."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for document, read in enumerate(positions):
+        tokens = generator.integers(3, VOCAB_SIZE, LENGTH).astype(np.int32)
+        for position in read:
+            known = {"position": position, "document": document, "row": len(rows)}
+            rows.append({"input_ids": tokens[: position + 1], **known})
+    return [rows[i] for i in generator.permutation(len(rows))]
+
+
+def collated(rows):
+    return ActivationCollator(0, 3)(rows)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def subject(request):
+    overrides = {"sliding_window": 8} if request.param == "gemma3" else {}
+    return Subject(tiny_model(request.param, **overrides), LAYER)
+
+
+def test_every_row_finds_its_context_and_position():
+    plain = collated(rows_of((4, 9, 15), (7,), (3, 19)))
+    shared = share_contexts(plain)
+    assert shared["input_ids"].shape[0] == 3 and shared["read_positions"].shape == (3, 3)
+    for row, position in enumerate(plain["positions"].tolist()):
+        context, slot = shared["row_contexts"][row], shared["row_slots"][row]
+        assert shared["read_positions"][context, slot] == position
+        assert torch.equal(shared["input_ids"][context, : position + 1], plain["input_ids"][row, : position + 1])
+        assert shared["attention_mask"][context, position] == 1
+    pairs = set(zip(shared["row_contexts"].tolist(), shared["row_slots"].tolist(), strict=True))
+    assert len(pairs) == 6  # no two rows at one place
+    for name in ("rows", "tail_ids", "positions"):
+        assert shared[name] is plain[name]
+
+
+def test_rows_that_share_nothing_stay_as_they_are():
+    plain = collated(rows_of((4,), (9,), (9,)))
+    assert share_contexts(plain) is plain
+
+
+def test_the_same_row_twice_has_two_places():
+    rows = rows_of((5, 8))
+    shared = share_contexts(collated(rows + rows))
+    assert shared["input_ids"].shape[0] == 1 and sorted(shared["row_slots"].tolist()) == [0, 1, 2, 3]
+
+
+def test_one_large_group_among_single_rows_is_read_in_parts():
+    assert cheapest_group(np.array([8, 8, 8]), length=128) == 8
+    size = cheapest_group(np.array([24] + [1] * 40), length=128)
+    assert 1 < size < 24
+    shared = share_contexts(collated(rows_of(range(2, 18), *[(19,)] * 40)))
+    assert len(shared["input_ids"]) > 41
+    assert torch.equal(shared["read_positions"][shared["row_contexts"], shared["row_slots"]], shared["positions"])
+
+
+@pytest.mark.parametrize("with_context", [False, True])
+def test_losses_and_gradients_are_those_of_rows_read_alone(subject, with_context):
+    rows = rows_of((4, 9, 15), (7,), (3, 19))
+    found = []
+    for collate in (collated, SharedContexts(collated)):
+        batch = collate(rows)
+        read = read_activations(subject, batch, keep_context=with_context)
+        assert ("context" in read) == with_context
+        noise = torch.randn(read["activations"].shape, generator=torch.Generator().manual_seed(1))
+        replaced = (read["activations"] + noise).requires_grad_()
+        kl = functional_kl(subject, read, replaced)
+        (gradient,) = torch.autograd.grad(kl.sum(), replaced)
+        before, after = judge(subject, batch, torch.stack([read["activations"], replaced.detach()], dim=1))
+        found.append((read["activations"], kl, gradient, before, after))
+    assert found[0][1].min() > 1e-2
+    for alone, shared in zip(*found, strict=True):
+        torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_document_follow_each_other():
+    documents = np.repeat(np.arange(6), [8, 4, 7, 1, 8, 2])
+    sampler = TogetherSampler(documents, together=4, seed=0)
+    order = np.array(list(sampler))
+    assert len(sampler) == 30 and sorted(order.tolist()) == list(range(30))
+    changes = np.count_nonzero(np.diff(documents[order]))
+    assert changes <= 9  # 2 + 1 + 2 + 1 + 2 + 1 groups
+    assert list(TogetherSampler(documents, together=4, seed=0)) == order.tolist()
+    sampler.set_epoch(1)
+    assert list(sampler) != order.tolist()
+    assert np.count_nonzero(np.diff(documents[list(TogetherSampler(documents, 1, seed=0))])) > 15
