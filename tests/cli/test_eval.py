@@ -61,7 +61,8 @@ def metrics_in(folder):
 
 
 def figures(metrics):
-    return {name: of for name, of in metrics.items() if name not in ("seconds", "samples_per_second", "arguments")}
+    records = ("seconds", "samples_per_second", "arguments", "data")
+    return {name: of for name, of in metrics.items() if name not in records}
 
 
 class TestTraining:
@@ -83,7 +84,9 @@ class TestEvaluation:
         samples = (lens / "samples.jsonl").read_text()
         assert evaluate(lens, checks="best_of_n") == 0
         # a part of the checks does not replace the record of the whole
-        assert figures(metrics_in(lens / "evaluation")) == figures(metrics_in(trained / "lens"))
+        found = metrics_in(lens / "evaluation")
+        assert figures(found) == figures(metrics_in(trained / "lens"))
+        assert found["data"] == {"dataset": str(trained / "text.txt"), "dataset_revision": None}
         assert (lens / "evaluation" / "samples.jsonl").read_text() == samples
 
     def test_runs_every_check_by_default_and_renews_the_card(self, lens, capsys):

@@ -13,11 +13,18 @@ from consistency_lens import ConsistencyLensModel
 from consistency_lens.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8").replace("you/", f"{USER}/")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+def blocks(page, language):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("you/", f"{USER}/")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def run_commands(block, capsys):
+    """Runs a block's commands; returns what they print."""
+    for line in block.splitlines():
+        assert main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
 
 
 @pytest.fixture
@@ -32,15 +39,22 @@ def run_folder(hub, tmp_path, monkeypatch):
     shutil.copy(ROOT / "model_cards" / "tiny_stories" / "metrics.json", "outputs/tiny_stories")
 
 
+def check_pulled():
+    pushed, pulled = (Path(folder, "model.safetensors") for folder in ("outputs/tiny_stories", "lenses/tiny_stories"))
+    assert pulled.read_bytes() == pushed.read_bytes()
+
+
 def test_the_commands_and_the_python_of_the_page_run(run_folder, capsys):
-    publish, fetch = blocks("bash")
-    for line in publish.splitlines():
-        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
-    assert "Nothing was uploaded" in (shown := capsys.readouterr().out) and "FVE" in shown
-    for code in blocks("python"):
+    publish, fetch = blocks("docs/publishing.md", "bash")
+    shown = run_commands(publish, capsys)
+    assert "Nothing was uploaded" in shown and "FVE" in shown
+    for code in blocks("docs/publishing.md", "python"):
         exec(compile(code, "page", "exec"), {"__name__": "page"})
-    for line in fetch.splitlines():
-        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
-    assert Path("lenses/tiny_stories/model.safetensors").read_bytes() == (
-        Path("outputs/tiny_stories/model.safetensors").read_bytes()
-    )
+    run_commands(fetch, capsys)
+    check_pulled()
+
+
+def test_the_commands_of_the_readme_run(run_folder, capsys):
+    (block,) = [block for block in blocks("README.md", "bash") if "consistency-lens push" in block]
+    assert "FVE" in run_commands(block, capsys)
+    check_pulled()
