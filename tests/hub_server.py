@@ -137,6 +137,7 @@ class HubServer(PlannedFaults):
         self.faults: dict[tuple[str, str], Reply] = {}
         self.licenses = {"apache-2.0", "mit", "odc-by", "other"}
         self.lock, self.closing = threading.Lock(), threading.Event()
+        self.num_late, self.settling = 0, threading.Condition()
         self._http = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
@@ -169,6 +170,23 @@ class HubServer(PlannedFaults):
         return sum(asked == method and re.search(pattern, path) is not None for asked, path in self.requests)
 
     # Answers
+
+    def settle(self) -> None:
+        """Waits until what is answered late is done, also where nobody waits for the answer any more."""
+        with self.settling:
+            self.settling.wait_for(lambda: self.num_late == 0)
+
+    def handle_late(self, request: Request) -> Reply:
+        """Does what is asked for after a while."""
+        with self.settling:
+            self.num_late += 1
+        try:
+            time.sleep(self.slowness)
+            return self.handle(request)
+        finally:
+            with self.settling:
+                self.num_late -= 1
+                self.settling.notify_all()
 
     def handle(self, request: Request) -> Reply:
         authorization = request.headers.get("Authorization")
@@ -498,9 +516,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is Fault.REFUSED:
             self.close_connection = True
             return
-        if fault is Fault.SLOW:
-            time.sleep(self.hub.slowness)
-        reply = FAILURES[fault](self.hub) if fault in FAILURES else self.hub.handle(request)
+        handle = self.hub.handle_late if fault is Fault.SLOW else self.hub.handle
+        reply = FAILURES[fault](self.hub) if fault in FAILURES else handle(request)
         if fault is Fault.LOST:
             self.close_connection = True
             return

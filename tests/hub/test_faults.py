@@ -54,6 +54,7 @@ def calm(hub, patience, kept=None):
     """Ends all faults; with `kept`, the Hub is as it was."""
     patience(60.0)
     hub.planned.clear()
+    hub.settle()
     hub.happened.clear()
     hub.requests.clear()
     if kept is not None:
