@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.cli.completion import complete_parser
+from consistency_lens.cli.main import main
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.corpus import corpus_from_rows, document_hash
 
@@ -109,6 +110,15 @@ def test_the_commands_of_a_page_and_their_flags_exist(path, flags):
         for command, words in commands_in(block):
             given = {word.lstrip("-").partition("=")[0] for word in words if word.startswith("--")}
             assert given <= flags[command] | {"help", "debug"}, command
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "quickstart.md"], ids=name_of)
+def test_the_command_that_explains_runs_as_written(path, lens, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    lines = "".join(blocks(path, "bash")).replace("outputs/tiny_stories", str(lens)).splitlines()
+    (line,) = [line for line in lines if line.startswith("consistency-lens explain")]
+    assert main(shlex.split(line, comments=True)[1:]) == 0
+    assert "FVE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)

@@ -466,3 +466,13 @@ def test_a_base_model_that_is_here_and_another_is_found_at_the_pull(hub, trained
         "model weights",
         "loads",
     ]
+
+
+def test_a_base_model_that_is_pickled_is_not_read_unasked(hub, trained, tmp_path, monkeypatch):
+    lens, base = trained
+    push_lenses(lens, LONE, tag=TAG)
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    monkeypatch.chdir(base.parent)
+    (found,) = pull(tmp_path / "pulled", LONE)
+    (check,) = [check for check in verify_lens(found.path) if check.name == "model weights"]
+    assert not check.checked and "not at hand" in check.detail

@@ -235,11 +235,15 @@ def verify_lens(
 
 
 def base_at_hand(path: Path) -> Path | None:
-    """A folder here with the base model: the one that the lens names, or that of its commit in the Hub's cache."""
+    """A folder here with the base model's safetensors: the one that the lens names, or that of its commit in a cache.
+
+    A folder with pickled weights alone is none: nobody has asked for them to be read.
+    """
     config = CONFIGS[json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]].from_pretrained(path)
     place = Path(subject_location(config))
     if config.base_model_revision is None:
-        return place if config.base_model_name_or_path and (place / CONFIG_FILE).is_file() else None
+        has_weights = any((place / file).is_file() for file in (WEIGHTS_FILE, WEIGHTS_INDEX))
+        return place if config.base_model_name_or_path and has_weights else None
     for file in (WEIGHTS_FILE, WEIGHTS_INDEX):
         cached = try_to_load_from_cache(config.base_model_name_or_path, file, revision=config.base_model_revision)
         if isinstance(cached, str):
