@@ -71,7 +71,7 @@ class Setting:
 # The more activations a step has, the less of its memory is weights and optimizer, which are alike on both sides.
 SETTINGS = (
     Setting(suffix="_tiny_stories", layer=2, batch=64, memory_batch=64, runs=5),
-    Setting(suffix="", layer=6, batch=8, memory_batch=32, runs=3),
+    Setting(suffix="", layer=6, batch=64, memory_batch=32, runs=3),
 )
 
 
