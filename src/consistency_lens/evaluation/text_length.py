@@ -91,4 +91,3 @@ def row_values(evaluated: EvaluatedRows, rows: slice, batch: Batch, lengths: lis
     values = {f"kl.{name}": column.cpu().double() for name, column in zip(reconstructions, kl.unbind(1), strict=True)}
     values |= {f"error.{name}": squared_error(target, of.cpu()) for name, of in reconstructions.items()}
     return values | {"variance": values.pop("error.mean")}
-
