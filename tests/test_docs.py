@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from report_documents import made_up_explorer, made_up_text_length
+from sweep_records import made_up, write_csv
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consistency_lens import ConsistencyLensModel
@@ -14,6 +16,7 @@ from consistency_lens.cli.completion import complete_parser
 from consistency_lens.cli.main import main
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.corpus import corpus_from_rows, document_hash
+from consistency_lens.report.explorer_file import EXPLORER_FILE, write_explorer
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -65,21 +68,40 @@ def lens(tmp_path_factory) -> Path:
         lens.subject, corpus, folder / "data" / "activations-layer2", tokenizer=tokenizer, subject_name="tiny_stories",
         dataset_name="two sentences", dtype="float32", positions_per_sequence=2, min_position=2, progress=False,
     )  # fmt: skip
-    shutil.copy(ROOT / "model_cards" / "tiny_stories" / "metrics.json", folder)
+    kept = ROOT / "model_cards" / "tiny_stories"
+    metrics = json.loads((kept / "metrics.json").read_text()) | {"text_length": made_up_text_length()}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    shutil.copy(kept / "log_history.json", folder)
+    write_explorer(folder / EXPLORER_FILE, made_up_explorer())
     return folder
 
 
-def run_python(code: str, lens: Path, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def tuned_lens(tmp_path_factory) -> Path:
+    """A folder as `make tuned-lens` leaves it, with made-up records of a sweep and without weights."""
+    folder = tmp_path_factory.mktemp("docs") / "tuned_lens"
+    shutil.copytree(ROOT / "model_cards" / "tuned_lens_tiny_stories", folder)
+    (folder / "sweep").mkdir()
+    for lens, ending in (("norm", ""), ("tuned", "-tuned")):
+        write_csv(folder / "sweep" / f"sweep-records{ending}.csv", made_up(lens))
+    return folder
+
+
+def run_python(code: str, folders: dict[str, Path], monkeypatch, names: dict | None = None) -> None:
     monkeypatch.chdir(ROOT)
-    exec(compile(code.replace("outputs/tiny_stories", str(lens)), "block", "exec"), {"__name__": "block"})
+    for place, folder in folders.items():
+        code = code.replace(place, str(folder))
+    exec(compile(code, "block", "exec"), {"__name__": "block"} if names is None else names)
 
 
 @pytest.mark.parametrize(
     "path", [path for path in PAGES if path != OF_THE_HUB and blocks(path, "python")], ids=name_of
 )
-def test_the_python_of_a_page_runs_as_written(path, lens, monkeypatch):
-    for block in blocks(path, "python"):
-        run_python(block, lens, monkeypatch)
+def test_the_python_of_a_page_runs_as_written(path, lens, tuned_lens, monkeypatch):
+    folders = {"outputs/tiny_stories": lens, "outputs/tuned_lenses/tiny_stories": tuned_lens}
+    names = {"__name__": "block"}
+    for block in blocks(path, "python"):  # one after the other, as a reader would
+        run_python(block, folders, monkeypatch, names)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
@@ -87,7 +109,7 @@ def test_a_notebook_runs_and_is_committed_without_output(path, lens, monkeypatch
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] for cell in code)
-    run_python("\n\n".join("".join(cell["source"]) for cell in code), lens, monkeypatch)
+    run_python("\n\n".join("".join(cell["source"]) for cell in code), {"outputs/tiny_stories": lens}, monkeypatch)
 
 
 def commands_in(block: str) -> list[tuple[str, list[str]]]:

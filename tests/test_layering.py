@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "consistency_lens"
 LAYERS = [
     {"residual_stream", "configuration_consistency_lens", "straight_through", "losses", "schedules"}
     | {"optional_packages", "atomic_write", "hub_connection", "quantised", "attention", "spans"}
+    | {"notebook_figure"}
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes", "context_cache"},
     {"lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
@@ -20,6 +21,7 @@ LAYERS = [
     {"evaluation", "hub", "checkpoints"},
     {"training", "tuned_lens"},
     {"report"},
+    {"plots"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -9,7 +9,7 @@ POINTS = 600  # of a curve; more cannot be seen
 
 # (title, unit) -> name in the log -> what people read. The lines of one entry share a chart.
 CHARTS: dict[tuple[str, str], dict[str, str]] = {
-    ("held-out rows", "1 is perfect, 0 the mean activation"): {
+    ("held-out rows", "share: 1 is perfect, 0 the mean"): {
         "eval_fve": "FVE",
         "eval_kl_recovered": "KL recovered",
         "eval_shuffled_fve": "FVE, shuffled",
