@@ -10,7 +10,7 @@ from tiny_lenses import tiny_tokenizer
 from tiny_models import random_tokens, tiny_model
 
 from consistency_lens.data.activation_cache import file_hash
-from consistency_lens.data.fingerprints import tokenizer_hash, weights_hash
+from consistency_lens.fingerprints import tokenizer_hash, weights_hash
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 
 LICENSE_TEXT = "A licence of the makers of this model.\n"

@@ -11,11 +11,20 @@ PACKAGE = Path(__file__).parents[1] / "src" / "consistency_lens"
 # Lowest first. A module imports from its own layer or from lower ones.
 LAYERS = [
     {"residual_stream", "configuration_consistency_lens", "straight_through", "losses", "schedules"}
-    | {"optional_packages", "atomic_write", "hub_connection", "quantised", "attention", "spans"}
-    | {"notebook_figure"}
+    | {
+        "optional_packages",
+        "atomic_write",
+        "hub_connection",
+        "quantised",
+        "attention",
+        "spans",
+        "fingerprints",
+        "notebook_figure",
+        "offloaded",
+    }
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes", "context_cache"},
-    {"lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
+    {"artifact_subject", "lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
     | {"modeling_consistency_lens", "activation_to_text_pipeline"},
     {"data"},
     {"evaluation", "hub", "checkpoints"},

@@ -5,7 +5,6 @@ revision (or rebuilds its architecture, where the whole clone was trained) and l
 """
 
 import json
-import logging
 import os
 import tempfile
 from pathlib import Path
@@ -16,8 +15,6 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,54 +23,16 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .artifact_subject import PINNED, SUBJECT_HUB_KWARGS, PinnedWeights
 from .atomic_write import write_json, write_tensors, write_text
 from .hub_connection import check_token
 from .hub_upload import CARD_FILE, card_text, commit_folder, create_repo, stage_artifact
-from .quantised import keep_gradients
 from .remote_code import auto_map, remote_code
-
-logger = logging.getLogger(__name__)
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PROVENANCE_FILE = "provenance.json"
-# How the subject's repository is asked for, as far as that is said of the artifact's too.
-SUBJECT_HUB_KWARGS = ("token", "cache_dir", "local_files_only")
 # What `AutoModel` and `pipeline` hand on, and an artifact has no use for.
 UNUSED_KWARGS = {"adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"}
-# What two subjects must share for a lens of the one to fit the other, as the families name it in their configs.
-ARCHITECTURE_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "n_embd",
-    "num_hidden_layers",
-    "n_layer",
-    "num_layers",
-)
-
-
-def base_from_config(base_config: dict[str, Any], base_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The subject's architecture with untrained weights, for an artifact that holds them all.
-
-    Args:
-        base_config: `config.to_dict()` of the subject.
-        base_kwargs: `dtype`, `attn_implementation`, `trust_remote_code` and a `device_map` of one device.
-
-    Raises:
-        ValueError: if weights are to be quantised or spread over devices, which needs a subject that is loaded.
-    """
-    kwargs = {name: value for name, value in (base_kwargs or {}).items() if name not in SUBJECT_HUB_KWARGS}
-    device = kwargs.pop("device_map", None)
-    if "quantization_config" in kwargs or isinstance(device, dict) or device in ("auto", "balanced", "sequential"):
-        raise ValueError(
-            "from_pretrained: a fully trained clone can be neither quantised nor spread over devices; pass a dtype "
-            "and a device_map of one device"
-        )
-    config = AutoConfig.for_model(**base_config)
-    dtype = kwargs.pop("dtype", "auto")
-    dtype = torch.float32 if dtype == "auto" else dtype  # what clones are trained and saved in
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
-    return model if device is None else model.to(device)
 
 
 class TrainedTensorsModel(PreTrainedModel):
@@ -228,6 +187,7 @@ class TrainedTensorsModel(PreTrainedModel):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        verify_base: bool | None = None,
         **unused: Any,
     ) -> Self:
         """Loads an artifact: the subject at its pinned revision, the trained tensors laid over it.
@@ -240,6 +200,10 @@ class TrainedTensorsModel(PreTrainedModel):
                 tensors keep the precision that they were trained in.
             revision, subfolder, force_download: of the artifact; its configuration pins the subject's own revision.
             token, cache_dir, local_files_only: of both.
+            verify_base: whether the subject must have the weights that the lens was made for, by their hash. None
+                compares weights that no commit pins (a folder's, a `base_model`'s) and that are loaded in the
+                precision that they had then; True compares all or refuses; False takes any model of the architecture,
+                such as a fine-tuned one.
             unused: what `AutoModel` hands on.
 
         Raises:
@@ -273,17 +237,21 @@ class TrainedTensorsModel(PreTrainedModel):
             **{name: hub_kwargs[name] for name in SUBJECT_HUB_KWARGS},
         }
         base_kwargs = {name: value for name, value in base_kwargs.items() if value not in (None, False)}
+        optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
+        provenance = read_provenance(cached_file(path, PROVENANCE_FILE, **optional))
+        sha256 = recorded_weights_hash(provenance)
+        if verify_base and sha256 is None:
+            raise ValueError(f"verify_base: {path!r} records no hash of its subject's weights; leave out verify_base")
+        if sha256 is not None and verify_base is not False:
+            base_kwargs[PINNED] = PinnedWeights(sha256, always=bool(verify_base))
         model = cls.from_artifact_config(config, base_model, base_kwargs)
         model.base_kwargs = base_kwargs
         model.load_trained_tensors(tensors)
-        optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
         if cached_file(path, "tokenizer_config.json", **optional):
             model.tokenizer = AutoTokenizer.from_pretrained(path, config=config, **hub_kwargs)
             for name in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
                 model.tokenizer.init_kwargs.pop(name, None)
-        provenance = cached_file(path, PROVENANCE_FILE, **optional)
-        if provenance:
-            model.provenance = json.loads(Path(provenance).read_text(encoding="utf-8"))
+        model.provenance = provenance
         return model.eval()
 
     @classmethod
@@ -316,73 +284,26 @@ class TrainedTensorsModel(PreTrainedModel):
                 tensor.copy_(tensors[name])
 
 
-def subject_location(config: Any) -> str:
-    """An artifact's subject: its Hub id or folder; a relative folder may also lie below a parent of the artifact's."""
-    name, artifact = config.base_model_name_or_path, Path(config.name_or_path)
-    if name and artifact.is_dir() and not Path(name).exists():
-        for parent in artifact.resolve().parents:
-            if (parent / name / "config.json").is_file():
-                return str(parent / name)
-    return name
-
-
-def load_subject(
-    config: Any, base_model: PreTrainedModel | str | None, base_kwargs: dict[str, Any]
-) -> PreTrainedModel:
-    """The subject's model: `base_model` itself, or loaded from its path or from where the configuration says.
+def read_provenance(file: str | None) -> dict[str, Any] | None:
+    """The content of an artifact's provenance.json; None if it has none.
 
     Raises:
-        ValueError: if it cannot be found, naming the place and how to pass another, or if it is not the model that the
-            lens was made for.
+        ValueError: if it is broken.
     """
-    if isinstance(base_model, PreTrainedModel):
-        subject = base_model
-    else:
-        name = base_model or subject_location(config)
-        # the precision that the lens was trained with; a checkpoint's own may be another
-        recorded = {name: config.base_config.get(name) for name in ("dtype", "quantization_config")}
-        base_kwargs = {"dtype": "auto", **{k: v for k, v in recorded.items() if v is not None}, **base_kwargs}
-        revision = None if base_model else config.base_model_revision
-        try:
-            subject = AutoModelForCausalLM.from_pretrained(name, revision=revision, **base_kwargs).eval()
-        except (ImportError, OSError, ValueError) as error:
-            raise ValueError(
-                f"subject: no model at {name!r} (revision {revision}); pass base_model=<path, Hub id or model>, or "
-                f"the token of a private one ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            ) from error
-    keep_gradients(subject)
-    check_architecture(config.base_config, subject)
-    return subject
-
-
-def load_subject_tokenizer(config: Any, base_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer of the subject that a configuration names, at its pinned revision.
-
-    Raises:
-        ValueError: if it cannot be loaded.
-    """
-    name = subject_location(config)
-    hub_kwargs = {key: base_kwargs[key] for key in SUBJECT_HUB_KWARGS if key in base_kwargs}
+    if file is None:
+        return None
     try:
-        return AutoTokenizer.from_pretrained(name, revision=config.base_model_revision, **hub_kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer: none at {name!r} (revision {config.base_model_revision}); set lens.tokenizer to the "
-            f"subject's ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
+        provenance = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"artifact: {file!r} is broken ({error}); fetch it again, or remove it") from error
+    if not isinstance(provenance, dict):
+        raise ValueError(f"artifact: {file!r} holds no JSON object, but {type(provenance).__name__}; remove it")
+    return provenance
 
 
-def check_architecture(base_config: dict[str, Any], subject: PreTrainedModel) -> None:
-    """Checks that a subject has the family and the sizes that a lens was made for.
-
-    Raises:
-        ValueError: if not, naming the field and both values.
-    """
-    expected = base_config.get("text_config", base_config)
-    actual = subject.config.get_text_config().to_dict()
-    for name in ARCHITECTURE_FIELDS:
-        if name in expected and expected[name] != actual.get(name):
-            raise ValueError(
-                f"subject: {name} is {actual.get(name)!r}, the lens was made for {expected[name]!r}; pass its own "
-                "subject as base_model"
-            )
+def recorded_weights_hash(provenance: dict[str, Any] | None) -> str | None:
+    """The hash of the subject's weights in the provenance of a lens or of a tuned lens; None if it has none."""
+    provenance = provenance or {}
+    cache = provenance.get("cache")
+    found = (cache if isinstance(cache, dict) else provenance).get("weights_hash")
+    return found if isinstance(found, str) else None

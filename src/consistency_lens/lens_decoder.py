@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .artifact_subject import base_from_config, load_subject
 from .cached_passes import CachedPasses, checkpointed_modules, without_checkpoints
 from .configuration_consistency_lens import LensDecoderConfig
-from .lens_artifact import base_from_config, load_subject
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .residual_stream import ResidualStream
 from .straight_through import fold_in, sample_tokens

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .artifact_subject import base_from_config, load_subject
 from .configuration_consistency_lens import LensEncoderConfig
-from .lens_artifact import base_from_config, load_subject
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .lens_decoder import SoftText
 from .residual_stream import ResidualStream, truncated

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .artifact_subject import load_subject
 from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
 from .explanation import Explanation, explain_text, text_ids
-from .lens_artifact import TrainedTensorsModel, load_subject
+from .lens_artifact import TrainedTensorsModel
 from .lens_clone import encode_prompt
 from .lens_decoder import LensDecoder, SoftText, evaluating
 from .lens_encoder import LensEncoder

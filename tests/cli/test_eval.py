@@ -211,7 +211,7 @@ class TestMistakes:
         model.save_pretrained(tmp_path / "other")
         for activations in ("on_the_fly", lens / "data" / "activations-layer1"):
             assert evaluate(lens, model=tmp_path / "other", activations=activations) == 2
-            assert "but the lens was trained on" in one_error(capsys)
+            assert "the lens was made for" in one_error(capsys)
 
     def test_a_lens_without_a_record_of_its_training(self, lens, capsys):
         (lens / "provenance.json").unlink()

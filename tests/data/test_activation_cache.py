@@ -12,7 +12,7 @@ from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.data.corpus import corpus_from_rows, is_validation_document
-from consistency_lens.data.fingerprints import weights_hash
+from consistency_lens.fingerprints import weights_hash
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from consistency_lens.data.activation_reading import length_buckets
 from consistency_lens.data.cache_building import build_activation_cache, build_activation_caches
 from consistency_lens.data.cache_plan import draw_positions
 from consistency_lens.data.corpus import corpus_from_rows
-from consistency_lens.data.fingerprints import weights_hash
+from consistency_lens.fingerprints import weights_hash
 from consistency_lens.residual_stream import ResidualStream
 from consistency_lens.subject import Subject
 

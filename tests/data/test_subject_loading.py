@@ -8,8 +8,8 @@ from consistency_lens import attention
 from consistency_lens.data import subject_loading
 from consistency_lens.data.cache_building import build_activation_cache
 from consistency_lens.data.corpus import corpus_from_rows
-from consistency_lens.data.fingerprints import weights_hash
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer, pinned_revision
+from consistency_lens.fingerprints import weights_hash
 from consistency_lens.subject import Subject
 
 

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from consistency_lens.data import tokenization
 from consistency_lens.data.chat import chat_key
 from consistency_lens.data.corpus import document_hash, is_validation_document
-from consistency_lens.data.fingerprints import tokenizer_hash
 from consistency_lens.data.tokenization import TokenizationArguments, tokenize_corpus
 from consistency_lens.data.tokenized_corpus import corpus_origin, open_corpus, open_rows
+from consistency_lens.fingerprints import tokenizer_hash
 
 STORIES = Path(__file__).parents[2] / "examples" / "tiny_stories"
 PAD, BOS, EOS = 0, 1, 2

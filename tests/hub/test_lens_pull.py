@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from waits import waits
 
 from consistency_lens.data.cache_check import VerificationError
-from consistency_lens.data.fingerprints import tokenizer_hash, weights_hash
+from consistency_lens.fingerprints import tokenizer_hash, weights_hash
 from consistency_lens.hub import index, lens_pull
 from consistency_lens.hub.lens_checks import find_lenses, verify_lens
 from consistency_lens.hub.lens_collection import list_lenses

@@ -4,8 +4,8 @@ import json
 import pytest
 from tuned_fits import BATCH, RIDGE_BLOCKS, SEQ_LEN, STEPS, TRAIN_BLOCKS, run_fit, write_inputs
 
-from consistency_lens.data.fingerprints import tokenizer_hash, weights_hash
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer
+from consistency_lens.fingerprints import tokenizer_hash, weights_hash
 
 PLAN = {  # section 7, and what it holds
     "enabled": None, "model_id": None, "clean_model_name": None, "sha": None, "seed": None,

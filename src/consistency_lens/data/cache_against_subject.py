@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ..fingerprints import tokenizer_hash, weights_hash
 from ..residual_stream import ResidualStream
 from .activation_cache import token_lists
 from .activation_reading import ActivationReader
 from .cache_check import Check
 from .cache_folder import norms
 from .cache_plan import ShardPlan
-from .fingerprints import tokenizer_hash, weights_hash
 from .subject_loading import LoadedSubject
 
 BATCH_SIZE = 8  # of the longest contexts that are run anew

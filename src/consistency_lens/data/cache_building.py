@@ -18,6 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..fingerprints import tokenizer_hash, weights_hash
 from ..residual_stream import ResidualStream
 from ..subject import Subject
 from .activation_cache import ActivationCache
@@ -25,7 +26,6 @@ from .activation_reading import ActivationReader
 from .cache_folder import CacheFolder, norms
 from .cache_plan import POSITIONS_RULE, CachePlan, ShardPlan, plan_cache
 from .corpus import CORPUS_FEATURES
-from .fingerprints import tokenizer_hash, weights_hash
 
 FORMAT = 1
 STORED_DTYPES = ("float16", "float32")

@@ -9,10 +9,10 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..fingerprints import tokenizer_hash
 from .activation_cache import ActivationCache
 from .cache_folder import norms
 from .dataset_reading import cause_of
-from .fingerprints import tokenizer_hash
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..fingerprints import tokenizer_hash
 from .activation_cache import PROVENANCE_FILE, check_provenance
 from .activation_source import held_out_documents
 from .cache_plan import plan_cache
 from .corpus import sequence_lengths
-from .fingerprints import tokenizer_hash
 from .sources import SourceArguments, cache_folder, open_caches
 from .streaming import open_stream
 from .text_source import WHOLE, Reader, read_corpus

@@ -8,9 +8,9 @@ from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from ..fingerprints import tokenizer_hash, weights_hash
 from ..subject import Subject
 from .corpus import read_documents, tokenize_documents
-from .fingerprints import tokenizer_hash, weights_hash
 from .generation import sample_documents
 from .tokenized_corpus import SPLITS, corpus_origin, open_corpus
 

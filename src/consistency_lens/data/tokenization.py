@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..atomic_write import sync_folder, write_json
+from ..fingerprints import tokenizer_hash
 from .chat import chat_template, chat_template_hash
 from .corpus import (
     CORPUS_FEATURES,
@@ -36,7 +37,6 @@ from .corpus import (
     warn_of_separators,
 )
 from .dataset_reading import check_column, check_source, hub_commit, local_hash, read_dataset
-from .fingerprints import tokenizer_hash
 from .sequences import COUNTED_FEATURES, SequenceMaker, count
 from .subject_loading import load_tokenizer, not_loaded
 from .tokenized_corpus import SPLITS, TOKENIZATION_FILE, read_tokenization

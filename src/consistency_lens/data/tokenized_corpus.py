@@ -12,8 +12,8 @@ import pyarrow as pa
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from ..fingerprints import tokenizer_hash
 from .corpus import PACKED_FEATURES, unpacked
-from .fingerprints import tokenizer_hash
 
 TOKENIZATION_FILE = "tokenization.json"
 SPLITS = ("train", "validation")

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from ..atomic_write import atomic_file, write_json, write_text
 from ..data.activation_source import Rows
-from ..data.fingerprints import tensors_hash
 from ..data.shared_contexts import ReadPlaces, SharedContexts
+from ..fingerprints import tensors_hash
 from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel

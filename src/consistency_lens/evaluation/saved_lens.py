@@ -241,15 +241,9 @@ def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: Consi
         lens.require_tokenizer(),
         lens.config.base_model_name_or_path,
         lens.config.base_model_revision,
-        # of the weights as the training had them, for they may be loaded in another precision now
-        known_hash=None if args.model is not None and args.dtype is None else training.get("weights_hash"),
+        # as the training had them: they were compared when they were loaded, if not in another precision
+        known_hash=training.get("weights_hash"),
     )
-    expected = training.get("weights_hash")
-    if expected is not None and reader.weights_hash != expected:
-        raise ValueError(
-            f"model: {args.model!r} has weights of hash {reader.weights_hash}, but the lens was trained on "
-            f"{expected}; pass the subject of the lens"
-        )
     folder = next((place for place in data_folders(args, lens) if place.is_dir()), output_folder_of_data(args))
     rows = open_rows(source, reader, folder, seed=provenance.get("seed", training.get("seed", 0)))
     if args.activations is None and rows.provenance.get("dataset_hash") != training.get("dataset_hash"):

@@ -8,8 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..data.activation_cache import file_hash
 from ..data.cache_check import Check, VerificationError
-from ..data.fingerprints import tokenizer_hash, weights_hash
 from ..data.subject_loading import LoadedSubject
+from ..fingerprints import tokenizer_hash, weights_hash
 from ..hub_connection import first_line
 from ..lens_artifact import WEIGHTS_FILE
 from .index import is_pickled

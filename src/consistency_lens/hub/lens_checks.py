@@ -8,11 +8,12 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
+from ..artifact_subject import subject_location
 from ..data.cache_against_subject import made_as
 from ..data.cache_check import Check
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
 from ..hub_connection import first_line
-from ..lens_artifact import CONFIG_FILE, WEIGHTS_FILE, subject_location
+from ..lens_artifact import CONFIG_FILE, WEIGHTS_FILE
 from ..modeling_consistency_lens import ConsistencyLensModel, LensDecoder, LensEncoder
 from .artifact_checks import checksums_check, files_check, made_check, subject_checks, weights_check
 from .index import INDEX_FILE, LARGEST_INDEX
@@ -172,7 +173,8 @@ def base_checks(path: Path, subject: LoadedSubject) -> list[Check]:
     if not all(check.passed for check in checks if check.checked):
         return [*checks, Check("loads", False, "not tried: it is another model", checked=False)]
     try:
-        model: PreTrainedModel = MODELS[lens.config.model_type].from_pretrained(path, base_model=subject.model)
+        kind = MODELS[lens.config.model_type]
+        model: PreTrainedModel = kind.from_pretrained(path, base_model=subject.model, verify_base=False)
     except (ValueError, OSError) as error:
         return [*checks, Check("loads", False, first_line(error))]
     return [*checks, Check("loads", True, f"{type(model).__name__} over that model")]

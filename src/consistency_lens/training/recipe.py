@@ -195,7 +195,7 @@ def load_whole(args: RecipeArguments, trainer: ConsistencyLensTrainer, output_di
     trainer.weights.release(trainer.lens, trainer.optimizer)
     subject = load_subject(args, trainer.args.device)
     trainer.lens.subject.change_model(subject.model)  # rows that are read on the fly have it too
-    lens = ConsistencyLensModel.from_pretrained(output_dir, base_model=subject.model)
+    lens = ConsistencyLensModel.from_pretrained(output_dir, base_model=subject.model, verify_base=False)
     return lens.to(trainer.args.device)  # type: ignore[arg-type]
 
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
-from ..data.fingerprints import tokenizer_hash, weights_hash
 from ..data.subject_loading import LoadedSubject, check_loading, load_subject_and_tokenizer
+from ..fingerprints import tokenizer_hash, weights_hash
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from .configuration_tuned_lens import default_rank
 from .fit_arguments import AUTO, FULL, FitArguments, TunedLensTrainingArguments

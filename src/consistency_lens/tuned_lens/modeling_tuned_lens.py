@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from ..lens_artifact import TrainedTensorsModel, load_subject, load_subject_tokenizer, subject_location
+from ..artifact_subject import load_subject, load_subject_tokenizer, subject_location
+from ..lens_artifact import TrainedTensorsModel
 from ..residual_stream import ResidualStream
 from .configuration_tuned_lens import TunedLensConfig
 from .preconditioner import Preconditioner

@@ -3,8 +3,6 @@
 Shapes: S tokens, d width, V vocabulary; leading dimensions are free.
 """
 
-import importlib
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..offloaded import at_hand
 from ..residual_stream import ResidualStream, leaves_stream
 
 # config fields by which architectures multiply (Cohere) or divide (Granite) their logits
@@ -118,17 +117,9 @@ class Readout:
 
 def _float_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers in float32; those that are float32 already are not copied."""
-    with _at_hand(module):
+    with at_hand(module):
         tensors: dict[str, Any] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         return {
             name: tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
             for name, tensor in tensors.items()
         }
-
-
-def _at_hand(module: nn.Module) -> AbstractContextManager[None]:
-    """Brings the tensors of a module here, of which accelerate, if it offloads the model, keeps none in its place."""
-    if not hasattr(module, "_hf_hook"):
-        return nullcontext()
-    # not imported above: a lens that came with its code has to load where accelerate is not installed
-    return importlib.import_module("accelerate.utils").align_module_device(module)

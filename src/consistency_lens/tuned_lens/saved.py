@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..artifact_subject import subject_location
 from ..data.subject_loading import DTYPES, load_subject_and_tokenizer
-from ..lens_artifact import subject_location
 from .configuration_tuned_lens import TunedLensConfig
 from .interchange import from_alignment_research, read_config
 from .lens_places import CONFIG_FILE, is_foreign, is_lens

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..atomic_write import atomic_file, write_json
 from ..data.dataset_reading import local_hash
-from ..data.fingerprints import tokenizer_hash, weights_hash
 from ..data.tokenized_corpus import SPLITS, read_tokenization
+from ..fingerprints import tokenizer_hash, weights_hash
 from .token_arguments import SEQ_LEN, TokenArguments
 from .token_stream import TRAIN, VALIDATION, TokenSequence, open_token_stream
 

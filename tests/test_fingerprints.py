@@ -9,8 +9,8 @@ from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 from tokenizers import AddedToken
 
-from consistency_lens.data.fingerprints import tokenizer_hash, weights_hash
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer
+from consistency_lens.fingerprints import tokenizer_hash, weights_hash
 
 
 def test_weights_hash_sees_a_changed_weight():

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .offloaded import at_hand
 
 
 def weights_hash(model: PreTrainedModel) -> str:
@@ -22,7 +23,7 @@ def weights_hash(model: PreTrainedModel) -> str:
         if parameter.is_meta:
             # Offloaded by its device map: accelerate brings the values when they are asked for.
             module, _, own_name = name.rpartition(".")
-            with align_module_device(model.get_submodule(module), torch.device("cpu")):
+            with at_hand(model.get_submodule(module), torch.device("cpu")):
                 _update(digest, model.get_submodule(module).get_parameter(own_name))
         else:
             _update(digest, parameter)
