@@ -15,6 +15,7 @@ from .figures import (
     Compared,
     Figure,
     Probed,
+    ReadInPart,
     Table,
     best_of_n,
     comparison,
@@ -22,6 +23,7 @@ from .figures import (
     linear_probe,
     readers,
     tables,
+    text_length,
     verdict,
 )
 from .profiles import Profiles, profiles
@@ -53,6 +55,7 @@ class ReportDocument(TypedDict):
     curves: Curves | None
     cases: Cases | None
     best_of_n: list[BestOf]
+    text_length: list[ReadInPart]
     readers: list[Compared]
     linear_probe: list[Probed]
     tables: list[Table]
@@ -92,6 +95,7 @@ def report_document(
         curves=curves(run),
         cases=cases(explorer, samples),
         best_of_n=best_of_n(run.metrics),
+        text_length=text_length(run.metrics),
         readers=readers(run.metrics),
         linear_probe=linear_probe(run.metrics),
         tables=tables(run.metrics),
