@@ -128,13 +128,14 @@ def with_block(text: str, name: str, block: str) -> str:
 
 
 def render_lens(name: str, target: Path) -> None:
-    """The card and the picture of a lens that `make demo` trained."""
+    """The card and the pictures of a lens that `make demo` trained."""
     folder = CARDS / name
     (target / name).mkdir(parents=True, exist_ok=True)
     (target / name / README).write_text(lens_card(folder, location=f"outputs/{name}"), encoding="utf-8")
     if (folder / "explanation.json").is_file():
         said = read_json(folder / "explanation.json")
         tokens = [TokenExplanation(**row) for row in said["tokens"]]
+        save(plots.controls(folder), target / name / "controls.png")
         save(plots.explanation(Explanation(said["text"], tokens)), target / name / "explanation.png")
 
 

@@ -98,7 +98,7 @@ class TestControls:
             assert [text.get_text().removeprefix(" ◂ ") for text in axes.texts] == values
         assert left.get_title() == "FVE" and right.get_title() == "KL recovered"
         assert left.get_xlabel() == right.get_xlabel() == "1 is perfect, 0 the mean activation"
-        assert "by bootstrap over documents" in plots.controls(run).get_supxlabel()
+        assert plots.controls(run).get_supxlabel().startswith("bars: 95% intervals by bootstrap over documents")
 
     def test_intervals_are_those_of_the_evaluation(self, run, metrics):
         left, right = plots.controls(run).axes

@@ -145,17 +145,28 @@ class PlacedDot(NamedTuple):
     text: str
     """Its value, or where that lies outside, what stands at the edge."""
     is_outside: bool
+    is_bold: bool
+    """Whether it stands out among rows that it is compared with."""
     colour: str
 
 
 def placed_dots(panel: Dots) -> list[PlacedDot]:
     """The rows of a panel; those below its domain at its edge."""
     low, _ = domain_of(panel)
+    are_compared = not all(row.strong for row in panel.rows)
     placed = []
     for row in panel.rows:
         value, is_outside = f"{row.value:.{panel.decimals}f}".replace("-", "−"), row.value < low
-        colour = STYLES[0].colour if row.strong else GREY
-        placed.append(PlacedDot(row, max(row.value, low), f"◂ {value}" if is_outside else value, is_outside, colour))
+        placed.append(
+            PlacedDot(
+                row,
+                x=max(row.value, low),
+                text=f"◂ {value}" if is_outside else value,
+                is_outside=is_outside,
+                is_bold=row.strong and are_compared,
+                colour=STYLES[0].colour if row.strong else GREY,
+            )
+        )
     return placed
 
 

@@ -145,8 +145,9 @@ def draw_line(
 
 def draw_dots(figure: "Figure", panel: Dots, place: Mapping[str, int], is_named: bool) -> None:
     """One row a value, from above; the value stands over it. `is_named` is whether the rows have their labels."""
-    names = [escape(row.label) for row in panel.rows]
-    for name, dot in zip(names, placed_dots(panel), strict=True):
+    placed = placed_dots(panel)
+    names = [f"<b>{escape(dot.row.label)}</b>" if dot.is_bold else escape(dot.row.label) for dot in placed]
+    for name, dot in zip(names, placed, strict=True):
         value = f"{dot.row.value:.{panel.decimals}f}"
         low, high = (dot.row.value, dot.row.value) if dot.is_outside else dot.row.interval or (dot.x, dot.x)
         span = "" if low == high else f" ({low:.{panel.decimals}f} to {high:.{panel.decimals}f})"

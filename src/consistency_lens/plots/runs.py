@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.report import caption
 from ..report.curves import curves
 from ..report.document import title_of
 from ..report.explorer_file import EXPLORER_FILE, read_explorer
@@ -87,7 +86,7 @@ def controls(run: str | Path, interactive: bool = False) -> AnyFigure:
         dots(FVE, rows, [of["fve"] for of in rows], [of["interval"] for of in rows]),
         dots(KL_RECOVERED, rows, [of["kl_recovered"] for of in rows], [of["kl_interval"] for of in rows]),
     ]
-    return drawn(Chart(title_of(read), shares, caption(read.metrics)), interactive)
+    return drawn(Chart(title_of(read), shares, f"bars: {INTERVALS}{MIDDOT}{rows_of(read)}"), interactive)
 
 
 def dots(

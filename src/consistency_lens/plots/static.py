@@ -7,7 +7,6 @@ from ..optional_packages import require
 from .chart import (
     GREY,
     Chart,
-    Dot,
     Dots,
     Line,
     Lines,
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ALONE, PANEL = (7.2, 4.6), (4.6, 3.6)  # inches, of lines
-ROW, AROUND_ROWS = 0.32, 1.3  # inches, of dots
+ALONE, PANEL_OF_ROW, PANEL = (7.2, 4.6), (4.6, 4.4), (4.6, 3.6)  # inches, of lines: one, one row of them, more
+WIDTH_OF_DOTS, ROW, AROUND_ROWS = 5.2, 0.32, 1.3  # inches
 PAD = 0.09  # inches, about each panel
 RULE = "#DDDDDD"
 CHARACTER = 0.062  # inches, of small text
@@ -64,10 +63,12 @@ def draw(chart: Chart) -> "Figure":
 
 def size_of(chart: Chart) -> tuple[float, float]:
     """Inches of one panel."""
-    rows = max((len(panel.rows) for panel in chart.panels if isinstance(panel, Dots)), default=0)
-    if not rows:
-        return ALONE if len(chart.panels) == 1 else PANEL
-    return ALONE[0] if len(chart.panels) == 1 else PANEL[0] + 0.6, ROW * rows + AROUND_ROWS
+    dots = max((len(panel.rows) for panel in chart.panels if isinstance(panel, Dots)), default=0)
+    if dots:
+        return WIDTH_OF_DOTS, ROW * dots + AROUND_ROWS
+    if len(chart.panels) == 1:
+        return ALONE
+    return PANEL_OF_ROW if len(chart.panels) <= num_columns(chart) else PANEL
 
 
 def draw_lines(axes: "Axes", panel: Lines, character: float) -> None:
@@ -119,7 +120,8 @@ def draw_dots(axes: "Axes", panel: Dots, is_named: bool) -> None:
 
     low, high = domain_of(panel)
     axes.set_xlim(low, high + VALUE_SHARE * (high - low))
-    for height, dot in enumerate(placed_dots(panel)):
+    placed = placed_dots(panel)
+    for height, dot in enumerate(placed):
         if dot.is_outside:
             axes.text(low, height, f" {dot.text}", va="center", fontsize="small", color=dot.colour)
             continue
@@ -128,12 +130,12 @@ def draw_dots(axes: "Axes", panel: Dots, is_named: bool) -> None:
         axes.plot(dot.x, height, "o", color=dot.colour, markersize=5)
         axes.annotate(
             dot.text, (interval[1], height), xytext=(7, 0), textcoords="offset points", va="center",
-            fontsize="small", weight=weight_of(panel, dot.row), annotation_clip=False,
+            fontsize="small", weight="bold" if dot.is_bold else "normal", annotation_clip=False,
         )  # fmt: skip
     labels = [row.label if is_named else "" for row in panel.rows]
     axes.set_yticks(range(len(labels)), labels, parse_math=False)
-    for label, row in zip(axes.get_yticklabels(), panel.rows, strict=True):
-        label.set_fontweight(weight_of(panel, row))
+    for label, dot in zip(axes.get_yticklabels(), placed, strict=True):
+        label.set_fontweight("bold" if dot.is_bold else "normal")
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -141,11 +143,6 @@ def draw_dots(axes: "Axes", panel: Dots, is_named: bool) -> None:
         axes.axvline(0, color="black", linewidth=0.8, zorder=0)
     axes.grid(axis="x", color=RULE, linewidth=0.8)
     finish(axes, panel.title, panel.x_label)
-
-
-def weight_of(panel: Dots, row: Dot) -> str:
-    """Bold for what the others are compared with."""
-    return "bold" if row.strong and not all(other.strong for other in panel.rows) else "normal"
 
 
 def finish(axes: "Axes", title: str, x_label: str, over: float = 0) -> None:
