@@ -12,7 +12,7 @@ CARDS = Path(__file__).parents[2] / "model_cards" / "tiny_stories"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The kept files of a real run, with a made-up check of text length, a control far below 0 and a made-up explorer."""
+    """The kept files of a real run; the check of text length, a control far below 0 and the explorer are made up."""
     folder = tmp_path_factory.mktemp("runs") / "stories"
     folder.mkdir()
     for name in ("run.json", "log_history.json"):
