@@ -12,12 +12,13 @@ CARDS = Path(__file__).parents[2] / "model_cards" / "tiny_stories"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The kept files of a real run, with a made-up check of text length and a made-up explorer."""
+    """The kept files of a real run; the check of text length, a control far below 0 and the explorer are made up."""
     folder = tmp_path_factory.mktemp("runs") / "stories"
     folder.mkdir()
     for name in ("run.json", "log_history.json"):
         shutil.copy(CARDS / name, folder)
     metrics = json.loads((CARDS / "metrics.json").read_text()) | {"text_length": made_up_text_length()}
+    metrics["controls"]["empty_text"]["fve"] = -4.75
     (folder / "metrics.json").write_text(json.dumps(metrics))
     write_explorer(folder / EXPLORER_FILE, made_up_explorer(texts=4, tokens=60))
     return folder

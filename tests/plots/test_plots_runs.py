@@ -1,5 +1,6 @@
 """Plots of a run: what is drawn is what its files say, under labels with units."""
 
+import functools
 import json
 import sys
 
@@ -18,6 +19,12 @@ ALL = {
     "curves": plots.training_curves, "controls": plots.controls, "tokens": plots.fve_against_tokens,
     "best": plots.best_of_n_texts, "profiles": plots.token_profiles,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def draw(run):
+    """(name in `ALL`, interactive) -> the plot of the run, each drawn once."""
+    return functools.cache(lambda name, interactive=False: ALL[name](run, interactive=interactive))
 
 
 def lines(axes):
@@ -41,8 +48,8 @@ def logged(run, name):
 
 
 class TestTrainingCurves:
-    def test_every_loss_that_was_logged_is_a_line_with_its_unit(self, run):
-        figure = plots.training_curves(run)
+    def test_every_loss_that_was_logged_is_a_line_with_its_unit(self, draw, run):
+        figure = draw("curves")
         error, entropy = (axes_of(figure, title) for title in ("Squared error", "Cross-entropy"))
         assert lines(error)["the lens's own text"] == logged(run, "mse_own_text")
         assert lines(entropy) == {"decoder": logged(run, "ce")}
@@ -50,17 +57,17 @@ class TestTrainingCurves:
         assert lines(axes_of(figure, "Learning rate"))["encoder"] == logged(run, "learning_rate_encoder_base")
         assert figure.get_suptitle() == "Training of tiny_stories, layer 2, in words"
 
-    def test_stages_are_marked_where_they_begin(self, run):
+    def test_stages_are_marked_where_they_begin(self, draw, run):
         steps, stage = logged(run, "stage")
         begins = max(step for step, of in zip(steps, stage, strict=True) if of == 1)
-        for axes in plots.training_curves(run).axes:
+        for axes in draw("curves").axes:
             marks = [(text.get_text(), text.xy[0]) for text in axes.texts]
             assert marks == [("warm start", 0), ("policy gradient", begins)]
-        shown = plots.training_curves(run, interactive=True).layout.annotations
+        shown = draw("curves", True).layout.annotations
         assert {note.x for note in shown if note.text == "policy gradient"} == {begins}
 
-    def test_plotly_draws_the_same(self, run):
-        figure = plots.training_curves(run, interactive=True)
+    def test_plotly_draws_the_same(self, draw, run):
+        figure = draw("curves", True)
         assert traces(figure, "the lens&#x27;s own text") == [logged(run, "mse_own_text")]
         assert "nats a token" in {axis.title.text for axis in figure.select_yaxes()}
 
@@ -86,8 +93,8 @@ class TestTrainingCurves:
 
 
 class TestControls:
-    def test_the_lens_stands_among_its_controls_by_fve(self, run, metrics):
-        left, right = plots.controls(run).axes
+    def test_the_lens_stands_among_its_controls_by_fve(self, draw, metrics):
+        left, right = draw("controls").axes
         worth = {"the lens's text": metrics} | {name.replace("_", " "): of for name, of in metrics["controls"].items()}
         expected = sorted(worth, key=lambda name: worth[name]["fve"], reverse=True)
         labels = left.get_yticklabels()
@@ -98,24 +105,23 @@ class TestControls:
             assert [text.get_text().removeprefix(" ◂ ") for text in axes.texts] == values
         assert left.get_title() == "FVE" and right.get_title() == "KL recovered"
         assert left.get_xlabel() == right.get_xlabel() == "1 is perfect, 0 the mean activation"
-        assert plots.controls(run).get_supxlabel().startswith("bars: 95% intervals by bootstrap over documents")
+        assert draw("controls").get_supxlabel().startswith("bars: 95% intervals by bootstrap over documents")
 
-    def test_intervals_are_those_of_the_evaluation(self, run, metrics):
-        left, right = plots.controls(run).axes
+    def test_intervals_are_those_of_the_evaluation(self, draw, metrics):
+        left, right = draw("controls").axes
         drawn = [tuple(line.get_xdata()) for line in left.get_lines() if line.get_marker() == "|"]
         assert tuple(metrics["ci95"]["fve"]) in drawn and tuple(metrics["ci95"]["controls.context_tail.fve"]) in drawn
         drawn = [tuple(line.get_xdata()) for line in right.get_lines() if line.get_marker() == "|"]
         assert tuple(metrics["ci95"]["kl_recovered"]) in drawn
 
-    def test_what_lies_far_below_zero_is_named_at_the_edge(self, run, metrics):
-        assert metrics["controls"]["empty_text"]["fve"] < -1
-        left, _ = plots.controls(run).axes
-        assert left.get_xlim()[0] == -1 and left.texts[-1].get_text().startswith(" ◂ −4.")
-        last = [trace for trace in plots.controls(run, interactive=True).data if trace.xaxis == "x"][-1]
+    def test_what_lies_far_below_zero_is_named_at_the_edge(self, draw):
+        left, _ = draw("controls").axes
+        assert left.get_xlim()[0] == -1 and left.texts[-1].get_text().startswith(" ◂ −4.750")
+        last = [trace for trace in draw("controls", True).data if trace.xaxis == "x"][-1]
         assert last.mode == "text" and last.x == (-1,) and last.y == ("empty text",)
 
-    def test_plotly_draws_the_same(self, run, metrics):
-        drawn = plots.controls(run, interactive=True).data
+    def test_plotly_draws_the_same(self, draw, metrics):
+        drawn = draw("controls", True).data
         (trace,) = [trace for trace in drawn if trace.y[0] == "context tail" and trace.xaxis == "x"]
         value, interval = metrics["controls"]["context_tail"]["fve"], metrics["ci95"]["controls.context_tail.fve"]
         ends = value - trace.error_x.arrayminus[0], value + trace.error_x.array[0]
@@ -206,15 +212,15 @@ class TestProfiles:
 
 class TestAll:
     @pytest.mark.parametrize("name", ALL)
-    def test_no_text_covers_another(self, name, run, monkeypatch):
-        assert no_text_covers_another(ALL[name](run), monkeypatch) > 8
+    def test_no_text_covers_another(self, name, draw, monkeypatch):
+        assert no_text_covers_another(draw(name), monkeypatch) > 8
 
     @pytest.mark.parametrize("name", ALL)
-    def test_colours_stay_apart_for_the_colour_blind(self, name, run):
-        figure = ALL[name](run)
+    def test_colours_stay_apart_for_the_colour_blind(self, name, draw):
+        figure = draw(name)
         colours = {line.get_color() for axes in figure.axes for line in axes.get_lines()}
         assert colours <= COLOUR_BLIND_SAFE | {"black"}
-        shown = {trace.line.color or trace.marker.color or GREY for trace in ALL[name](run, interactive=True).data}
+        shown = {trace.line.color or trace.marker.color or GREY for trace in draw(name, True).data}
         assert {of for of in shown} <= COLOUR_BLIND_SAFE
 
     def test_styles_differ_in_colour_and_marker(self):
@@ -233,5 +239,5 @@ class TestAll:
         with pytest.raises(ValueError, match="run: no folder at"):
             ALL[name](tmp_path / "nowhere")
 
-    def test_a_notebook_shows_a_figure(self, run):
-        assert plots.controls(run)._repr_png_().startswith(b"\x89PNG")
+    def test_a_notebook_shows_a_figure(self, draw):
+        assert draw("controls")._repr_png_().startswith(b"\x89PNG")
