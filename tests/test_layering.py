@@ -19,6 +19,7 @@ LAYERS = [
         "attention",
         "spans",
         "fingerprints",
+        "notebook_figure",
         "offloaded",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
@@ -29,6 +30,7 @@ LAYERS = [
     {"evaluation", "hub", "checkpoints"},
     {"training", "tuned_lens"},
     {"report"},
+    {"plots"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_documents import made_up_explorer
+from report_documents import made_up_explorer, made_up_text_length
 
 from consistency_lens.report.document import report_document
-from consistency_lens.report.figures import comparison, verdict
+from consistency_lens.report.figures import comparison, text_length, verdict
 from consistency_lens.report.run_folder import RunFolder, read_run
 
 CARDS = Path(__file__).parents[2] / "model_cards" / "tiny_stories"
@@ -63,8 +63,9 @@ def by_fve(controls):
 def test_overlapping_intervals_are_level():
     metrics = {
         "fve": 0.5, "controls": {"mean": {"fve": 0.45, "kl_recovered": 0}, "shuffled": {"fve": 0.1}},
-        "ci95": {"fve": [0.4, 0.6], "controls.mean.fve": [0.42, 0.48]},
+        "ci95": {"fve": [0.4, 0.6], "controls.mean.fve": [0.42, 0.48], "controls.mean.kl_recovered": [0, 0.1]},
     }  # fmt: skip
+    assert [of["kl_interval"] for of in comparison(metrics)] == [None, [0, 0.1], None]
     assert verdict(comparison(metrics)) == {"above": ["shuffled"], "level": ["mean"], "below": []}
 
 
@@ -74,6 +75,16 @@ def test_checks(run, document):
     assert fresh["fve"] == run.metrics["private_code"]["fresh_encoder"]["fve"]
     assert document["linear_probe"][1]["text"] == run.metrics["linear_probe"]["named_by_text"][1]
     assert len(document["tables"]) == 3
+
+
+def test_what_part_of_a_text_is_worth():
+    made_up = made_up_text_length()
+    first, *_, tail = text_length({"text_length": made_up})
+    assert first["label"] == "first tokens of the lens's text" and first["tokens"] == [1, 2, 3]
+    assert first["fve"] == made_up["first"]["fve"] and first["intervals"] == made_up["first"]["fve_ci95"]
+    assert tail["kl_recovered"] == made_up["context_tail"]["kl_recovered"]
+    assert tail["kl_intervals"] == made_up["context_tail"]["kl_recovered_ci95"]
+    assert text_length({"fve": 0.5}) == []
 
 
 def test_provenance(document):

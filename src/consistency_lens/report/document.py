@@ -4,6 +4,7 @@ Parts that a run has nothing for are null or empty, and `notes` say why. Numbers
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -16,6 +17,7 @@ from .figures import (
     Compared,
     Figure,
     Probed,
+    ReadInPart,
     Table,
     best_of_n,
     comparison,
@@ -23,6 +25,7 @@ from .figures import (
     linear_probe,
     readers,
     tables,
+    text_length,
     verdict,
 )
 from .profiles import Profiles, profiles
@@ -55,6 +58,7 @@ class ReportDocument(TypedDict):
     curves: Curves | None
     cases: Cases | None
     best_of_n: list[BestOf]
+    text_length: list[ReadInPart]
     readers: list[Compared]
     linear_probe: list[Probed]
     tables: list[Table]
@@ -78,27 +82,29 @@ def report_document(
         heatmap: what a tuned lens of the same subject reads.
         notes: what is lacking besides the files of the run.
     """
-    parts = Parts()
-    compared = parts.of("metrics.json", "controls", lambda: comparison(run.metrics), [])
+    parts, metrics = Parts(), run.metrics
+    measured = partial(parts.of, "metrics.json")
+    compared = measured("controls", lambda: comparison(metrics), [])
     samples = parts.of("samples.jsonl", "samples", lambda: sample_cases(run.samples), [])
     return ReportDocument(
         format=FORMAT,
         version=VERSION,
         title=title_of(run),
-        lead=parts.of("metrics.json", "rows and documents", lambda: lead(run), []),
-        figures=parts.of("metrics.json", "figures", lambda: figures(run.metrics), []),
+        lead=measured("rows and documents", lambda: lead(run), []),
+        figures=measured("figures", lambda: figures(metrics), []),
         comparison=compared,
-        verdict=parts.of("metrics.json", "intervals", lambda: verdict(compared), {}),
+        verdict=measured("intervals", lambda: verdict(compared), {}),
         examples=spread(samples),
         explorer=explorer,
         profiles=None if explorer is None else profiles(explorer),
         heatmap=heatmap,
         curves=parts.of("log_history.json", "training curves", lambda: curves(run), None),
         cases=cases(explorer, samples),
-        best_of_n=parts.of("metrics.json", "best of n texts", lambda: best_of_n(run.metrics), []),
-        readers=parts.of("metrics.json", "readers", lambda: readers(run.metrics), []),
-        linear_probe=parts.of("metrics.json", "linear probe", lambda: linear_probe(run.metrics), []),
-        tables=parts.of("metrics.json", "tables of checks", lambda: tables(run.metrics), []),
+        best_of_n=measured("best of n texts", lambda: best_of_n(metrics), []),
+        text_length=measured("lengths of text", lambda: text_length(metrics), []),
+        readers=measured("readers", lambda: readers(metrics), []),
+        linear_probe=measured("linear probe", lambda: linear_probe(metrics), []),
+        tables=measured("tables of checks", lambda: tables(metrics), []),
         provenance=parts.of("provenance.json or run.json", "provenance", lambda: provenance(run), []),
         notes=[*(notes or []), *run.notes, *parts.left_out],
     )
