@@ -1,6 +1,9 @@
 """The document of a report, from what a real run has left."""
 
+import copy
+import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,3 +103,38 @@ def test_a_run_that_has_almost_nothing(tmp_path):
     for part in ("lead", "figures", "comparison", "examples", "readers", "tables"):
         assert document[part] == []
     assert document["explorer"] is None and document["cases"] is None and document["verdict"] == {}
+
+
+def places_below(content, place=()):
+    """The place of every key in nested objects."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield (*place, key)
+        yield from places_below(value, (*place, key))
+
+
+def without(content, place):
+    """A copy that lacks the key at a place."""
+    content = copy.deepcopy(content)
+    functools.reduce(lambda of, key: of[key], place[:-1], content).pop(place[-1])
+    return content
+
+
+def test_whatever_key_a_file_lacks_there_is_a_report(run):
+    for name in ("metrics", "run", "provenance"):
+        whole = getattr(run, name)
+        for place in places_below(whole):
+            assert report_document(replace(run, **{name: without(whole, place)}))["figures"], place
+
+
+def test_parts_that_cannot_be_made_are_left_out_and_named(run, document):
+    assert document["notes"] == ["made up"]
+    metrics = without(run.metrics, ("private_code", "fresh_encoder", "share_of_fve"))
+    lacking = report_document(replace(run, metrics=metrics))
+    assert lacking["tables"] == [] and lacking["readers"] == document["readers"]
+    assert lacking["notes"] == [
+        "Without tables of checks: metrics.json is not as this version writes it (has no 'share_of_fve' there)."
+    ]
+    rows = [without(run.samples[0], ("explanation",)), {**run.samples[1], "fve": None}]
+    for row in rows:
+        lacking = report_document(replace(run, samples=[row]))
+        assert lacking["examples"] == [] and lacking["notes"][0].startswith("Without samples: samples.jsonl is not")
