@@ -99,6 +99,8 @@ def test_to_dict_is_plain_data(explanation):
     "text, positions, message",
     [
         ("", None, "explain: got an empty text"),
+        ([TEXT, TEXT], None, "explain: got list for a text; pass one string"),
+        ("half \ud83d", None, "half a character"),
         (
             " ".join(["w9"] * MAX_POSITIONS),
             None,

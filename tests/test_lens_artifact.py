@@ -216,6 +216,14 @@ def test_what_is_not_there_is_told(hub, commit):
         AutoModel.from_pretrained(REPO, base_modell="x")
 
 
+@pytest.mark.parametrize("half", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"])
+def test_weights_that_are_not_whole_are_told(hub, commit, half, tmp_path):
+    new_lens(commit).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(half)
+    with pytest.raises(ValueError, match="model.safetensors' holds no whole weights .*; it was cut off, or"):
+        AutoModel.from_pretrained(tmp_path)
+
+
 # Pushing
 
 

@@ -129,8 +129,12 @@ def text_ids(lens: ConsistencyLensModel, text: str) -> tuple[list[int], int]:
     """A text's token ids, after BOS where the tokenizer has one, and the index of its own first token.
 
     Raises:
-        ValueError: if the text is empty or longer than the subject's context.
+        ValueError: if the text is empty or longer than the subject's context, or no text.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"explain: got {type(text).__name__} for a text; pass one string, and several one by one")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # as JSON may hold
+        raise ValueError("explain: the text holds half a character (a lone surrogate); leave it out")
     tokenizer = lens.require_tokenizer()
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = bos + tokenizer(text, add_special_tokens=False)["input_ids"]

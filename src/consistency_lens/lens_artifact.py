@@ -12,6 +12,7 @@ from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -207,7 +208,8 @@ class TrainedTensorsModel(PreTrainedModel):
             unused: what `AutoModel` hands on.
 
         Raises:
-            ValueError: if tensors are missing or left over, or the subject is not to be found.
+            ValueError: if tensors are missing or left over, a file is broken, or the subject is not to be found or not
+                the one that the lens was made for.
             OSError: if the artifact or a file of it is not to be found, as `transformers` words it.
             TypeError: for another keyword argument.
         """
@@ -227,7 +229,7 @@ class TrainedTensorsModel(PreTrainedModel):
         # all else comes from the same commit, should the branch move meanwhile
         hub_kwargs["revision"] = extract_commit_hash(config_file, None) or revision
         config = config if config is not None else cls.config_class.from_pretrained(path, **hub_kwargs)
-        tensors = load_file(cast(str, cached_file(path, WEIGHTS_FILE, **hub_kwargs)))
+        tensors = read_tensors(cast(str, cached_file(path, WEIGHTS_FILE, **hub_kwargs)))
         base_kwargs = {
             "dtype": dtype,
             "device_map": device_map,
@@ -282,6 +284,21 @@ class TrainedTensorsModel(PreTrainedModel):
                         "it was trained on another subject"
                     )
                 tensor.copy_(tensors[name])
+
+
+def read_tensors(file: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: if it is broken.
+    """
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"artifact: {file!r} holds no whole weights ({error}); it was cut off, or is a pointer of Git LFS: fetch "
+            "it again, e.g. with consistency-lens pull"
+        ) from error
 
 
 def read_provenance(file: str | None) -> dict[str, Any] | None:

@@ -57,6 +57,8 @@ def test_plotly_shows_the_same_in_a_table_of_any_length():
 def test_too_many_tokens_and_none_are_errors():
     with pytest.raises(ValueError, match=f"room for {MAX_TOKENS} tokens, got {MAX_TOKENS + 1}; pass some"):
         plots.explanation(explained(*["cat"] * (MAX_TOKENS + 1)))
+    with pytest.raises(ValueError, match="got str; pass what lens.explain gives"):
+        plots.explanation("a text")
     with pytest.raises(ValueError, match="got no tokens; pass what lens.explain gives"):
         plots.explanation(explained())
 

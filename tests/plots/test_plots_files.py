@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from plotly.offline import get_plotlyjs
 
 from consistency_lens.cli.main import main
 from consistency_lens.plots.files import PLOTS, SCRIPT
@@ -20,13 +21,15 @@ def log(tmp_path):
 
 
 def test_every_plot_becomes_a_page_and_all_share_one_script(run, tmp_path, capsys):
+    (tmp_path / SCRIPT).write_text("of an earlier version of plotly")
     assert main(["plot", str(run), "--format", "html", "--output_dir", str(tmp_path)]) == 0
     paths = [tmp_path / f"{name}.html" for name in PLOTS]
     assert capsys.readouterr().out.split() == list(map(str, paths))
     assert set(tmp_path.iterdir()) == {tmp_path / SCRIPT, *paths}
     for path in paths:
         page = path.read_text()
-        assert f'src="{SCRIPT}"' in page and "cdn" not in page
+        assert f'src="{SCRIPT}"' in page and "cdn" not in page and "stories, layer 2" in page.split("</title>")[0]
+    assert (tmp_path / SCRIPT).read_text() == get_plotlyjs()
 
 
 @pytest.mark.parametrize("format", MAGIC)

@@ -79,8 +79,9 @@ class TestTrainingCurves:
         assert lines(axes) == {"FVE": ([1, 2, 3], [0.1, 0.2, 0.3]), "KL recovered": ([1, 2, 3], [0.125, 0.25, 0.375])}
 
     def test_one_panel(self, run):
-        (axes,) = plots.training_curves(run, only=["KL"]).axes
-        assert lines(axes) == {"text to its reference": logged(run, "lm")}
+        for only in ("KL", ["KL"]):
+            (axes,) = plots.training_curves(run, only=only).axes
+            assert lines(axes) == {"text to its reference": logged(run, "lm")}
 
     def test_a_panel_that_is_not_there_is_an_error(self, run):
         with pytest.raises(ValueError, match="nothing for 'held-out rows'; it has squared error"):
@@ -182,6 +183,16 @@ class TestTokens:
             plots.fve_against_tokens(one, other)
         with pytest.raises(ValueError, match="got no run; pass the folder of one"):
             plots.fve_against_tokens()
+        with pytest.raises(ValueError, match=r"of a list pass \*runs"):
+            plots.fve_against_tokens([one, other])
+
+
+@pytest.mark.parametrize("name", ["controls", "tokens", "best"])
+def test_figures_of_another_version_are_told(name, tmp_path):
+    metrics = {"fve": 0.5, "controls": {"mean": {}}, "text_length": {}, "best_of_n": {"1": {"fve": 0.5}}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="metrics.json is not as this version writes it .has no 'fve' there"):
+        ALL[name](tmp_path)
 
 
 def test_best_of_n(run, metrics, tmp_path):

@@ -89,6 +89,12 @@ class TestReport:
             assert page.locator(selector).first.bounding_box()["y"] < 900
         assert page.locator(".tile strong").first.inner_text() == f"{run.metrics['fve']:.0%}"
 
+    def test_the_lens_stands_out_among_its_controls_and_predictions_stand_below_each_other(self, opened, run):
+        bold = opened.page.locator("[data-part=comparison] g[font-weight=bold] text").all_text_contents()
+        assert bold == [f"{run.metrics['fve']:.3f}"]
+        case = opened.page.locator("[data-part=examples] .case").first
+        assert len({row.bounding_box()["x"] for row in case.locator(".next > :last-child").all()}) == 1
+
     def test_charts_say_what_they_are(self, opened):
         labels = opened.page.eval_on_selector_all("figure svg[role=img]", "all => all.map(one => one.ariaLabel)")
         assert len(labels) >= 10 and all(labels)

@@ -101,7 +101,8 @@ class TestTexts:
         assert build(run, max_tokens=6)[1]["explorer"] == kept
 
     @pytest.mark.parametrize(
-        ("kept", "changes"), [({"lens": "0" * 64}, {}), ({}, {"max_tokens": 7}), ({"ablation": False}, {})]
+        ("kept", "changes"),
+        [({"lens": "0" * 64}, {}), ({}, {"max_tokens": 7}), ({"ablation": False}, {}), ({}, {"seed": 0})],
     )
     def test_that_were_read_otherwise_are_read_anew(self, run, monkeypatch, kept, changes):
         old = {**made_up_explorer(texts=1, tokens=6), "lens": weights_sha256(run), **kept}

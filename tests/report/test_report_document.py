@@ -132,7 +132,8 @@ def test_parts_that_cannot_be_made_are_left_out_and_named(run, document):
     lacking = report_document(replace(run, metrics=metrics))
     assert lacking["tables"] == [] and lacking["readers"] == document["readers"]
     assert lacking["notes"] == [
-        "Without tables of checks: metrics.json is not as this version writes it (has no 'share_of_fve' there)."
+        "Without tables of checks: metrics.json is not as this version writes it (has no 'share_of_fve' there); make "
+        "it anew."
     ]
     rows = [without(run.samples[0], ("explanation",)), {**run.samples[1], "fve": None}]
     for row in rows:

@@ -33,8 +33,10 @@ def explanation(explained: Explanation, title: str = "", interactive: bool = Fal
         interactive: a plotly table that scrolls, of any length, in place of a figure of matplotlib.
 
     Raises:
-        ValueError: if there are no tokens, or too many for a figure, or the library is not installed.
+        ValueError: if it is none, or there are no tokens, or too many for a figure, or the library is not installed.
     """
+    if not isinstance(explained, Explanation):
+        raise ValueError(f"explanation: got {type(explained).__name__}; pass what lens.explain gives")
     rows = list(explained)
     if not rows:
         raise ValueError("explanation: got no tokens; pass what lens.explain gives")

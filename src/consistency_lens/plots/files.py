@@ -14,6 +14,13 @@ from .runs import best_of_n_texts, controls, fve_against_tokens, token_profiles,
 
 Format = Literal["png", "svg", "pdf", "html"]
 PLOTS_FOLDER, SCRIPT = "plots", "plotly.min.js"
+# Panels stand side by side: a window that is too narrow for them scrolls, and a phone shows them smaller.
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title><style>body {{ min-width: 60rem }}</style></head>
+<body>{drawn}</body>
+</html>
+"""
 # name of the file -> what draws it
 PLOTS: dict[str, Callable[..., AnyFigure]] = {
     "training-curves": training_curves,
@@ -70,7 +77,10 @@ def write_page(path: Path, figure: AnyFigure) -> Path:
     """Writes a plotly figure as a page; the library that it needs lies beside it, once for all pages of a folder."""
     from plotly.offline import get_plotlyjs
 
-    if not (path.parent / SCRIPT).is_file():
-        write_text(path.parent / SCRIPT, get_plotlyjs())
-    write_text(path, figure.to_html(include_plotlyjs="directory"))
+    script, library = path.parent / SCRIPT, get_plotlyjs()
+    # one that an earlier version of plotly left may not draw what this one writes
+    if not script.is_file() or script.read_text(encoding="utf-8") != library:
+        write_text(script, library)
+    drawn = figure.to_html(include_plotlyjs="directory", full_html=False)
+    write_text(path, PAGE.format(title=figure.layout.title.text or path.stem, drawn=drawn))
     return path

@@ -8,7 +8,7 @@ from ..report.document import title_of
 from ..report.explorer_file import EXPLORER_FILE, read_explorer
 from ..report.figures import Compared, best_of_n, comparison, text_length
 from ..report.profiles import Group, profiles
-from ..report.run_folder import RunFolder, read_run
+from ..report.run_folder import RunFolder, as_written, read_run
 from .chart import MIDDOT, AnyFigure, Chart, Dot, Dots, Line, Lines, Mark
 from .drawing import drawn
 
@@ -21,19 +21,19 @@ ROOM = 0.06  # of a share, at either end of its axis
 OF_LENGTH = {"context_tail": "true end of the context", "residual_vq": "the same bits, not as language"}
 
 
-def training_curves(run: str | Path, only: Sequence[str] | None = None, interactive: bool = False) -> AnyFigure:
+def training_curves(run: str | Path, only: str | Sequence[str] | None = None, interactive: bool = False) -> AnyFigure:
     """The log of a training over its steps, with its stages marked: held-out FVE and KL recovered where they were
     measured on the way (`--eval_strategy steps`), and every loss.
 
     Args:
         run: folder of a training.
-        only: titles of the panels to draw, such as `held-out rows` or `KL`; None for all.
+        only: title of the panel to draw, or of several, such as `held-out rows` or `KL`; None for all.
         interactive: a plotly figure in place of one of matplotlib.
 
     Raises:
         ValueError: if there is no such run, its log has no such curve, or the library is not installed.
     """
-    read = read_run(run)
+    read, only = read_run(run), [only] if isinstance(only, str) else only
     found = curves(read)
     if found is None:
         raise ValueError(f"training_curves: no curves in {str(run)!r}; pass the output_dir of a training")
@@ -81,12 +81,14 @@ def controls(run: str | Path, interactive: bool = False) -> AnyFigure:
         ValueError: if there is no such run, it was not evaluated, or the library is not installed.
     """
     read = evaluated(run, "controls")
-    rows = sorted(comparison(read.metrics), key=lambda of: of["fve"], reverse=True)
-    shares = [
-        dots(FVE, rows, [of["fve"] for of in rows], [of["interval"] for of in rows]),
-        dots(KL_RECOVERED, rows, [of["kl_recovered"] for of in rows], [of["kl_interval"] for of in rows]),
-    ]
-    return drawn(Chart(title_of(read), shares, f"bars: {INTERVALS}{MIDDOT}{rows_of(read)}"), interactive)
+    with as_written("metrics.json"):
+        rows = sorted(comparison(read.metrics), key=lambda of: of["fve"], reverse=True)
+        shares = [
+            dots(FVE, rows, [of["fve"] for of in rows], [of["interval"] for of in rows]),
+            dots(KL_RECOVERED, rows, [of["kl_recovered"] for of in rows], [of["kl_interval"] for of in rows]),
+        ]
+        chart = Chart(title_of(read), shares, f"bars: {INTERVALS}{MIDDOT}{rows_of(read)}")
+    return drawn(chart, interactive)
 
 
 def dots(
@@ -118,8 +120,12 @@ def fve_against_tokens(*runs: str | Path, interactive: bool = False) -> AnyFigur
     """
     if not runs:
         raise ValueError("fve_against_tokens: got no run; pass the folder of one, or of several with another T each")
+    if any(not isinstance(run, str | Path) for run in runs):
+        raise ValueError("fve_against_tokens: takes folders one by one; of a list pass *runs")
     read = [evaluated(run, "fve_against_tokens") for run in runs]
-    return drawn(chart_of_parts(read[0]) if len(read) == 1 else chart_of_runs(read), interactive)
+    with as_written("metrics.json"):
+        chart = chart_of_parts(read[0]) if len(read) == 1 else chart_of_runs(read)
+    return drawn(chart, interactive)
 
 
 def chart_of_parts(run: RunFolder) -> Chart:
@@ -178,7 +184,8 @@ def best_of_n_texts(run: str | Path, interactive: bool = False) -> AnyFigure:
         ValueError: if there is no such run, it was not evaluated with that check, or the library is not installed.
     """
     read = evaluated(run, "best_of_n_texts")
-    rows = best_of_n(read.metrics)
+    with as_written("metrics.json"):
+        rows, note = best_of_n(read.metrics), rows_of(read)
     if not rows:
         raise ValueError(
             f"best_of_n_texts: {str(run)!r} was evaluated without the check best_of_n; run consistency-lens eval "
@@ -191,7 +198,7 @@ def best_of_n_texts(run: str | Path, interactive: bool = False) -> AnyFigure:
     ]
     title = "The best of n sampled texts, picked by its squared error"
     panel = Lines(title, "n, texts", f"share: {SCALE}", lines, x_scale="log", ticks=counts)
-    return drawn(Chart(title_of(read), [panel], rows_of(read)), interactive)
+    return drawn(Chart(title_of(read), [panel], note), interactive)
 
 
 def token_profiles(run: str | Path, interactive: bool = False) -> AnyFigure:
@@ -244,7 +251,9 @@ def evaluated(run: str | Path, plot: str) -> RunFolder:
         ValueError: if there is none, or it was not evaluated.
     """
     read = read_run(run)
-    if not comparison(read.metrics):
+    with as_written("metrics.json"):
+        compared = comparison(read.metrics)
+    if not compared:
         raise ValueError(f"{plot}: no figures in {str(run)!r}; run consistency-lens eval --lens with this folder")
     return read
 

@@ -57,7 +57,10 @@ class ReportArguments:
         metadata={"help": "Folder of a tuned lens of the subject; default: the one in tuned_lenses, if there is one."},
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
-    seed: int = field(default=0, metadata={"help": "Of the choice of held-out documents."})
+    seed: int | None = field(
+        default=None,
+        metadata={"help": "Of the choice of held-out documents; default: that of what was read before, or 0."},
+    )
     device: str | None = field(
         default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
     )
@@ -135,7 +138,7 @@ def is_current(explorer: Explorer, args: ReportArguments) -> bool:
     now = weights_sha256(args.place_of_lens)
     is_of_this_lens = now is None or explorer["lens"] == now
     is_long_enough = args.max_tokens in (None, explorer["max_tokens"])
-    return is_of_this_lens and is_long_enough and (explorer["ablation"] or not args.ablation)
+    return is_of_this_lens and is_long_enough and (explorer["ablation"] or not args.ablation) and args.seed is None
 
 
 def read_with_lens(args: ReportArguments, run: RunFolder) -> Explorer:
@@ -145,7 +148,7 @@ def read_with_lens(args: ReportArguments, run: RunFolder) -> Explorer:
     )
     lens = load_lens(saved).eval()
     if args.texts is None:
-        source, texts = "Documents that the training held out", held_out_texts(lens, saved, args.seed)
+        source, texts = "Documents that the training held out", held_out_texts(lens, saved, args.seed or 0)
     else:
         source, texts = f"Texts of {Path(args.texts).name}", texts_of_file(lens, args.texts)
     return read_texts(

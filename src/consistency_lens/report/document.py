@@ -29,7 +29,7 @@ from .figures import (
     verdict,
 )
 from .profiles import Profiles, profiles
-from .run_folder import RunFolder
+from .run_folder import RunFolder, as_written
 
 FORMAT, VERSION = "consistency-lens-report", 1
 HASH_SHOWN = 16  # characters
@@ -123,13 +123,11 @@ class Parts:
     def of(self, file: str, name: str, make: Callable[[], Part], empty: Any) -> Part:
         """What `make` gives, or `empty` where the file does not hold what it looks for."""
         try:
-            return make()
-        except KeyError as missing:
-            cause = f"has no {missing} there"
-        except (TypeError, ValueError, AttributeError) as error:
-            cause = str(error)
-        self.left_out.append(f"Without {name}: {file} is not as this version writes it ({cause}).")
-        return empty
+            with as_written(file, ValueError):
+                return make()
+        except ValueError as error:
+            self.left_out.append(f"Without {name}: {error}.")
+            return empty
 
 
 def title_of(run: RunFolder) -> str:

@@ -177,10 +177,6 @@ def text_of(body: bytes) -> str:
     text = content.get("text") if isinstance(content, dict) else None
     if not isinstance(text, str):
         raise Refused(422, 'the request has no text; send {"text": "..."}')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Refused(422, "the text holds half a character (a lone surrogate); leave it out") from error
     return text
 
 

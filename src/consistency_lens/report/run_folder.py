@@ -1,6 +1,8 @@
 """What a run leaves in its folder, read back: nothing of it has to be there, but not all may be missing."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,25 @@ def parsed(path: Path, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"run: {str(path)!r} is broken ({error}); make it anew, or remove it") from error
+
+
+@contextmanager
+def as_written(file: str, *more: type[Exception]) -> Iterator[None]:
+    """Says so where the content of a file is not what this version writes, but that of another, or of a hand.
+
+    Args:
+        file: its name, for people.
+        more: errors that mean it too, besides those of looking for what is not there.
+
+    Raises:
+        ValueError: then.
+    """
+    kinds: tuple[type[Exception], ...] = (KeyError, TypeError, AttributeError, *more)
+    try:
+        yield
+    except kinds as error:
+        cause = f"has no {error} there" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{file} is not as this version writes it ({cause}); make it anew") from error
 
 
 def checked(path: Path, content: Any, kind: type) -> Any:

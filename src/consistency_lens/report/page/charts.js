@@ -36,6 +36,7 @@ function dotPlot(label, rows, {axis, decimals = 2, domain, zero = false}) {
     const pad = domain ? 0 : 0.06 * (high - low) || 0.5;
     const inside = rows.filter(row => row.value >= low), outside = rows.filter(row => row.value < low);
     const stroke = row => row.strong ? "var(--accent)" : "var(--faint)";
+    const isBold = row => Boolean(row.strong) && !rows.every(of => of.strong);  // among others
     return Plot.plot({
       width, height: rows.length * ROW + 56, marginLeft: Math.min(190, 0.42 * width), marginRight: 52, marginTop: 8, marginBottom: 42,
       style: {fontSize: "13px"},
@@ -46,7 +47,7 @@ function dotPlot(label, rows, {axis, decimals = 2, domain, zero = false}) {
         Plot.ruleY(inside.filter(row => Number.isFinite(row.low)), {y: "label", x1: "low", x2: "high", stroke, strokeWidth: 2}),
         Plot.tickX(inside.filter(row => Number.isFinite(row.low)).flatMap(row => [{...row, end: row.low}, {...row, end: row.high}]), {x: "end", y: "label", stroke, strokeWidth: 2, insetTop: 7, insetBottom: 7}),
         Plot.dot(inside, {x: "value", y: "label", fill: stroke, r: row => row.strong ? 5 : 4, title: row => `${row.label}: ${number(row.value, decimals)}`}),
-        Plot.text(inside, {x: row => Number.isFinite(row.high) ? Math.max(row.high, row.value) : row.value, y: "label", text: row => number(row.value, decimals), dx: 10, textAnchor: "start", fontWeight: row => row.strong ? "bold" : "normal"}),
+        ...[true, false].map(strong => Plot.text(inside.filter(row => isBold(row) === strong), {x: row => Number.isFinite(row.high) ? Math.max(row.high, row.value) : row.value, y: "label", text: row => number(row.value, decimals), dx: 10, textAnchor: "start", fontWeight: strong ? "bold" : "normal"})),
         Plot.text(outside, {x: low, y: "label", text: row => `◂ ${number(row.value, decimals)}`, textAnchor: "start", dx: 4}),
       ],
     });

@@ -20,13 +20,13 @@ function beginningCut(text) {
 
 function caseCard(of, explorer) {
   const context = make("p", {className: "context", dir: "auto"}, visible(beginningCut(of.context)), make("mark", {}, visible(of.token) || "⟨empty⟩"));
-  const tops = top => top.slice(0, 3).flatMap(([token, share], index) => [index ? " · " : "", make("bdi", {}, visibleToken(token)), ` ${percent(share)}`]);
+  const tops = top => make("span", {}, ...top.slice(0, 3).flatMap(([token, share], index) => [index ? " · " : "", make("bdi", {}, visibleToken(token)), ` ${percent(share)}`]));
   const card = make("article", {className: "case"},
     context,
     make("p", {className: "said", dir: "auto"}, make("span", {className: "label"}, "the lens says"), make("bdi", {}, `“${visible(of.explanation.trim())}”`)),
     make("p", {className: "worth"}, `FVE ${number(of.fve)} · KL ${number(of.kl)} nats`),
-    make("p", {className: "next"}, make("span", {className: "label"}, "next, original"), ...tops(of.before)),
-    make("p", {className: "next"}, make("span", {className: "label"}, "next, from the words"), ...tops(of.after)));
+    make("p", {className: "next"}, make("span", {className: "label"}, "next, original"), tops(of.before)),
+    make("p", {className: "next"}, make("span", {className: "label"}, "next, from the words"), tops(of.after)));
   if (of.place && explorer) {
     const button = make("button", {type: "button"}, "show in the explorer");
     button.onclick = () => {
