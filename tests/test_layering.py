@@ -20,6 +20,7 @@ LAYERS = [
         "spans",
         "fingerprints",
         "offloaded",
+        "token_logits",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes", "context_cache"},
