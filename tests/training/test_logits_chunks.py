@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from lens_runs import tiny_cache, tiny_lens
-from tiny_lenses import disturb, trainable
+from lens_runs import tiny_cache, tiny_lens, tiny_trainer
+from live_bytes import peak_bytes
+from tiny_lenses import activations, disturb, trainable
+from tiny_lenses import tiny_lens as wide_lens
 
 from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.data.collator import ActivationCollator
@@ -73,3 +75,58 @@ def test_a_context_that_was_read_on_the_fly_keeps_no_logits(setting):
     expected = losses_of(objective, lens, whole)
     objective.chunk_size = CHUNK_SIZE
     torch.testing.assert_close(losses_of(objective, lens, apart), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_has_the_losses_of_one_without_chunks(tmp_path):
+    settings = {"stages": ["warm_start 2s", "gumbel 2s", "policy_gradient"], "own_share": 0.5, "source": "on_the_fly"}
+    losses = []
+    for chunk_size in (0, CHUNK_SIZE):
+        trainer = tiny_trainer(tmp_path / str(chunk_size), **settings, logits_chunk_size=chunk_size)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+ROWS, LENGTH, CHUNK = 4, 3, 2
+WIDE_OBJECTIVES = {
+    "warm_start": lambda subject, kept, size: WarmStart(own_share=0.5, chunk_size=size),
+    "gumbel": lambda subject, kept, size: Gumbel(subject, kept, delta_residual="full", chunk_size=size),
+    "policy": lambda subject, kept, size: PolicyGradient(
+        SubjectReference(subject), 2, "-kl", subject, straight_through=True, chunk_size=size
+    ),
+}
+
+
+def step_peak(name, vocabulary, chunk_size):
+    """The most bytes of tensors in a step from tokens to gradients, beside weights and gradients."""
+    lens = wide_lens("llama", "frozen", {"vocab_size": vocabulary}, num_text_tokens=LENGTH).train()
+    kept, subject = freeze_copy(lens.decoder), lens.subject
+    subject.check_one_token(64)
+    objective = WIDE_OBJECTIVES[name](subject, DecoderReference(kept), chunk_size)
+    ids = torch.randint(3, vocabulary, (ROWS, 12), generator=torch.Generator().manual_seed(0))
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": torch.full((ROWS,), 11),
+        "tail_ids": ids[:, -LENGTH:], "tail_mask": torch.ones(ROWS, LENGTH, dtype=torch.bool),
+        "given_text": torch.zeros(ROWS, dtype=torch.bool), "rows": torch.arange(ROWS),
+        "other_activations": activations(ROWS, seed=1),
+    }  # fmt: skip
+    for parameter in trainable(lens).values():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step():
+        read = read_activations(subject, batch, keep_context=True, with_head=chunk_size == 0)
+        torch.stack(list(objective(lens, lens, read, Step(0, 1)).terms.values())).sum().backward()
+
+    return peak_bytes(step, torch.nn.ModuleList([lens, kept, subject.model]))
+
+
+@pytest.mark.parametrize("name", WIDE_OBJECTIVES)
+def test_memory_of_a_step_grows_with_the_vocabulary_by_one_chunk_of_rows(name):
+    vocabularies = (8_192, 32_768, 131_072)
+    peaks = [step_peak(name, vocabulary, CHUNK) for vocabulary in vocabularies]
+    for vocabulary, peak in zip(vocabularies[1:], peaks[1:], strict=True):
+        chunk = 4 * CHUNK * (vocabulary - vocabularies[0])
+        # a chunk of logits, of the reference's, of gradients, and what the losses make of them meanwhile
+        assert chunk < peak - peaks[0] < 8 * chunk
+    at_once = [step_peak(name, vocabulary, 0) for vocabulary in vocabularies[:2]]
+    assert at_once[1] - at_once[0] > 2 * 4 * ROWS * LENGTH * (vocabularies[1] - vocabularies[0])
