@@ -319,9 +319,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
     ) -> Tensor:
         """The token ids (B, T) that `decode` turns into strings; `chunk_size`: rows of logits held at a time."""
         settings = {"num_text_tokens": num_text_tokens, "noise_keys": keys, "temperature": temperature}
-        settings["chunk_size"] = chunk_size
         with evaluating(self.decoder):  # in train mode gradient checkpointing would cost the cache
-            return cast(Tensor, self(activations, sample=True, **settings).text_ids)
+            return cast(Tensor, self(activations, sample=True, chunk_size=chunk_size, **settings).text_ids)
 
     @torch.no_grad()
     def decode(
