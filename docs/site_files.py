@@ -7,6 +7,7 @@ from mkdocs.structure.files import File, Files
 
 PICTURES = {
     "images/explanation.png": "model_cards/tiny_stories/explanation.png",
+    "images/controls.png": "model_cards/tiny_stories/controls.png",
     "images/tuned_lens.png": "model_cards/tuned_lens_tiny_stories/sweep-overview.png",
 }
 

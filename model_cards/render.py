@@ -16,22 +16,21 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from speed_block import speed_block
 from tuned_lens_block import tuned_lens_block
 
-from consistency_lens import Explanation, TokenExplanation
+from consistency_lens import Explanation, TokenExplanation, plots
 from consistency_lens.evaluation.report import control_rows, markdown_table, metrics_markdown
 from consistency_lens.hub.lens_card import lens_card
 from consistency_lens.hub.upstream_license import license_in_card
+from consistency_lens.plots.chart import Chart, Line, Lines
+from consistency_lens.plots.static import draw
 from consistency_lens.tuned_lens.cards import CardPlace
 from consistency_lens.tuned_lens.cards import lens_card as tuned_lens_card
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
-CAPTION = "Colour: FVE from 0 (dark) to 1 (bright)."
 SUBJECT = "examples/tiny_stories"
 README = "README.md"
 
@@ -48,57 +47,21 @@ FRESH: dict[str, Column] = {
 }
 
 
-def draw(explanation: Explanation, path: Path) -> None:
-    """A picture of an explanation: each token, its words, its FVE as colour, the predictions before and after."""
-    rows = list(explanation)
-    colours = matplotlib.colormaps["cividis"]
-    figure, axes = plt.subplots(figsize=(11, 0.32 * len(rows) + 1.0))
-    axes.set_axis_off()
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(rows) + 0.6, -1.2)
-    columns = {
-        "token": 0.0, "the lens's words": 0.13, "FVE": 0.52, "KL, nats": 0.59, "next, before": 0.71, "after": 0.86,
-    }  # fmt: skip
-    for title, x in columns.items():
-        axes.text(x, -0.7, title, fontsize=10, fontweight="bold", va="center")
-    for y, row in enumerate(rows):
-        shade = colours(min(max(row.fve, 0.0), 1.0))
-        ink = "black" if sum(shade[:3]) > 1.5 else "white"
-        axes.text(
-            0.0, y, row.token.strip() or repr(row.token), fontsize=10, va="center", color=ink, family="monospace",
-            bbox={"facecolor": shade, "edgecolor": "none", "boxstyle": "round,pad=0.2"},
-        )  # fmt: skip
-        text = row.text.strip().replace("\n", "⏎")
-        cells = (text, f"{row.fve:.2f}", f"{row.kl:.2f}", shown(row.top_before), shown(row.top_after))
-        for x, cell in zip(list(columns.values())[1:], cells, strict=True):
-            axes.text(x, y, cell, fontsize=10, va="center")
-    axes.text(0.0, len(rows) + 0.3, CAPTION, fontsize=8, color="dimgray", va="center")
-    save(figure, path)
-
-
-def shown(top: list[tuple[str, float]]) -> str:
-    token, probability = top[0]
-    return f"{token.strip() or repr(token)} {probability:.0%}"
-
-
-def draw_curves(runs: dict[str, Any], path: Path) -> None:
+def curves_of(runs: dict[str, Any]) -> Chart:
     """Held-out FVE over the minutes of training, one line a run."""
-    figure, axes = plt.subplots(figsize=(8, 4.2))
-    for (label, run), style in zip(runs.items(), ("-", ":", "-.", "-", "--"), strict=False):
-        minutes, fve = [seconds / 60 for _, seconds, _ in run["curve"]], [value for *_, value in run["curve"]]
-        axes.plot(minutes, fve, style, label=label, linewidth=2)
-    axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set_xlabel("minutes of training, evaluation included")
-    axes.set_ylabel("FVE, held out")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
-    save(figure, path)
+    lines = [
+        Line(label, [seconds / 60 for _, seconds, _ in run["curve"]], [fve for *_, fve in run["curve"]])
+        for label, run in runs.items()
+    ]
+    axes = Lines(
+        "FVE on held-out rows (1 is perfect, 0 the mean activation)", "minutes of training, evaluation included",
+        "FVE", lines,
+    )  # fmt: skip
+    return Chart("", [axes])
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": f"matplotlib {matplotlib.__version__}"})
-    plt.close(figure)
 
 
 def machine_of(run: dict[str, Any]) -> str:
@@ -165,14 +128,15 @@ def with_block(text: str, name: str, block: str) -> str:
 
 
 def render_lens(name: str, target: Path) -> None:
-    """The card and the picture of a lens that `make demo` trained."""
+    """The card and the pictures of a lens that `make demo` trained."""
     folder = CARDS / name
     (target / name).mkdir(parents=True, exist_ok=True)
     (target / name / README).write_text(lens_card(folder, location=f"outputs/{name}"), encoding="utf-8")
     if (folder / "explanation.json").is_file():
         said = read_json(folder / "explanation.json")
         tokens = [TokenExplanation(**row) for row in said["tokens"]]
-        draw(Explanation(said["text"], tokens), target / name / "explanation.png")
+        save(plots.controls(folder), target / name / "controls.png")
+        save(plots.explanation(Explanation(said["text"], tokens)), target / name / "explanation.png")
 
 
 def render_tuned_lens(name: str, target: Path) -> None:
@@ -195,7 +159,7 @@ def render(target: Path) -> None:
     render_lens("tiny_stories", cards)
     render_tuned_lens("tuned_lens_tiny_stories", cards)
     best, objectives = read_json(CARDS / "best.json"), read_json(CARDS / "objectives.json")
-    draw_curves(objectives, cards / "objectives.png")
+    save(draw(curves_of(objectives)), cards / "objectives.png")
     demo = CARDS / "tiny_stories"
     readme = {
         "demo": demo_block(read_json(demo / "run.json"), read_json(demo / "metrics.json")),

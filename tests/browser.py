@@ -42,7 +42,8 @@ class OpenedPage:
         requests: addresses that were asked for.
     """
 
-    def __init__(self, browser: Any, place: Path | str, **context: Any) -> None:
+    def __init__(self, browser: Any, place: Path | str, ready: str = "[data-part=lead]", **context: Any) -> None:
+        """`ready` selects what a page has once it is there; `context` is of playwright's `new_context`."""
         self.context = browser.new_context(**context)
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
@@ -53,7 +54,7 @@ class OpenedPage:
         self.page.on("dialog", lambda dialog: self.problems.append(f"dialog: {dialog.message}") or dialog.dismiss())
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(place.as_uri() if isinstance(place, Path) else place)
-        self.page.wait_for_selector("[data-part=lead]", state="attached")
+        self.page.wait_for_selector(ready, state="attached")
 
     def _console(self, message: Any) -> None:
         if message.type in ("error", "warning"):

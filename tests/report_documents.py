@@ -64,7 +64,20 @@ def made_up_report(explorer: Explorer | None = None, **parts: Any) -> ReportDocu
     report = ReportDocument(
         format=FORMAT, version=VERSION, title="A made up lens", lead=["Read in tests."], figures=[], comparison=[],
         verdict={}, examples=[], explorer=explorer, profiles=None if explorer is None else profiles(explorer),
-        heatmap=None, curves=None, cases=None, best_of_n=[], readers=[], linear_probe=[], tables=[], provenance=[],
-        notes=[],
+        heatmap=None, curves=None, cases=None, best_of_n=[], readers=[], text_length=[], linear_probe=[],
+        tables=[], provenance=[], notes=[],
     )  # fmt: skip
     return report | parts  # type: ignore[return-value]
+
+
+def made_up_text_length() -> dict[str, Any]:
+    """What `text_length` leaves in `metrics.json` of a text of three tokens."""
+    values = {"first": [0.1, 0.3, 0.6], "last": [0.4, 0.5, 0.6], "context_tail": [0.5, 0.6, 0.7]}
+    return {"tokens": [1, 2, 3]} | {
+        part: {
+            "fve": fve, "fve_ci95": [[value - 0.02, value + 0.03] for value in fve],
+            "kl_recovered": [value + 0.2 for value in fve],
+            "kl_recovered_ci95": [[value + 0.1, value + 0.25] for value in fve],
+        }
+        for part, fve in values.items()
+    }  # fmt: skip

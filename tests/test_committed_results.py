@@ -108,3 +108,11 @@ def test_a_benchmark_result_is_whole_and_meets_its_aim(name, least):
     assert result["name"] == name
     assert result["ratio"] == pytest.approx(result["theirs"] / result["ours"], rel=1e-3)
     assert result["ratio"] >= least
+
+
+def test_a_report_of_ten_thousand_tokens_opens_within_three_seconds_and_scrolls_smoothly():
+    result = json.loads((RESULTS / "report_page.json").read_text(encoding="utf-8"))
+    assert result["tokens_that_are_elements_after_scrolling"] == 10_000
+    assert result["opened"]["longest"] < 3000
+    frames = result["frames_while_scrolling"]
+    assert frames["count"] > 1000 and frames["median"] < 17 and frames["p95"] < 34

@@ -19,6 +19,7 @@ LAYERS = [
         "attention",
         "spans",
         "fingerprints",
+        "notebook_figure",
         "offloaded",
         "token_logits",
     }
@@ -30,6 +31,7 @@ LAYERS = [
     {"evaluation", "hub", "checkpoints"},
     {"training", "tuned_lens"},
     {"report"},
+    {"plots"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

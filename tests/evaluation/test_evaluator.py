@@ -162,7 +162,11 @@ class TestResult:
 
     def test_intervals_surround_a_resample_of_documents(self, lens, rows):
         metrics = evaluate(lens, rows, num_bootstrap=400)
-        controls = {f"controls.{name}.fve": of["fve"] for name, of in metrics["controls"].items()}
+        controls = {
+            f"controls.{name}.{metric}": of[metric]
+            for name, of in metrics["controls"].items()
+            for metric in ("fve", "kl_recovered")
+        }
         assert set(metrics["ci95"]) == set(STATISTICS) | set(controls)
         for name, (low, high) in metrics["ci95"].items():
             assert low - 1e-9 <= (metrics | controls)[name] <= high + 1e-9, name
@@ -216,7 +220,8 @@ class TestTrainingRows:
     def test_change_nothing_else(self, lens, rows, train_rows):
         fitted, plain = evaluate(lens, rows, train_rows), evaluate(lens, rows)
         fitted["controls"].pop("residual_vq")
-        fitted["ci95"].pop("controls.residual_vq.fve")
+        for metric in ("fve", "kl_recovered"):
+            fitted["ci95"].pop(f"controls.residual_vq.{metric}")
         fitted, plain = flat(fitted), flat(plain)
         assert fitted.keys() == plain.keys()
         for name, value in plain.items():

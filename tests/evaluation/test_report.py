@@ -7,6 +7,7 @@ from rich.console import Console
 
 from consistency_lens.evaluation import CHECKS, CONTROLS, Sample, metrics_markdown, metrics_table, samples_table
 from consistency_lens.evaluation.report import CHECK_TABLES, samples_markdown
+from consistency_lens.evaluation.text_length import PARTS
 
 WIDTH = 150
 
@@ -89,6 +90,8 @@ def checked(metrics):
         "unused_token_share": 0.4,
         "true_unused_token_share": 0.3,
         "best_of_n": {"1": {"fve": 0.4, "kl_recovered": 0.5}, "2": {"fve": 0.45, "kl_recovered": 0.55}},
+        "text_length": {"tokens": [1, 2]}
+        | {part: {"fve": [0.1, 0.2 + shift], "kl_recovered": [0.3, 0.6]} for shift, part in enumerate(PARTS)},
         "private_code": {
             name: {"fve": 0.4, "kl_recovered": 0.5, "share_of_fve": share}
             for name, share in (("word_shuffle", 0.31), ("fresh_encoder", 0.72))
@@ -120,6 +123,7 @@ class TestChecks:
             "| the lens's text, its own encoder | 0.487 | 0.250 | 1.000 |",
             "| the lens's text, an encoder that has read true text alone | 0.400 | 0.500 | 0.720 |",
             "| P - 1 | 0.500 | 0.400 | 0.100 | 1,000 |",
+            "| 2 | 0.200 | 0.600 | 1.200 | 0.600 | 2.200 | 0.600 |",
             "| a word | 0.110 | 0.220 | 5,000 |",
             "| the word 1 before the last | 0.200 |  | 900 |",
             "| a sentence | 0.250 | 0.100 | 30 |",

@@ -1,11 +1,7 @@
-"""The embedded model, its recipe and the commands of the README, as they are written."""
+"""The embedded model, its recipes, and the command of the README that trains its lens."""
 
-import itertools
 import json
 import os
-import re
-import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +13,7 @@ from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from consistency_lens import ConsistencyLensModel, Subject, TunedLens
-from consistency_lens.cli.main import main as command_line
+from consistency_lens import Subject
 from consistency_lens.cli.parser import RECIPE_SECTIONS, parse_arguments
 from consistency_lens.cli.train import main
 from consistency_lens.data.generation import sample_documents
@@ -36,27 +31,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def story_model():
     return AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
-
-
-def run_commands(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the lines of a block one after the other, in this process, which has imported everything already."""
-    monkeypatch.chdir(ROOT)
-    activate, *lines = block.replace("\\\n", " ").splitlines()
-    assert activate == ". .venv/bin/activate"
-    for line in lines:
-        words = shlex.split(line)
-        if words[0] == "consistency-lens":
-            assert command_line(words[1:]) == 0, line
-        else:
-            assert words[:2] == ["accelerate", "launch"]
-            monkeypatch.setattr(sys, "argv", words[2:])
-            with pytest.raises(SystemExit) as end:
-                runpy.run_path(words[2], run_name="__main__")
-            assert end.value.code == 0, line
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_embedded_model_is_small_and_safe():
@@ -136,69 +110,6 @@ def test_a_recipe_has_known_keys_and_stages_that_fit(path):
     assert recipe.model == yaml.safe_load(path.read_text())["model"]
     epochs = round(100 * training.num_train_epochs)
     training.stage_starts(steps_per_epoch=100, total_steps=training.max_steps if training.max_steps > 0 else epochs)
-
-
-def test_the_python_of_the_readme_runs_as_written(tmp_path, story_model, monkeypatch):
-    model, tokenizer = story_model
-    lens = ConsistencyLensModel.from_subject(model, tokenizer, layer=2, training="frozen")
-    lens.save_pretrained(tmp_path / "lens")
-    TunedLens.for_model(model, tokenizer, rank=4).save_pretrained(tmp_path / "tuned")
-    monkeypatch.chdir(ROOT)
-    code = blocks("python")
-    assert len(code) >= 3 and "outputs/tiny_stories" in code[0]
-    for block in code:
-        script = block.replace("outputs/tiny_stories", str(tmp_path / "lens"))
-        script = script.replace("outputs/tuned_lenses/tiny_stories", str(tmp_path / "tuned"))
-        assert "consistency_lens" in script  # or `AutoModel` would not know the lens
-        exec(compile(script, "README.md", "exec"), {})
-
-
-def test_the_way_from_text_to_a_lens_in_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
-    block = next(block for block in blocks("bash") if "consistency-lens tokenize" in block)
-    animals, places = ("dog", "cat", "bird", "bear", "fish"), ("park", "house", "tree", "sea", "shop", "hill")
-    stories = [f"Once upon a time, a little {a} went to the {p}. The {a} was happy." for a in animals for p in places]
-    (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(stories))
-    small = (
-        "--max_steps 2 --stages 'warm_start 1s' policy_gradient --per_device_train_batch_size 4 --interim_eval_rows 2 "
-        "--eval_rows 4 --eval_checks best_of_n --num_samples 1 --sample_steps 0"
-    )
-    replacements = {
-        "corpus.txt": str(tmp_path / "corpus.txt"),
-        "data/": f"{tmp_path}/data/",
-        "outputs/own": f"{tmp_path}/own {small}",
-    }
-    for written, small_one in replacements.items():
-        assert written in block
-        block = block.replace(written, small_one)
-    run_commands(block, monkeypatch)
-    printed = capsys.readouterr().out
-    assert printed.count("layer_2") >= 2 and "FVE" in printed
-    assert (tmp_path / "own" / "model.safetensors").is_file() and not (tmp_path / "own" / "data").exists()
-
-
-def test_the_way_to_a_tuned_lens_in_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
-    block = next(block for block in blocks("bash") if "tuned-lens fit" in block)
-    words = itertools.product(("dog", "cat", "bird", "bear", "fish"), ("park", "house", "sea"), range(20))
-    stories = [f"Once upon a time, a little {a} went to the {b}. It saw {n} trees and was happy." for a, b, n in words]
-    (tmp_path / "corpus.txt").write_text("\n<|endoftext|>\n".join(stories))
-    small = (
-        f"--dataset {tmp_path}/corpus.txt --tokens 4096 --validation_tokens 128 --seq_len 32 "
-        f"--validation_fraction 0.1 --output_dir {tmp_path}/lens"
-    )
-    replacements = {
-        "tuned_lens/tiny_stories.yaml": f"tuned_lens/tiny_stories.yaml {small}",
-        "outputs/tuned_lenses/tiny_stories": f"{tmp_path}/lens",
-        "outputs/sweep": f"{tmp_path}/sweep",
-        "--gates A C D": "--gates C",  # so little text does not make a lens
-    }
-    for written, small_one in replacements.items():
-        assert written in block
-        block = block.replace(written, small_one)
-    run_commands(block, monkeypatch)
-    printed = capsys.readouterr().out
-    for expected in ("The lens lies in", "passed: C", "sweep-overview.png"):
-        assert expected in printed
-    assert (tmp_path / "lens" / "provenance.json").is_file() and (tmp_path / "sweep" / "sweep.json").is_file()
 
 
 def test_the_command_of_the_readme_trains_a_lens(tmp_path):

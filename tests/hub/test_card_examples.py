@@ -1,20 +1,20 @@
 """Every example in a card runs as it is written, against a Hub that has what the card is of."""
 
-import re
-import shlex
+from pathlib import Path
 
 import pytest
 from carded_lenses import write_files
+from code_blocks import run_card
 from hub_rules import check_dataset_card, check_model_card
 from hub_server import USER
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from published_caches import build_caches
 from published_lenses import add_subject, save_subject
 from tiny_lenses import tiny_lens
 
-from consistency_lens.cli.main import main
 from consistency_lens.hub.cache_push import push_cache
 from consistency_lens.hub.lens_card import write_lens_card
+from consistency_lens.hub.lens_push import push_lenses
 
 BASE, LENS = f"{USER}/base", f"{USER}/lens"
 
@@ -37,21 +37,6 @@ def publish(model, folder, repo):
     return card.read_text(encoding="utf-8")
 
 
-def blocks(card, language):
-    return re.findall(rf"```{language}\n(.*?)```", card, re.DOTALL)
-
-
-def run_blocks(card):
-    """Runs the Python of a card; returns the names that each block leaves."""
-    left = []
-    for code in blocks(card, "python"):
-        names: dict = {}
-        exec(compile(code, "card", "exec"), names)
-        left.append(names)
-    assert left
-    return left
-
-
 @pytest.fixture
 def base(hub, tmp_path):
     """Folder and commit of a base model on the Hub."""
@@ -61,7 +46,7 @@ def base(hub, tmp_path):
 
 def test_the_examples_of_a_published_lens_run(base, tmp_path, capsys):
     lens = lens_of(BASE, base[1])
-    first, *others = run_blocks(publish(lens, tmp_path / "lens", LENS))
+    first, *others = run_card(publish(lens, tmp_path / "lens", LENS))
     assert first["again"].shape == first["activations"].shape and len(first["words"]) == len(first["again"])
     assert len(capsys.readouterr().out.splitlines()) > 10
     for names in others:  # by the code that came with it
@@ -70,9 +55,9 @@ def test_the_examples_of_a_published_lens_run(base, tmp_path, capsys):
 
 def test_the_examples_of_a_published_decoder_and_encoder_run(base, tmp_path):
     lens = lens_of(BASE, base[1])
-    names, *_ = run_blocks(publish(lens.decoder, tmp_path / "decoder", f"{USER}/decoder"))
+    names, *_ = run_card(publish(lens.decoder, tmp_path / "decoder", f"{USER}/decoder"))
     assert names["ids"].shape == (len(names["tokens"]["input_ids"][0]), 4)
-    names, *_ = run_blocks(publish(lens.encoder, tmp_path / "encoder", f"{USER}/encoder"))
+    names, *_ = run_card(publish(lens.encoder, tmp_path / "encoder", f"{USER}/encoder"))
     assert names["ids"].shape[0] == 1
 
 
@@ -81,7 +66,7 @@ def test_the_examples_of_a_lens_of_a_local_model_run_where_that_model_is(hub, tm
     card = publish(lens_of(str(subject)), tmp_path / "lens", LENS)
     assert str(tmp_path) not in card and "The base model is local" in card
     monkeypatch.chdir(tmp_path)
-    run_blocks(card)
+    run_card(card)
 
 
 def test_the_examples_of_a_cache_run(hub, tmp_path, monkeypatch):
@@ -92,9 +77,18 @@ def test_the_examples_of_a_cache_run(hub, tmp_path, monkeypatch):
     assert head["license"] == "odc-by"
     card = (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    (names,) = run_blocks(card)
+    (names,) = run_card(card)
     assert len(names["rows"]) == len(list(names["stream"])) > 0 and folder
-    (commands,) = blocks(card, "bash")
-    for command in commands.strip().splitlines():
-        program, *words = shlex.split(command)
-        assert program == "consistency-lens" and main(words) == 0, command
+
+
+def test_the_examples_of_a_collection_run(base, tmp_path, monkeypatch):
+    lens = lens_of(BASE, base[1])
+    for name in ("one", "two"):
+        lens.save_pretrained(write_files(tmp_path / "all" / name))
+    push_lenses(tmp_path / "all", f"{USER}/lenses")
+    card = hf_hub_download(f"{USER}/lenses", "README.md")
+    monkeypatch.chdir(tmp_path)
+    (names,) = run_card(Path(card).read_text(encoding="utf-8"))
+    pulled = tmp_path / "lenses" / "one" / "model.safetensors"
+    assert pulled.read_bytes() == (tmp_path / "all" / "one" / "model.safetensors").read_bytes()
+    assert names["lens"].config.layer == lens.config.layer

@@ -17,6 +17,20 @@ from consistency_lens.report.live import LARGEST_BODY, Busy, ReadingQueue, make_
 from consistency_lens.report.serve_arguments import ServeArguments
 
 TEXT = "w9 w10 w11 w12"
+MAX_TOKENS = 8
+# what is wrong with a request -> its body, and the status and words of the answer
+REFUSED = {
+    "empty": (b"", 400, "no JSON in UTF-8"),
+    "binary": (b"\xff\xfe\x00binary\x00", 400, "no JSON in UTF-8"),
+    "deep": (b"[" * 60_000, 400, "no JSON in UTF-8"),
+    "list": (b'["w9"]', 422, "has no text"),
+    "number": (b'{"text": 7}', 422, "has no text"),
+    "surrogate": (b'{"text": "\\ud800"}', 422, "lone surrogate"),
+    "no text": (b'{"text": ""}', 422, "empty text"),
+    "spaces": (b'{"text": "   "}', 422, "empty text"),
+    "long": (b'{"text": "' + b"w9 " * (MAX_TOKENS + 1) + b'"}', 422, "10 tokens, 8 are read"),
+    "huge": (b'{"text": "' + b"w" * LARGEST_BODY + b'"}', 413, "65,536 bytes"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +40,7 @@ def lens():
 
 @pytest.fixture(scope="module")
 def client(lens):
-    with TestClient(make_app(lens, "user/lens", max_tokens=8), base_url="http://127.0.0.1") as client:
+    with TestClient(make_app(lens, "user/lens", max_tokens=MAX_TOKENS), base_url="http://127.0.0.1") as client:
         yield client
 
 
@@ -44,22 +58,7 @@ def test_the_page_may_ask_its_own_server_and_nobody_else(client):
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "http" not in policy
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "words"),
-    [
-        (b"", 400, "no JSON in UTF-8"),
-        (b"\xff\xfe\x00binary\x00", 400, "no JSON in UTF-8"),
-        (b"[" * 60_000, 400, "no JSON in UTF-8"),
-        (b'["w9"]', 422, "has no text"),
-        (b'{"text": 7}', 422, "has no text"),
-        (b'{"text": "\\ud800"}', 422, "lone surrogate"),
-        (b'{"text": ""}', 422, "empty text"),
-        (b'{"text": "   "}', 422, "empty text"),
-        (b'{"text": "' + b"w9 " * 9 + b'"}', 422, "10 tokens, 8 are read"),
-        (b'{"text": "' + b"w" * LARGEST_BODY + b'"}', 413, "65,536 bytes"),
-    ],
-    ids=["empty", "binary", "deep", "list", "number", "surrogate", "no text", "spaces", "long", "huge"],
-)
+@pytest.mark.parametrize(("body", "status", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_read_is_refused_in_a_line(client, body, status, words):
     answer = client.post("/api/explain", content=body)
     assert answer.status_code == status

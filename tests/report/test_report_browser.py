@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import OpenedPage, chromium
-from report_documents import made_up_explorer, made_up_report
+from report_documents import made_up_explorer, made_up_report, made_up_text_length
 from sweep_records import made_up
 from test_report_page import HOSTILE
 
@@ -42,6 +42,7 @@ def whole(run, tmp_path_factory):
     run.log.extend(
         {"step": step, "stage": 1 + step // 5, "ce": 3 - step / 5, "eval_fve": step / 10} for step in range(9)
     )
+    run.metrics["text_length"] = made_up_text_length()
     records = {lens: made_up(lens, layers=3, tokens=6, prompts=1) for lens in ("norm", "tuned")}
     layers = heatmap_data(records, "prompt-0") | {"labels": {"norm": "norm lens", "tuned": "tuned lens"}}
     path = tmp_path_factory.mktemp("page") / "report.html"
@@ -91,6 +92,8 @@ class TestReport:
     def test_charts_say_what_they_are(self, opened):
         labels = opened.page.eval_on_selector_all("figure svg[role=img]", "all => all.map(one => one.ariaLabel)")
         assert len(labels) >= 10 and all(labels)
+        assert "FVE where the encoder reads only so many tokens" in labels
+        assert "cross-entropy of true text, nats a token" in labels
 
 
 class TestExplorer:
@@ -269,7 +272,7 @@ def hostile(browser, tmp_path_factory):
         heatmap=layers, examples=[case], cases={"best": [case], "worst": [case]}, comparison=[point], readers=[point],
         verdict={"below": [HOSTILE]}, tables=[{"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]]}],
         figures=[{"name": "fve", "label": HOSTILE, "value": 0.1, "interval": None, "decimals": 2}],
-        curves={"charts": [{"title": HOSTILE, "lines": [{"label": HOSTILE, "points": [[1, 2], [2, 3]]}]}],
+        curves={"charts": [{"title": HOSTILE, "unit": "", "lines": [{"label": HOSTILE, "points": [[1, 2], [2, 3]]}]}],
                 "stages": [{"label": HOSTILE, "start": 1}]},
     )  # fmt: skip
     opened = open_with(browser, tmp_path_factory.mktemp("hostile"), document, viewport={"width": 390, "height": 844})

@@ -1,13 +1,16 @@
 """The document of a report, from what a real run has left."""
 
+import copy
+import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_documents import made_up_explorer
+from report_documents import made_up_explorer, made_up_text_length
 
 from consistency_lens.report.document import report_document
-from consistency_lens.report.figures import comparison, verdict
+from consistency_lens.report.figures import comparison, text_length, verdict
 from consistency_lens.report.run_folder import RunFolder, read_run
 
 CARDS = Path(__file__).parents[2] / "model_cards" / "tiny_stories"
@@ -60,8 +63,9 @@ def by_fve(controls):
 def test_overlapping_intervals_are_level():
     metrics = {
         "fve": 0.5, "controls": {"mean": {"fve": 0.45, "kl_recovered": 0}, "shuffled": {"fve": 0.1}},
-        "ci95": {"fve": [0.4, 0.6], "controls.mean.fve": [0.42, 0.48]},
+        "ci95": {"fve": [0.4, 0.6], "controls.mean.fve": [0.42, 0.48], "controls.mean.kl_recovered": [0, 0.1]},
     }  # fmt: skip
+    assert [of["kl_interval"] for of in comparison(metrics)] == [None, [0, 0.1], None]
     assert verdict(comparison(metrics)) == {"above": ["shuffled"], "level": ["mean"], "below": []}
 
 
@@ -71,6 +75,16 @@ def test_checks(run, document):
     assert fresh["fve"] == run.metrics["private_code"]["fresh_encoder"]["fve"]
     assert document["linear_probe"][1]["text"] == run.metrics["linear_probe"]["named_by_text"][1]
     assert len(document["tables"]) == 3
+
+
+def test_what_part_of_a_text_is_worth():
+    made_up = made_up_text_length()
+    first, *_, tail = text_length({"text_length": made_up})
+    assert first["label"] == "first tokens of the lens's text" and first["tokens"] == [1, 2, 3]
+    assert first["fve"] == made_up["first"]["fve"] and first["intervals"] == made_up["first"]["fve_ci95"]
+    assert tail["kl_recovered"] == made_up["context_tail"]["kl_recovered"]
+    assert tail["kl_intervals"] == made_up["context_tail"]["kl_recovered_ci95"]
+    assert text_length({"fve": 0.5}) == []
 
 
 def test_provenance(document):
@@ -89,3 +103,38 @@ def test_a_run_that_has_almost_nothing(tmp_path):
     for part in ("lead", "figures", "comparison", "examples", "readers", "tables"):
         assert document[part] == []
     assert document["explorer"] is None and document["cases"] is None and document["verdict"] == {}
+
+
+def places_below(content, place=()):
+    """The place of every key in nested objects."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield (*place, key)
+        yield from places_below(value, (*place, key))
+
+
+def without(content, place):
+    """A copy that lacks the key at a place."""
+    content = copy.deepcopy(content)
+    functools.reduce(lambda of, key: of[key], place[:-1], content).pop(place[-1])
+    return content
+
+
+def test_whatever_key_a_file_lacks_there_is_a_report(run):
+    for name in ("metrics", "run", "provenance"):
+        whole = getattr(run, name)
+        for place in places_below(whole):
+            assert report_document(replace(run, **{name: without(whole, place)}))["figures"], place
+
+
+def test_parts_that_cannot_be_made_are_left_out_and_named(run, document):
+    assert document["notes"] == ["made up"]
+    metrics = without(run.metrics, ("private_code", "fresh_encoder", "share_of_fve"))
+    lacking = report_document(replace(run, metrics=metrics))
+    assert lacking["tables"] == [] and lacking["readers"] == document["readers"]
+    assert lacking["notes"] == [
+        "Without tables of checks: metrics.json is not as this version writes it (has no 'share_of_fve' there)."
+    ]
+    rows = [without(run.samples[0], ("explanation",)), {**run.samples[1], "fve": None}]
+    for row in rows:
+        lacking = report_document(replace(run, samples=[row]))
+        assert lacking["examples"] == [] and lacking["notes"][0].startswith("Without samples: samples.jsonl is not")

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
+from code_blocks import run_card
 from hub_server import Blob, HubServer, Reply
-from huggingface_hub import snapshot_download
 from published_lenses import add_subject, fit_lens, save_subject
 from tiny_models import random_tokens
 
@@ -248,24 +248,17 @@ def test_an_index_that_is_no_index_is_refused(content):
         read_index(content, REPO)
 
 
-def test_the_code_in_a_card_runs_as_it_stands(hub, released, tmp_path, monkeypatch, capsys):
+def test_the_code_in_a_card_runs_as_it_stands(released, fitted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    card = released.head.files[f"{FOLDER}/README.md"].content.decode()
-    ours, theirs = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    ours = ours.replace("Once upon a time", "w3 w4 w5")
-    exec(ours, {})
-    layers = eval(capsys.readouterr().out)
-    assert [len(row) for row in layers] == [3, 3, 3]
-    found = {"snapshot_download": snapshot_download}
-    exec(theirs, found)
-    assert torch.equal(found["lens"].translators[0].W, TunedLens.from_pretrained("lenses/tiny").translators[0].W)
-    local = released.head.files[f"tuned_lenses/{LOCAL}/README.md"].content.decode()
-    assert 'subject = "path/of/subject"' in local and "base_model=subject" in local
+    (tmp_path / "path" / "of").mkdir(parents=True)
+    (tmp_path / "path" / "of" / "subject").symlink_to(fitted[1].subject)
+    for folder in (FOLDER, f"tuned_lenses/{LOCAL}"):
+        ours, theirs = run_card(released.head.files[f"{folder}/README.md"].content.decode())
+        assert torch.equal(theirs["lens"].translators[0].W, ours["lens"].translators[0].W)
 
 
 def test_the_code_in_the_data_sets_card_runs_as_it_stands(released, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", released.head.files["README.md"].content.decode(), re.DOTALL)
-    exec(code, {})
+    run_card(released.head.files["README.md"].content.decode())
     assert (tmp_path / "lenses" / FOLDER / "model.safetensors").is_file()
     shutil.rmtree(tmp_path / "lenses")

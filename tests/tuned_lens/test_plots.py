@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.text import Text
+from drawn_texts import no_text_covers_another
 from sweep_records import made_up, record
 
 from consistency_lens.tuned_lens.depth import layer_at_depth
@@ -204,20 +204,7 @@ class TestOverview:
     @pytest.mark.parametrize("layers", [4, 80])
     def test_no_text_covers_another(self, layers, monkeypatch):
         figure = overview_figure({lens: made_up(lens, layers=layers) for lens in ("norm", "tuned")}, "a model")
-        figure.draw_without_rendering()
-        drawn = []
-        draw = Text.draw
-        monkeypatch.setattr(Text, "draw", lambda text, *args: [drawn.append(text), draw(text, *args)])
-        figure.draw_without_rendering()
-        boxes = [
-            (text.get_text(), text.get_window_extent()) for text in drawn if text.get_visible() and text.get_text()
-        ]
-        assert len(boxes) > 40
-        for index, (name, box) in enumerate(boxes):
-            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-            assert inside, f"{name!r} is cut off"
-            for other, second in boxes[index + 1 :]:
-                assert not box.overlaps(second), f"{name!r} covers {other!r}"
+        assert no_text_covers_another(figure, monkeypatch) > 40
 
 
 def test_no_answers_are_an_error_of_the_rank_figure(lenses):

@@ -29,6 +29,7 @@ COMMANDS = {
     "report": Command(
         LENS, "one HTML page of a run: its figures, its curves, and texts to walk through", "outputs/tiny_stories"
     ),
+    "plot": Command(LENS, "plots of a run: curves, controls, FVE against tokens", "outputs/tiny_stories"),
     "serve": Command(LENS, "a page at which any text is read by a lens, on this machine", "outputs/tiny_stories"),
     TUNED_LENS: Command(LENS, "fit, judge, plot and publish tuned lenses", "fit --model gpt2"),
     "tokenize": Command(

@@ -18,7 +18,7 @@ FEATURES = {
     "quant": "8-bit and 4-bit subjects (--quantization)",
     "deepspeed": "examples/accelerate/zero*.yaml",
     "flash": "--attn_implementation flash_attention_2",
-    "plots": "figures of lenses and sweeps",
+    "plots": "plots of lenses, runs and sweeps; interactive ones by plotly",
     "metrics": "modules of Hugging Face evaluate",
     "serve": "the page of `serve`, and a server of transformers for generate-chat",
     "cli": "completion of commands in a shell",

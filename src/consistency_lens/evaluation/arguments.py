@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from .controls import CONTROLS, check_names
 
-CHECKS = ("linear_probe", "private_code", "best_of_n", "ablation", "steering")
+CHECKS = ("linear_probe", "private_code", "best_of_n", "text_length", "ablation", "steering")
 # The controls and checks that are fitted to training rows.
 FITTED = ("residual_vq", "linear_probe", "private_code")
 

@@ -27,6 +27,8 @@ from .linear_probe import linear_probe
 from .metrics import (
     bootstrap_sums,
     distinct_n,
+    first_kept,
+    last_kept,
     percentile_interval,
     share_recovered,
     squared_error,
@@ -37,6 +39,7 @@ from .metrics import (
 from .private_code import private_code
 from .residual_vq import ResidualQuantiser
 from .steering import edit_and_steer
+from .text_length import text_length
 
 Sums = Mapping[str, Tensor]
 
@@ -196,8 +199,7 @@ class Evaluator:
         """Negative log-likelihoods (B,) of text and true tail, of as many tokens: the first ones cost the most."""
         subject, tail_mask = self.lens.subject, batch["tail_mask"]
         tokens = torch.minimum(text_mask.sum(dim=1), tail_mask.sum(dim=1))
-        text_mask = text_mask & (text_mask.cumsum(dim=1) <= tokens[:, None])
-        tail_mask = tail_mask & (tail_mask.flip(1).cumsum(dim=1).flip(1) <= tokens[:, None])
+        text_mask, tail_mask = first_kept(text_mask, tokens[:, None]), last_kept(tail_mask, tokens[:, None])
         return {
             "text_nll": text_nll(subject, text_ids, text_mask).sum(-1),
             "text_tokens": tokens,
@@ -224,20 +226,16 @@ class Evaluator:
             "ci95": {
                 **{name: list(percentile_interval(of_sums(resampled))) for name, of_sums in STATISTICS.items()},
                 **{
-                    f"controls.{name}.fve": list(
-                        percentile_interval(share_recovered(resampled[f"error.{name}"], resampled["variance"]))
-                    )
+                    f"controls.{name}.{metric}": list(percentile_interval(values))
                     for name in self.controls
+                    for metric, values in worth_of(name, resampled).items()
                 },
             },
         }
 
     def control_figures(self, name: str, sums: Sums) -> dict[str, float]:
         """FVE and KL recovered of a control, and the bits of one that is not made of text."""
-        figures = {
-            "fve": float(share_recovered(sums[f"error.{name}"], sums["variance"])),
-            "kl_recovered": float(share_recovered(sums[f"kl.{name}"], sums["kl.mean"])),
-        }
+        figures = {metric: float(value) for metric, value in worth_of(name, sums).items()}
         return figures | ({"bits": self.quantiser.bits} if name == "residual_vq" else {})
 
     def run_checks(self, evaluated: EvaluatedRows) -> dict[str, Any]:
@@ -255,10 +253,19 @@ class Evaluator:
                 arguments.disable_tqdm,
             ),
             "best_of_n": lambda: best_of_n(evaluated, arguments.best_of, seed),
+            "text_length": lambda: text_length(evaluated, arguments.num_bootstrap, seed),
             "ablation": lambda: ablation(evaluated, seed, arguments.check_rows),
             "steering": lambda: edit_and_steer(evaluated, seed, arguments.check_rows),
         }
         return {name: calls[name]() for name in arguments.checks}
+
+
+def worth_of(name: str, sums: Sums) -> dict[str, Tensor]:
+    """FVE and KL recovered of the reconstructions of a name."""
+    return {
+        "fve": share_recovered(sums[f"error.{name}"], sums["variance"]),
+        "kl_recovered": share_recovered(sums[f"kl.{name}"], sums["kl.mean"]),
+    }
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:

@@ -118,6 +118,16 @@ def unused_token_share(ids: Tensor, vocabulary: Tensor, mask: Tensor | None = No
     return 1 - float(torch.isin(vocabulary, used).double().mean())
 
 
+def first_kept(mask: Tensor, count: int | Tensor) -> Tensor:
+    """Of the tokens (N, T) that a mask keeps, the first `count`, which may be (N, 1)."""
+    return mask & (mask.cumsum(dim=1) <= count)
+
+
+def last_kept(mask: Tensor, count: int | Tensor) -> Tensor:
+    """Of the tokens (N, T) that a mask keeps, the last `count`, which may be (N, 1)."""
+    return mask & (mask.flip(1).cumsum(dim=1).flip(1) <= count)
+
+
 @torch.no_grad()
 def text_nll(subject: Subject, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """-log p(token | BOS, the text before it) under the subject, in nats.

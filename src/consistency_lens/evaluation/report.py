@@ -11,6 +11,7 @@ from rich.text import Text
 from ..explanation import format_top
 from .controls import CONTROLS
 from .samples import Sample
+from .text_length import PARTS
 
 # metric -> (what people read, decimals)
 METRICS = {
@@ -160,6 +161,20 @@ def best_of_n_table(metrics: Mapping[str, Any]) -> CheckTable:
     return CheckTable("The best of n sampled texts, picked by their squared error", ("n", "FVE", "KL recovered"), rows)
 
 
+def text_length_table(metrics: Mapping[str, Any]) -> CheckTable:
+    length = metrics["text_length"]
+    columns = [(part, of) for part in PARTS for of in ("fve", "kl_recovered")]
+    rows = [
+        (f"{tokens}", *(f"{length[part][of][place]:.3f}" for part, of in columns))
+        for place, tokens in enumerate(length["tokens"])
+    ]
+    return CheckTable(
+        "FVE and KL recovered where the encoder reads only so many tokens of the lens's text, or of the true context",
+        ("tokens", "first: FVE", "KL rec.", "last: FVE", "KL rec.", "true last: FVE", "KL rec."),
+        rows,
+    )
+
+
 def private_code_table(metrics: Mapping[str, Any]) -> CheckTable:
     code = metrics["private_code"]
     rows = [
@@ -219,6 +234,7 @@ def numbers(of: Mapping[str, float], *names: str) -> tuple[str, ...]:
 # name of a check in `metrics.json` -> its table
 CHECK_TABLES: dict[str, Callable[[Mapping[str, Any]], CheckTable]] = {
     "best_of_n": best_of_n_table,
+    "text_length": text_length_table,
     "private_code": private_code_table,
     "linear_probe": linear_probe_table,
     "ablation": ablation_table,

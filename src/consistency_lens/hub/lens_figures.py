@@ -32,6 +32,7 @@ CHECK_NAMES = {
     "private_code": "whether another reader understands the words",
     "best_of_n": "the best of n texts",
     "linear_probe": "a linear probe",
+    "text_length": "parts of the text",
     "ablation": "the words left out one by one",
     "steering": "edit and steer",
 }

@@ -7,20 +7,24 @@ from .run_folder import RunFolder
 
 POINTS = 600  # of a curve; more cannot be seen
 
-# name in the log -> what people read. The lines of one entry share a chart.
-CHARTS: dict[str, dict[str, str]] = {
-    "held-out rows": {"eval_fve": "FVE", "eval_kl_recovered": "KL recovered", "eval_shuffled_fve": "FVE, shuffled"},
-    "squared error of the reconstruction, in units of the mean square": {
+# (title, unit) -> name in the log -> what people read. The lines of one entry share a chart.
+CHARTS: dict[tuple[str, str], dict[str, str]] = {
+    ("held-out rows", "share: 1 is perfect, 0 the mean"): {
+        "eval_fve": "FVE",
+        "eval_kl_recovered": "KL recovered",
+        "eval_shuffled_fve": "FVE, shuffled",
+    },
+    ("squared error of the reconstruction", "mean squares of the activations"): {
         "mse": "all texts",
         "mse_true_text": "true text",
         "mse_own_text": "the lens's own text",
     },
-    "cross-entropy of true text, nats": {"ce": "decoder"},
-    "KL, nats": {"kl": "subject's prediction, after Â", "lm": "text to its reference"},
-    "reward": {"reward": "mean"},
-    "entropy of the text, nats a token": {"entropy": "decoder"},
-    "perplexity of the text over true text's": {"eval_perplexity_ratio": "held-out rows"},
-    "learning rate": {
+    ("cross-entropy of true text", "nats a token"): {"ce": "decoder"},
+    ("KL", "nats"): {"kl": "subject's prediction, after Â", "lm": "text to its reference"},
+    ("reward", ""): {"reward": "mean"},
+    ("entropy of the text", "nats a token"): {"entropy": "decoder"},
+    ("perplexity of the text", "over true text's"): {"eval_perplexity_ratio": "held-out rows"},
+    ("learning rate", ""): {
         "learning_rate_decoder_base": "decoder",
         "learning_rate_decoder_lora": "decoder, LoRA",
         "learning_rate_encoder_base": "encoder",
@@ -37,6 +41,8 @@ class Line(TypedDict):
 
 class Curve(TypedDict):
     title: str
+    unit: str
+    """Empty where there is none."""
     lines: list[Line]
 
 
@@ -54,11 +60,11 @@ class Curves(TypedDict):
 def curves(run: RunFolder) -> Curves | None:
     """The charts that a run's log has something for; None if it has nothing for any."""
     charts = []
-    for title, names in CHARTS.items():
+    for (title, unit), names in CHARTS.items():
         lines = [Line(label=label, points=points_of(run.log, name)) for name, label in names.items()]
         lines = [line for line in lines if len(line["points"]) > 1]
         if lines:
-            charts.append(Curve(title=title, lines=lines))
+            charts.append(Curve(title=title, unit=unit, lines=lines))
     return Curves(charts=charts, stages=stages(run)) if charts else None
 
 

@@ -3,8 +3,10 @@
 Parts that a run has nothing for are null or empty, and `notes` say why. Numbers are finite or null.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from .. import __version__
 from .cases import Case, Cases, cases, sample_cases, spread
@@ -15,6 +17,7 @@ from .figures import (
     Compared,
     Figure,
     Probed,
+    ReadInPart,
     Table,
     best_of_n,
     comparison,
@@ -22,6 +25,7 @@ from .figures import (
     linear_probe,
     readers,
     tables,
+    text_length,
     verdict,
 )
 from .profiles import Profiles, profiles
@@ -29,6 +33,7 @@ from .run_folder import RunFolder
 
 FORMAT, VERSION = "consistency-lens-report", 1
 HASH_SHOWN = 16  # characters
+Part = TypeVar("Part")
 
 
 class ReportDocument(TypedDict):
@@ -53,6 +58,7 @@ class ReportDocument(TypedDict):
     curves: Curves | None
     cases: Cases | None
     best_of_n: list[BestOf]
+    text_length: list[ReadInPart]
     readers: list[Compared]
     linear_probe: list[Probed]
     tables: list[Table]
@@ -76,28 +82,54 @@ def report_document(
         heatmap: what a tuned lens of the same subject reads.
         notes: what is lacking besides the files of the run.
     """
-    compared, samples = comparison(run.metrics), sample_cases(run.samples)
+    parts, metrics = Parts(), run.metrics
+    measured = partial(parts.of, "metrics.json")
+    compared = measured("controls", lambda: comparison(metrics), [])
+    samples = parts.of("samples.jsonl", "samples", lambda: sample_cases(run.samples), [])
     return ReportDocument(
         format=FORMAT,
         version=VERSION,
         title=title_of(run),
-        lead=lead(run),
-        figures=figures(run.metrics),
+        lead=measured("rows and documents", lambda: lead(run), []),
+        figures=measured("figures", lambda: figures(metrics), []),
         comparison=compared,
-        verdict=verdict(compared),
+        verdict=measured("intervals", lambda: verdict(compared), {}),
         examples=spread(samples),
         explorer=explorer,
         profiles=None if explorer is None else profiles(explorer),
         heatmap=heatmap,
-        curves=curves(run),
+        curves=parts.of("log_history.json", "training curves", lambda: curves(run), None),
         cases=cases(explorer, samples),
-        best_of_n=best_of_n(run.metrics),
-        readers=readers(run.metrics),
-        linear_probe=linear_probe(run.metrics),
-        tables=tables(run.metrics),
-        provenance=provenance(run),
-        notes=[*(notes or []), *run.notes],
+        best_of_n=measured("best of n texts", lambda: best_of_n(metrics), []),
+        text_length=measured("lengths of text", lambda: text_length(metrics), []),
+        readers=measured("readers", lambda: readers(metrics), []),
+        linear_probe=measured("linear probe", lambda: linear_probe(metrics), []),
+        tables=measured("tables of checks", lambda: tables(metrics), []),
+        provenance=parts.of("provenance.json or run.json", "provenance", lambda: provenance(run), []),
+        notes=[*(notes or []), *run.notes, *parts.left_out],
     )
+
+
+class Parts:
+    """Parts of a report, made from files that another version may have written, or a hand.
+
+    Attributes:
+        left_out: for people, the parts that could not be made.
+    """
+
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+
+    def of(self, file: str, name: str, make: Callable[[], Part], empty: Any) -> Part:
+        """What `make` gives, or `empty` where the file does not hold what it looks for."""
+        try:
+            return make()
+        except KeyError as missing:
+            cause = f"has no {missing} there"
+        except (TypeError, ValueError, AttributeError) as error:
+            cause = str(error)
+        self.left_out.append(f"Without {name}: {file} is not as this version writes it ({cause}).")
+        return empty
 
 
 def title_of(run: RunFolder) -> str:

@@ -5,6 +5,7 @@ from typing import Any, TypedDict
 
 from ..evaluation.controls import CONTROLS
 from ..evaluation.report import METRICS, READERS, check_tables
+from ..evaluation.text_length import PARTS
 
 LENS = "the lens's text"
 
@@ -29,12 +30,27 @@ class Compared(TypedDict):
     kl_recovered: float | None
     interval: list[float] | None
     """95%, of `fve`."""
+    kl_interval: list[float] | None
+    """95%, of `kl_recovered`."""
 
 
 class BestOf(TypedDict):
     n: int
     fve: float
     kl_recovered: float
+
+
+class ReadInPart(TypedDict):
+    """What a reconstruction is worth by how many tokens are read, of one text; each list has an entry for each."""
+
+    label: str
+    tokens: list[int]
+    fve: list[float]
+    kl_recovered: list[float]
+    intervals: list[list[float]]
+    """95%, of `fve`."""
+    kl_intervals: list[list[float]]
+    """95%, of `kl_recovered`."""
 
 
 class Probed(TypedDict):
@@ -66,14 +82,14 @@ def comparison(metrics: Mapping[str, Any]) -> list[Compared]:
     """The lens, then its controls."""
     if not is_number(metrics.get("fve")):
         return []
-    lens = compared("lens", LENS, "", metrics, interval_of(metrics, "fve"))
+    lens = compared("lens", LENS, "", metrics, metrics)
     controls = []
     for name, values in metrics.get("controls", {}).items():
         meaning = CONTROLS.get(name, "")
         if "bits" in values:
             meaning += f", {values['bits']:.0f} bits"
         label = name.replace("_", " ")
-        controls.append(compared(name, label, meaning, values, interval_of(metrics, f"controls.{name}.fve")))
+        controls.append(compared(name, label, meaning, values, metrics, f"controls.{name}."))
     return [lens, *controls]
 
 
@@ -82,9 +98,9 @@ def readers(metrics: Mapping[str, Any]) -> list[Compared]:
     code = metrics.get("private_code")
     if not code:
         return []
-    own = compared("lens", "own encoder", f"{LENS}, its own encoder", metrics, interval_of(metrics, "fve"))
+    own = compared("lens", "own encoder", f"{LENS}, its own encoder", metrics, metrics)
     others = [
-        compared(name, name.replace("_", " "), meaning, code[name], None)
+        compared(name, name.replace("_", " "), meaning, code[name], {})
         for name, meaning in READERS.items()
         if name in code
     ]
@@ -94,6 +110,24 @@ def readers(metrics: Mapping[str, Any]) -> list[Compared]:
 def best_of_n(metrics: Mapping[str, Any]) -> list[BestOf]:
     rows = metrics.get("best_of_n", {}).items()
     return [BestOf(n=int(count), fve=of["fve"], kl_recovered=of["kl_recovered"]) for count, of in rows]
+
+
+def text_length(metrics: Mapping[str, Any]) -> list[ReadInPart]:
+    """Of the lens's text from either end, and of the context; empty where that was not looked at."""
+    found = metrics.get("text_length")
+    if not found:
+        return []
+    return [
+        ReadInPart(
+            label=meaning.removeprefix("the "),
+            tokens=found["tokens"],
+            fve=found[part]["fve"],
+            kl_recovered=found[part]["kl_recovered"],
+            intervals=found[part]["fve_ci95"],
+            kl_intervals=found[part]["kl_recovered_ci95"],
+        )
+        for part, meaning in PARTS.items()
+    ]
 
 
 def linear_probe(metrics: Mapping[str, Any]) -> list[Probed]:
@@ -129,10 +163,18 @@ def verdict(compared: list[Compared]) -> dict[str, list[str]]:
     return found
 
 
-def compared(name: str, label: str, meaning: str, values: Mapping[str, Any], interval: list[float] | None) -> Compared:
-    recovered = values.get("kl_recovered")
+def compared(
+    name: str, label: str, meaning: str, values: Mapping[str, Any], metrics: Mapping[str, Any], prefix: str = ""
+) -> Compared:
+    """`prefix` is what the intervals' names in `metrics` begin with."""
     return Compared(
-        name=name, label=label, meaning=meaning, fve=values["fve"], kl_recovered=recovered, interval=interval
+        name=name,
+        label=label,
+        meaning=meaning,
+        fve=values["fve"],
+        kl_recovered=values.get("kl_recovered"),
+        interval=interval_of(metrics, f"{prefix}fve"),
+        kl_interval=interval_of(metrics, f"{prefix}kl_recovered"),
     )
 
 

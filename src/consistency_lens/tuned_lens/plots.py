@@ -174,18 +174,15 @@ def has_answers(records: LensRecords) -> bool:
 
 
 def new_figure(size: tuple[float, float], title: str) -> "Figure":
-    """An empty figure on a light ground, with none of pyplot's global state.
+    """An empty figure of a size in inches, see `NotebookFigure`.
 
     Raises:
         ValueError: if matplotlib is not installed.
     """
     require("matplotlib", extra="plots", needed_for="a figure")
-    from matplotlib.figure import Figure
+    from ..notebook_figure import NotebookFigure
 
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    if title:
-        figure.suptitle(title, parse_math=False)
-    return figure
+    return NotebookFigure(size, title)
 
 
 def draw_kl(figure: "FigureBase", records: LensRecords, calibrated: Sequence[float] | None) -> None:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECORDS, TUNED_RECORDS = (file_names("", lens)[0] for lens in (NORM, TUNED))  # how their names end
-DPI = 150
 # Drawn twice, a figure has the same bytes: no date, and no random names in SVG.
 NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 NAME_LENGTH = 80
@@ -163,7 +162,7 @@ def write_figure(path: Path, figure: "Figure") -> Path:
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "consistency-lens"}):
         # each character that no installed font has is a box in the figure, and would be a line here
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(image, format=format, dpi=DPI, metadata=NO_DATE[format])
+        figure.savefig(image, format=format, metadata=NO_DATE[format])
     with atomic_file(path) as file:
         file.write(image.getvalue())
     return path

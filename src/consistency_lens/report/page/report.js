@@ -90,6 +90,10 @@ function trust() {
     const lines = [["FVE", "fve"], ["KL recovered", "kl_recovered"]].map(([label, name]) => ({label, points: report.best_of_n.map(of => [of.n, of[name]])}));
     charts.push(linePlot("The best of n sampled texts", lines, {axis: "n", dots: true, scale: "log", ticks: report.best_of_n.map(of => of.n)}));
   }
+  if (report.text_length.length) {
+    const lines = report.text_length.map(of => ({label: of.label, points: of.tokens.map((tokens, index) => [tokens, of.fve[index]])}));
+    charts.push(linePlot("FVE where the encoder reads only so many tokens", lines, {axis: "tokens read", dots: true, ticks: report.text_length[0].tokens}));
+  }
   if (report.linear_probe.length) {
     const lines = [["a linear probe", "probe"], ["the lens's text", "text"], ["another row's text", "shuffled"]].map(([label, name]) =>
       ({label, points: report.linear_probe.map(of => [of.offset, of[name]])}));
@@ -123,7 +127,7 @@ function show() {
         [of.meaning ? `${of.label} (${of.meaning})` : of.label, number(of.fve, 3), span(of.interval, 3), number(of.kl_recovered, 3)]))));
   }
   if (filled.checks) part("checks", make("div", {className: "grid"}, ...rest.charts), make("details", {}, make("summary", {}, "as tables"), ...rest.details));
-  if (filled.training) part("curves", make("div", {className: "grid"}, ...report.curves.charts.map(of => linePlot(of.title, of.lines, {axis: "step", stages: report.curves.stages}))));
+  if (filled.training) part("curves", make("div", {className: "grid"}, ...report.curves.charts.map(of => linePlot([of.title, of.unit].filter(Boolean).join(", "), of.lines, {axis: "step", stages: report.curves.stages}))));
   if (filled.layers) part("heatmap", heatmap(report.heatmap));
   if (filled.provenance) part("provenance", make("dl", {className: "facts"}, ...report.provenance.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, visible(value))])));
   const nav = document.querySelector("nav");
