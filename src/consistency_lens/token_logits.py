@@ -10,6 +10,7 @@ Shapes: N rows (tokens), n rows of a chunk, d width, V vocabulary.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,11 +56,11 @@ class TokenLogits(NamedTuple):
             return reader(head(states), rows)
 
         # ZeRO-3 has released a weight again before torch would compare its shape with that of the first run
-        settings = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
         parts, start = [], 0
         for states in self.states.split(self.chunk_size):
             rows = slice(start, start := start + len(states))
-            parts.append(checkpoint(head_and_reader, states, rows, **settings))
+            parts.append(run(head_and_reader, states, rows))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
