@@ -3,17 +3,21 @@
     make demo && make tuned-lens && make keep && make cards
 
 copies figures, samples and records from outputs/tiny_stories and outputs/tuned_lenses/tiny_stories, if there,
-and writes explanation.json, the demo's lens on one sentence. `make cards` needs nothing else than these files.
+and writes explanation.json, the demo's lens on one sentence, and, where there is a Chromium, report.png, a picture of
+the run's report. `make cards` needs nothing else than these files.
 """
 
 import argparse
 import json
+import logging
 import shutil
 from pathlib import Path
 
+from screenshot import find_chromium, take_picture
 from transformers import AutoModel
 
 import consistency_lens  # noqa: F401 - registers the models with transformers
+from consistency_lens.cli.main import main as run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -31,6 +35,11 @@ def keep_lens(run: Path, target: Path) -> None:
             shutil.copy(run / name, target / name)
     explanation = AutoModel.from_pretrained(run).explain(SENTENCE).to_dict()
     (target / "explanation.json").write_text(json.dumps(explanation, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    chromium = find_chromium()
+    if chromium is None:
+        logging.warning("no Chromium here, so report.png stays as it is")
+    elif run_command(["report", str(run)]) == 0:
+        take_picture(run / "report.html", target / "report.png", chromium)
 
 
 def keep_tuned_lens(run: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 from consistency_lens.cli.main import main
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+ANY_FENCE = re.compile(r"^[\s>]*(?:```|~~~)", flags=re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -26,8 +27,14 @@ class Block(NamedTuple):
 
 
 def blocks_of(text: str) -> list[Block]:
-    """The fenced blocks of a page, in their order."""
-    return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 2) for found in FENCE.finditer(text)]
+    """The fenced blocks of a page, in their order.
+
+    Raises:
+        AssertionError: if there are others than those: indented, with more than a language, without an end.
+    """
+    blocks = [Block(found[1], found[2], text.count("\n", 0, found.start()) + 2) for found in FENCE.finditer(text)]
+    assert len(ANY_FENCE.findall(text)) == 2 * len(blocks), "nothing reads a fence that does not look like the others"
+    return blocks
 
 
 def run_python(code: str, place: str) -> dict[str, Any]:

@@ -170,3 +170,11 @@ def test_what_is_said_of_commands_is_of_commands_that_are_there():
 def test_code_that_nothing_runs_is_a_failure(block):
     with pytest.raises(AssertionError, match="nothing runs"):
         run_block(ROOT / "README.md", block)
+
+
+@pytest.mark.parametrize(
+    "page", ["- a list\n\n  ```bash\n  ls\n  ```\n", "```bash title=x\nls\n```\n", "~~~\nls\n~~~\n"]
+)
+def test_a_fence_of_another_look_is_a_failure(page):
+    with pytest.raises(AssertionError, match="nothing reads a fence"):
+        blocks_of(page)

@@ -18,7 +18,8 @@ from tiny_lenses import (
 )
 from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, WIDTH, tiny_model
 
-from consistency_lens import ConsistencyLensModel, ResidualStream, Subject
+from consistency_lens import ConsistencyLensModel
+from consistency_lens.cached_passes import prompt_cache
 from consistency_lens.lens_clone import embed_sampled
 from consistency_lens.straight_through import fold_in, gumbel_noise
 from consistency_lens.token_logits import TokenLogits
@@ -43,15 +44,6 @@ def forced_loss(lens: ConsistencyLensModel) -> torch.Tensor:
 
 
 PATHS = {"soft": soft_loss, "teacher_forced": forced_loss}
-
-
-def hidden_states(model, token_ids: list[int], layer: int) -> torch.Tensor:
-    """The subject's own residual after block `layer` (-1: its embeddings) at the last token, (d,)."""
-    ids = torch.tensor([token_ids])
-    if layer == -1:
-        with torch.no_grad():
-            return model(ids, output_hidden_states=True).hidden_states[0][0, -1]
-    return Subject(model, layer).activations(ids, torch.ones_like(ids))[0, -1]
 
 
 class TestSoftGeneration:
@@ -84,7 +76,7 @@ class TestSoftGeneration:
     def test_prefix_run_once_equals_a_run_for_each_row(self, family):
         decoder = tiny_lens(family, **PROMPTS).decoder
         prefix, _ = decoder.prompt()
-        once, last = decoder.prefix_cache(prefix, 3)
+        once, last = prompt_cache(decoder.base.get_decoder(), prefix, 3)
         output = decoder.base.get_decoder()(inputs_embeds=prefix.expand(3, -1, -1), use_cache=True)
         rows = output.past_key_values
         torch.testing.assert_close(last.expand(3, -1), output.last_hidden_state[:, -1], **CLOSE)
@@ -186,58 +178,6 @@ class TestSoftGeneration:
             lens.decode(activations(), num_text_tokens=length)
         with pytest.raises(ValueError, match=f"num_text_tokens must be at least 1, got {length}"):
             lens(activations(), num_text_tokens=length)
-
-
-class TestEncoder:
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_starts_as_the_subjects_own_layer(self, family):
-        lens = tiny_lens(family)
-        expected = hidden_states(lens.subject.model, [1, 9, 10, 11], LAYER)
-        torch.testing.assert_close(lens.encode("w9 w10 w11")[0], expected, **CLOSE)
-
-    @pytest.mark.parametrize("output_layer, num_blocks", [(None, LAYER + 1), (0, 0), (1, 1), (-1, NUM_LAYERS)])
-    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3"])
-    def test_is_cut_after_output_layer_blocks(self, family, output_layer, num_blocks):
-        lens = tiny_lens(family, output_layer=output_layer)
-        assert len(ResidualStream(lens.encoder.base).blocks) == num_blocks
-        expected = hidden_states(lens.subject.model, [1, 9, 10, 11], num_blocks - 1)
-        torch.testing.assert_close(lens.encode("w9 w10 w11")[0], expected, **CLOSE)
-        assert len(lens.subject.stream.blocks) == len(ResidualStream(lens.decoder.base).blocks) == NUM_LAYERS
-
-    @pytest.mark.parametrize("prompt", ["<text>", "w7 <text> w8"])
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_padding_does_not_change_a_text(self, family, prompt):
-        lens = tiny_lens(family, encoder_prompt=prompt)
-        texts = ["w9 w10", "w11 w12 w13 w14 w15", "", "w16"]
-        alone = torch.cat([lens.encode(text) for text in texts])
-        torch.testing.assert_close(lens.encode(texts), alone, **CLOSE)
-
-    def test_strings_and_token_ids_agree(self):
-        lens = tiny_lens(**PROMPTS)
-        texts = [" ".join(f"w{i}" for i in row) for row in TEXT_IDS.tolist()]
-        torch.testing.assert_close(lens.encode(texts), lens.encode(TEXT_IDS))
-
-    def test_empty_text_is_the_prompt_alone(self):
-        lens = tiny_lens()
-        torch.testing.assert_close(lens.encode("")[0], hidden_states(lens.subject.model, [1], LAYER), **CLOSE)
-
-    @pytest.mark.parametrize("texts", ["", ["", "w9 w10"]])
-    def test_empty_text_without_prompt_is_refused(self, texts):
-        lens = ConsistencyLensModel.from_subject(tiny_model("llama"), tiny_tokenizer(bos=False), LAYER)
-        assert lens.encode("w9").shape == (1, WIDTH)
-        with pytest.raises(ValueError, match="neither BOS nor prompt; pass at least one word"):
-            lens.encode(texts)
-
-    def test_no_texts_are_refused(self):
-        with pytest.raises(ValueError, match="encode: got no texts"):
-            tiny_lens().encode([])
-
-    def test_statistics_come_back_in_the_reconstruction(self):
-        lens = tiny_lens()
-        with torch.no_grad():
-            lens.encoder.output_map.weight.zero_()
-            lens.encoder.output_map.bias.fill_(2.0)
-        torch.testing.assert_close(lens.encode("w9")[0], lens.mean + 2.0 * lens.rms)
 
 
 class TestGradients:

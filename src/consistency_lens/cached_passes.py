@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 # The keys and values of each block, (B, heads, tokens, width of a head), for the tokens of one pass.
 KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
@@ -88,3 +89,31 @@ def without_checkpoints(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.gradient_checkpointing = True
+
+
+class PromptCache(NamedTuple):
+    """What all rows begin with, after it has run.
+
+    Attributes:
+        cache: its keys and values, expanded to the rows.
+        end: its last hidden state (d,), or 0 where there is no prompt. Rows read the keys and values of the last
+            block, but nothing of its output; FSDP and ZeRO-3 gather a block's weights for the backward pass when the
+            gradient of its output comes, so one has to come: add 0 times the state to what is run next.
+    """
+
+    cache: DynamicCache
+    end: Tensor | float
+
+
+def prompt_cache(model: PreTrainedModel, prompt: Tensor, batch: int) -> PromptCache:
+    """Runs what `batch` rows begin with, the embeddings `prompt` (P, d), once and not once a row.
+
+    The model is one without a head.
+    """
+    if len(prompt) == 0:
+        return PromptCache(DynamicCache(), 0.0)
+    once = DynamicCache()
+    with without_checkpoints(model):
+        output = model(inputs_embeds=prompt[None], past_key_values=once, use_cache=True)
+    expanded = [(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)) for keys, values, *_ in once]
+    return PromptCache(DynamicCache(expanded), output.last_hidden_state[0, -1])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import leave_flash
+from .cached_passes import checkpointed_modules
 from .lens_artifact import TrainedTensorsModel
 from .optional_packages import require
 from .quantised import is_quantised, state_beside_weights
@@ -156,6 +157,10 @@ class LensClone(TrainedTensorsModel):
                 nn.Parameter(lookup(self.token_embedding, token_ids).detach().float().clone()) if trainable else None
             )
             self.register_parameter(f"{side}_embeddings", rows)
+
+    def checkpoints_gradients(self) -> bool:
+        """Whether a training pass would recompute blocks in its backward pass."""
+        return self.training and len(checkpointed_modules(self.base)) > 0
 
     def prompt(self) -> tuple[Tensor, Tensor]:
         """Embeddings of the prompt before and after its slot, (P, d) and (Q, d)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .artifact_subject import base_from_config, load_subject
-from .cached_passes import CachedPasses, checkpointed_modules, without_checkpoints
+from .cached_passes import CachedPasses, prompt_cache, without_checkpoints
 from .configuration_consistency_lens import LensDecoderConfig
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .residual_stream import ResidualStream
@@ -194,11 +194,9 @@ class LensDecoder(LensClone):
         chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix.expand(batch, -1, -1)], dim=1)
         if use_cache:
             recompute = self.checkpoints_gradients() and torch.is_grad_enabled()
-            cache, end = self.prefix_cache(prefix, batch)
-            # Nothing reads the last block's output, though all read its keys and values. FSDP and ZeRO-3 gather a
-            # block's weights for the backward pass when the gradient of its output comes, so this one has to come.
-            chunk, slot = chunk + 0 * end, 0
-            passes = CachedPasses(last_output, cache, recompute)
+            before = prompt_cache(self.base.get_decoder(), prefix, batch)
+            chunk, slot = chunk + 0 * before.end, 0
+            passes = CachedPasses(last_output, before.cache, recompute)
         else:
             chunk, slot = torch.cat([prefix.expand(batch, -1, -1), chunk], dim=1), len(prefix)
 
@@ -231,23 +229,6 @@ class LensDecoder(LensClone):
         if tau is None:
             return {"ids": ids}
         return {"ids": ids, "embeddings": embed_sampled(self, logits, ids, row_keys, tau)}
-
-    def checkpoints_gradients(self) -> bool:
-        """Whether a training pass would recompute blocks in its backward pass."""
-        return self.training and len(checkpointed_modules(self.base)) > 0
-
-    def prefix_cache(self, prefix: Tensor, batch: int) -> tuple[DynamicCache, Tensor | float]:
-        """Keys and values of the prompt before the slot: run once, not once per row, then expanded to the batch.
-
-        Beside them the prompt's last hidden state (d,), or 0 where there is no prompt.
-        """
-        if len(prefix) == 0:
-            return DynamicCache(), 0.0
-        once = DynamicCache()
-        with without_checkpoints(self.base):
-            output = self.base.get_decoder()(inputs_embeds=prefix[None], past_key_values=once, use_cache=True)
-        expanded = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v, *_ in once]
-        return DynamicCache(expanded), output.last_hidden_state[0, -1]
 
     @classmethod
     def from_subject(cls, subject: PreTrainedModel, config: LensDecoderConfig) -> Self:

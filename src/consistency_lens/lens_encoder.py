@@ -1,13 +1,14 @@
 """The encoder: text to activation."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .artifact_subject import base_from_config, load_subject
+from .cached_passes import PromptCache, prompt_cache
 from .configuration_consistency_lens import LensEncoderConfig
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .lens_decoder import SoftText
@@ -40,41 +41,56 @@ class LensEncoder(LensClone):
         self.add_prompt_parameters()
         self.post_init()
 
-    def forward(self, text_embeddings: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def forward(self, text_embeddings: Tensor, text_mask: Tensor | None = None, use_cache: bool = True) -> Tensor:
         """Reconstructs Â (B, d) in float32 from the embeddings of a text (B, T, d), as embedded by `embed_ids`.
 
         Args:
             text_embeddings: (B, T, d).
             text_mask: (B, T) bool, False at what is not to be read: before or after a text that is shorter than T.
+            use_cache: False runs the prompt before the text once a row, and not once; the reference for tests.
 
         Raises:
             ValueError: if there is nothing to read: an empty text without BOS and prompt.
         """
-        batch = len(text_embeddings)
-        embedding = self.token_embedding
-        prefix, suffix = self.prompt()
-        pieces = [prefix.expand(batch, -1, -1), text_embeddings, suffix.expand(batch, -1, -1)]
-        inputs = torch.cat([piece.to(embedding.weight.dtype) for piece in pieces], dim=1)
-        if inputs.shape[1] == 0:
+        batch, dtype = len(text_embeddings), self.token_embedding.weight.dtype
+        prefix, suffix = (piece.to(dtype) for piece in self.prompt())
+        rows = torch.cat([text_embeddings.to(dtype), suffix.expand(batch, -1, -1)], dim=1)
+        if len(prefix) + rows.shape[1] == 0:
             raise ValueError(NOTHING_TO_READ)
+        before: PromptCache | None = None
+        has_blocks = self.config.output_layer != 0  # without one there is nothing that could be kept
+        if use_cache and has_blocks and rows.shape[1] > 0 and not self.checkpoints_gradients():
+            before = prompt_cache(self.base, prefix, batch)
+            rows = rows + 0 * before.end
+        else:
+            rows = torch.cat([prefix.expand(batch, -1, -1), rows], dim=1)
         if text_mask is None or bool(text_mask.all()):
-            hidden = self.base(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1]
+            hidden = self.run(rows, before)[:, -1]
         else:
             left, right = text_mask.new_ones(batch, len(prefix)), text_mask.new_ones(batch, len(suffix))
-            hidden = self.last_hidden(inputs, torch.cat([left, text_mask, right], dim=1).long())
+            hidden = self.last_hidden(rows, torch.cat([left, text_mask, right], dim=1).long(), before)
         normalised = self.normaliser.normalise(hidden).to(self.output_map.weight.dtype)
         return self.normaliser.denormalise(self.output_map(normalised))
 
-    def last_hidden(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """The base's output (B, d) at each row's last real token, which is the prompt's where the text is empty."""
+    def run(self, rows: Tensor, before: PromptCache | None, **kwargs: Tensor) -> Tensor:
+        """The base's output (B, C, d) for the embeddings of `rows` (B, C, d), behind what ran before them."""
+        cache = None if before is None else before.cache
+        output = self.base(inputs_embeds=rows, past_key_values=cache, use_cache=cache is not None, **kwargs)
+        return cast(Tensor, output.last_hidden_state)
+
+    def last_hidden(self, rows: Tensor, mask: Tensor, before: PromptCache | None) -> Tensor:
+        """The base's output (B, d) at each row's last real token, which is the prompt's where the text is empty.
+
+        `mask` (B, P + C) is of all that is read, `rows` (B, C, d) what has not run yet.
+        """
         if not bool(mask.any(dim=1).all()):
             raise ValueError(NOTHING_TO_READ)
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = self.base(
-            inputs_embeds=inputs, use_cache=False, attention_mask=mask, position_ids=position_ids
-        ).last_hidden_state
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        start = mask.shape[1] - rows.shape[1]
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+        hidden = self.run(rows, before, attention_mask=mask, position_ids=position_ids)
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1) - start
+        found = hidden[torch.arange(len(hidden), device=hidden.device), last.clamp(min=0)]
+        return found if before is None else torch.where(last[:, None] < 0, before.end, found)
 
     def embed_ids(self, text_ids: Tensor) -> Tensor:
         """Embeddings of token ids, (B, T) -> (B, T, d), in the encoder's own table."""

@@ -54,9 +54,9 @@ def measure_memory(setting: Setting, device: torch.device) -> None:
     for parameter in lens.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     known = torch.nn.ModuleList([lens, lens.subject.model])
-    peaks = [peak_bytes(step_of(lens, setting.memory_batch, size), known) for size in SIZES]
+    peaks = [peak_bytes(step_of(lens, setting.batch, size), known) for size in SIZES]
     what = (
-        f"what a step holds beside weights and gradients, adapters, {shape_of(lens)} B={setting.memory_batch}, "
+        f"what a step holds beside weights and gradients, adapters, {shape_of(lens)} B={setting.batch}, "
         f"{CHUNK_SIZE} rows of logits at a time against all"
     )
     write_result(f"logits_in_chunks_memory{setting.suffix}", what, "bytes", *peaks, 1, device)

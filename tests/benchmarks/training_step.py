@@ -49,7 +49,6 @@ class Setting:
     suffix: str
     layer: int
     batch: int
-    memory_batch: int
     runs: int
 
     def make_lens(self, vocabulary: int = 32_000, **clones: Any) -> ConsistencyLensModel:
@@ -69,10 +68,10 @@ class Setting:
         ).train()
 
 
-# The more activations a step has, the less of its memory is weights and optimizer, which are alike on both sides.
+# The more activations a step has, the less of it is weights and optimizer, which are alike on both sides.
 SETTINGS = (
-    Setting(suffix="_tiny_stories", layer=2, batch=64, memory_batch=64, runs=5),
-    Setting(suffix="", layer=6, batch=8, memory_batch=32, runs=3),
+    Setting(suffix="_tiny_stories", layer=2, batch=64, runs=5),
+    Setting(suffix="", layer=6, batch=64, runs=3),
 )
 
 
@@ -202,7 +201,7 @@ def peak_bytes(setting: Setting, side: str) -> int:
     before = memory("VmRSS", device)
     lens = setting.make_lens().to(device)
     # the first step makes the states of the optimizer, which are there during the second
-    batches = [make_batch(lens, size, 1) for size in (2, setting.memory_batch)]
+    batches = [make_batch(lens, size, 1) for size in (2, setting.batch)]
     if side == "ours":
         optimizer, losses = make_optimizer(lens), [our_losses(lens, batch) for batch in batches]
     else:
@@ -230,7 +229,7 @@ def measure_memory(setting: Setting, device: torch.device) -> None:
             peaks[side] = pool.submit(peak_bytes, setting, side).result()
     what = (
         f"peak memory of models, optimizer and two training steps, layer {setting.layer}, "
-        f"B={setting.memory_batch} S={LENGTH} T={NUM_TEXT_TOKENS} K=1 against the plan's"
+        f"B={setting.batch} S={LENGTH} T={NUM_TEXT_TOKENS} K=1 against the plan's"
     )
     write("step_memory_vs_reference", what, "bytes", peaks["ours"], peaks["plan"], setting, device)
 

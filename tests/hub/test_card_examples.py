@@ -1,5 +1,7 @@
 """Every example in a card runs as it is written, against a Hub that has what the card is of."""
 
+import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,10 @@ from consistency_lens.hub.cache_push import push_cache
 from consistency_lens.hub.lens_card import write_lens_card
 from consistency_lens.hub.lens_push import push_lenses
 
+TEMPLATES = files("consistency_lens.hub").joinpath("templates")
+# those whose examples run here, and those that run in tests/tuned_lens/test_download.py
+HERE = {"lens_usage", "decoder_usage", "encoder_usage", "cache_card", "lens_collection_card"}
+THERE = {"tuned_lens_card", "tuned_lens_dataset_card"}
 BASE, LENS = f"{USER}/base", f"{USER}/lens"
 
 
@@ -35,6 +41,11 @@ def publish(model, folder, repo):
     HfApi().upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
     check_model_card(card)
     return card.read_text(encoding="utf-8")
+
+
+def test_the_templates_with_examples_are_those_that_are_tried():
+    with_code = {path.name for path in TEMPLATES.iterdir() if re.search("```(?!bibtex)\\w", path.read_text())}
+    assert with_code == {f"{name}.md.jinja" for name in HERE | THERE}
 
 
 @pytest.fixture

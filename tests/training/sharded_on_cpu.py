@@ -40,7 +40,8 @@ def use(strategy: str, folder: Path) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": int(strategy[4]), "stage3_param_persistence_threshold": 0}
         if strategy.endswith("_offload"):
             zero |= {f"offload_{what}": {"device": "cpu"} for what in ("param", "optimizer")}
-        config = folder / f"{strategy}.{os.environ.get('RANK', '0')}.json"  # of each process: another may be reading
+        rank = os.environ.get("RANK", "0")  # a file for each process: another may be reading
+        config = folder / f"{strategy}.settings.{rank}.json"
         config.write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(AUTO, "auto")}))
         os.environ |= {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config), "DS_ACCELERATOR": "cpu"}
         # a faster sum, which would be compiled for minutes

@@ -14,9 +14,14 @@ from .commands import COMMANDS, PROGRAM, TUNED_LENS, TUNED_LENS_COMMANDS
 if TYPE_CHECKING:
     from rich.console import Console
 
-Shell = Literal["bash", "zsh", "tcsh"]
+Shell = Literal["bash", "zsh", "fish", "tcsh"]
 # how shtab completes a value, for each shell
-A_FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+A_FILE = {
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "tcsh": "f",
+}
 # what a command's --help lists: a flag at the beginning of a line
 LISTED_FLAG = re.compile(r"^  (?:-\w, )?(--[a-z0-9_]+)", re.MULTILINE)
 
@@ -25,7 +30,7 @@ LISTED_FLAG = re.compile(r"^  (?:-\w, )?(--[a-z0-9_]+)", re.MULTILINE)
 class CompletionArguments:
     """The shell whose script is printed."""
 
-    shell: Shell = field(default="bash", metadata={"help": "bash, zsh or tcsh."})
+    shell: Shell = field(default="bash", metadata={"help": "bash, zsh, fish or tcsh."})
 
     def __post_init__(self) -> None:
         if self.shell not in get_args(Shell):
@@ -33,7 +38,10 @@ class CompletionArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the script, for `eval "$(consistency-lens completion --shell bash)"`. Returns the exit code."""
+    """Prints the script: `eval "$(consistency-lens completion)"` in bash, `consistency-lens completion fish | source`.
+
+    Returns the exit code.
+    """
     from .command import run_command
     from .parser import parse_arguments
 
