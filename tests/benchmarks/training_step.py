@@ -51,19 +51,20 @@ class Setting:
     batch: int
     runs: int
 
-    def make_lens(self) -> ConsistencyLensModel:
+    def make_lens(self, vocabulary: int = 32_000, **clones: Any) -> ConsistencyLensModel:
+        """Fully trained if `clones` says nothing else; the embedded model has a vocabulary of its own."""
         torch.manual_seed(0)
         if self.suffix:
             model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
             tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
         else:
             config = LlamaConfig(
-                vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
+                vocab_size=vocabulary, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
                 num_attention_heads=8, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
             model, tokenizer = LlamaForCausalLM(config), tiny_tokenizer()
         return ConsistencyLensModel.from_subject(
-            model, tokenizer, self.layer, num_text_tokens=NUM_TEXT_TOKENS, training="full"
+            model, tokenizer, self.layer, num_text_tokens=NUM_TEXT_TOKENS, **(clones or {"training": "full"})
         ).train()
 
 
@@ -98,15 +99,28 @@ def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int) -> di
     return rows | {"activations": activations, "other_activations": activations.roll(num_positions, 0)}
 
 
-def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True) -> Losses:
-    """Of our step: the contexts of a sequence are shared, and read once for activations and KL."""
+def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True, chunk_size: int = 0) -> Losses:
+    """Of our step: the contexts of a sequence are shared, and read once for activations and KL.
+
+    `chunk_size`: rows of logits held at a time; 0 holds all of them.
+    """
     subject = lens.subject
     objective = Gumbel(
-        subject, SubjectReference(subject), "forward", delta_residual="detached", needs_kl=kl, needs_entropy=False
+        subject,
+        SubjectReference(subject),
+        "forward",
+        "detached",
+        needs_kl=kl,
+        needs_entropy=False,
+        chunk_size=chunk_size,
     )
     shared = share_contexts(batch)
 
-    return lambda: objective(lens, lens, read_activations(subject, shared, keep_context=kl), Step(0, 0)).terms
+    def losses() -> dict[str, torch.Tensor]:
+        read = read_activations(subject, shared, keep_context=kl, with_head=chunk_size == 0)
+        return objective(lens, lens, read, Step(0, 0)).terms
+
+    return losses
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
