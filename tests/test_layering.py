@@ -21,6 +21,7 @@ LAYERS = [
         "fingerprints",
         "notebook_figure",
         "offloaded",
+        "token_logits",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes", "context_cache"},

@@ -22,6 +22,7 @@ from consistency_lens import ConsistencyLensModel
 from consistency_lens.cached_passes import prompt_cache
 from consistency_lens.lens_clone import embed_sampled
 from consistency_lens.straight_through import fold_in, gumbel_noise
+from consistency_lens.token_logits import TokenLogits
 
 TAU = 0.7
 CACHE_FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "gpt_neox")
@@ -141,7 +142,7 @@ class TestSoftGeneration:
         noisy = logits + gumbel_noise(step_keys.flatten(), VOCAB_SIZE).view_as(logits)
         assert torch.equal(noisy.argmax(-1), text.token_ids)
         expected = (noisy / TAU).softmax(-1) @ lens.encoder.embed_ids(torch.arange(VOCAB_SIZE))
-        soft = lens.encoder.embed_text(text._replace(logits=logits), keys(), TAU)
+        soft = lens.encoder.embed_text(text._replace(predictions=TokenLogits(logits.flatten(0, 1))), keys(), TAU)
         weights = torch.linspace(-1, 1, soft.numel()).view_as(soft)
         (found,) = torch.autograd.grad((soft * weights).sum(), logits)
         torch.testing.assert_close(found, torch.autograd.grad((expected * weights).sum(), logits)[0], **CLOSE)

@@ -11,6 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 # The keys and values of each block, (B, heads, tokens, width of a head), for the tokens of one pass.
 KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
+# embeddings (B, C, d) and a cache that grows by them -> what is wanted of the last of them, (B, ...)
+Pass = Callable[[Tensor, DynamicCache], Tensor]
 
 
 class CachedPasses:
@@ -21,19 +23,19 @@ class CachedPasses:
     keep T times the keys and values of a token, and never more than the activations of one pass.
 
     Args:
-        model: a causal language model whose own blocks are not checkpointed meanwhile (`without_checkpoints`).
+        one_pass: runs a model, whose own blocks are not checkpointed meanwhile (`without_checkpoints`).
         past: keys and values of the tokens before the first pass.
         recompute: whether passes are checkpoints.
     """
 
-    def __init__(self, model: PreTrainedModel, past: DynamicCache, recompute: bool):
-        self.model = model
+    def __init__(self, one_pass: Pass, past: DynamicCache, recompute: bool):
+        self.one_pass = one_pass
         self.cache = past
         self.recompute = recompute
         self.past: list[KeysAndValues] = [keys_and_values(past)] if len(past) > 0 else []
 
     def __call__(self, embeddings: Tensor, around: Callable[[], AbstractContextManager] = nullcontext) -> Tensor:
-        """Logits (B, V) of the token that follows the given ones, whose embeddings are (B, C, d).
+        """What the pass gives for the next tokens, whose embeddings are (B, C, d).
 
         Args:
             embeddings: (B, C, d).
@@ -42,29 +44,28 @@ class CachedPasses:
         if not self.recompute:
             return self.run(embeddings, self.cache, around)
         # nothing random runs in it, so there is no random state to keep
-        logits, added = checkpoint(
+        result, added = checkpoint(
             self.run_behind, embeddings, list(self.past), around, use_reentrant=False, preserve_rng_state=False
         )
         self.past.append(added)
-        return logits
+        return result
 
     def run_behind(
         self, embeddings: Tensor, past: list[KeysAndValues], around: Callable[[], AbstractContextManager]
     ) -> tuple[Tensor, KeysAndValues]:
-        """The logits, and the keys and values that this pass adds to those of the passes before."""
+        """What the pass gives, and the keys and values that it adds to those of the passes before."""
         blocks = [[torch.cat(parts, dim=2) for parts in zip(*block, strict=True)] for block in zip(*past, strict=True)]
         cache = DynamicCache([(keys, values) for keys, values in blocks]) if blocks else DynamicCache()
-        logits = self.run(embeddings, cache, around)
+        result = self.run(embeddings, cache, around)
         count = embeddings.shape[1]
         # copies, for a view would keep the keys and values of all passes before, once for each pass
         added = [tuple(part[:, :, -count:].clone() for part in block) for block in keys_and_values(cache)]
-        return logits, tuple(added)  # type: ignore[arg-type]
+        return result, tuple(added)  # type: ignore[arg-type]
 
     def run(self, embeddings: Tensor, cache: DynamicCache, around: Callable[[], AbstractContextManager]) -> Tensor:
-        """The logits; the cache grows."""
+        """What the pass gives; the cache grows."""
         with around():
-            output = self.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1]
+            return self.one_pass(embeddings, cache)
 
 
 def keys_and_values(cache: DynamicCache) -> KeysAndValues:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .artifact_subject import base_from_config, load_subject
 from .cached_passes import CachedPasses, prompt_cache, without_checkpoints
@@ -15,13 +15,19 @@ from .configuration_consistency_lens import LensDecoderConfig
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .residual_stream import ResidualStream
 from .straight_through import fold_in, sample_tokens
+from .token_logits import TokenLogits, head_logits
 
 
 class SoftText(NamedTuple):
-    """A generated text: `token_ids` (B, T); `logits` (B, T, V), those that each token was drawn from."""
+    """A text: `token_ids` (B, T); `predictions`, what each of its B * T tokens was drawn from."""
 
     token_ids: Tensor
-    logits: Tensor
+    predictions: TokenLogits
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits of all tokens, (B, T, V)."""
+        return self.predictions.of_rows(slice(None)).unflatten(0, self.token_ids.shape)
 
 
 class LensDecoder(LensClone):
@@ -73,8 +79,21 @@ class LensDecoder(LensClone):
                     hooks.enter_context(overwritten_input(block, slot, projection(normalised)))
             yield
 
-    def forward(self, activations: Tensor, text_ids: Tensor) -> Tensor:
-        """Teacher forcing: logits (B, T, V) of the tokens `text_ids` (B, T), given A (B, d) and the tokens before."""
+    def forward(
+        self,
+        activations: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        with_head: bool = True,
+        states: Tensor | None = None,
+    ) -> Tensor:
+        """Teacher forcing: logits (B, T, V) of the tokens `text_ids` (B, T), given A (B, d) and the tokens before.
+
+        In two halves it is `with_head=False`, which gives the hidden states (B, T, d) before the head, and then
+        `states` (n, d), any of these rows, of which the head makes logits (n, V).
+        """
+        if states is not None:
+            return head_logits(self.base, states)
+        assert activations is not None and text_ids is not None
         batch = len(activations)
         embedding = self.token_embedding
         prefix, suffix = self.prompt()
@@ -86,7 +105,27 @@ class LensDecoder(LensClone):
         ]
         inputs = torch.cat([piece.to(embedding.weight.dtype) for piece in pieces], dim=1)
         with self.injected(activations, slot=len(prefix)):
-            return self.base(inputs_embeds=inputs, use_cache=False, logits_to_keep=text_ids.shape[1]).logits
+            return self.last_outputs(inputs, text_ids.shape[1], with_head)
+
+    def last_outputs(self, inputs: Tensor, count: int, with_head: bool, cache: DynamicCache | None = None) -> Tensor:
+        """What the base makes of the last `count` embeddings: logits (B, count, V), or the hidden states before."""
+        settings = {"inputs_embeds": inputs, "past_key_values": cache, "use_cache": cache is not None}
+        if with_head:
+            return self.base(**settings, logits_to_keep=count).logits
+        return self.base.get_decoder()(**settings).last_hidden_state[:, -count:]
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits (n, V) of hidden states (n, d), through this module's own call, which may have to gather weights."""
+        return self(states=states)
+
+    def predictions(self, states: Tensor, chunk_size: int) -> TokenLogits:
+        """Logits (..., V) if `chunk_size` is 0, else last hidden states (..., d), as the logits of tokens."""
+        return TokenLogits.of(states, self.head, chunk_size)
+
+    def score(self, activations: Tensor, text_ids: Tensor, chunk_size: int = 0) -> SoftText:
+        """A given text (B, T) with the predictions of its tokens, as `forward` makes them."""
+        states = self(activations, text_ids, with_head=chunk_size == 0)
+        return SoftText(text_ids, self.predictions(states, chunk_size))
 
     def generate_soft(
         self,
@@ -96,6 +135,7 @@ class LensDecoder(LensClone):
         tau: float = 1.0,
         temperature: float = 1.0,
         use_cache: bool = True,
+        chunk_size: int = 0,
     ) -> SoftText:
         """Generates T tokens, each drawn by Gumbel-max, with straight-through gradients through all steps.
 
@@ -106,20 +146,28 @@ class LensDecoder(LensClone):
             tau: temperature of the relaxed gradient; it never changes the sample.
             temperature: temperature of the sample.
             use_cache: False runs the whole sequence anew at every step, the reference for tests.
+            chunk_size: rows of logits held at a time (`token_logits`); 0 holds all of them.
 
         Raises:
             ValueError: if T is less than one.
         """
-        tokens = self.generated_tokens(activations, keys, num_text_tokens, tau, temperature, use_cache)
-        ids, logits = zip(*tokens, strict=True)
-        return SoftText(torch.stack(ids, dim=1), torch.stack(logits, dim=1))
+        tokens = self.generated_tokens(activations, keys, num_text_tokens, tau, temperature, use_cache, chunk_size)
+        ids, states = zip(*tokens, strict=True)
+        return SoftText(torch.stack(ids, dim=1), self.predictions(torch.stack(states, dim=1), chunk_size))
 
     @torch.no_grad()
     def generate_ids(
-        self, activations: Tensor, keys: Tensor | None, num_text_tokens: int, temperature: float = 1.0
+        self,
+        activations: Tensor,
+        keys: Tensor | None,
+        num_text_tokens: int,
+        temperature: float = 1.0,
+        chunk_size: int = 0,
     ) -> Tensor:
         """The token ids (B, T) of `generate_soft`, without keeping T x V logits a row."""
-        tokens = self.generated_tokens(activations, keys, num_text_tokens, temperature=temperature)
+        tokens = self.generated_tokens(
+            activations, keys, num_text_tokens, temperature=temperature, chunk_size=chunk_size
+        )
         return torch.stack([ids for ids, _ in tokens], dim=1)
 
     def generated_tokens(
@@ -130,19 +178,25 @@ class LensDecoder(LensClone):
         tau: float = 1.0,
         temperature: float = 1.0,
         use_cache: bool = True,
+        chunk_size: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The text token by token: ids (B,) and the logits (B, V) that they were drawn from; see `generate_soft`."""
+        """The text token by token: ids (B,), and what they were drawn from: logits (B, V), or with a `chunk_size`
+        the hidden states (B, d) that these were made of; see `generate_soft`."""
         if num_text_tokens < 1:
             raise ValueError(f"num_text_tokens must be at least 1, got {num_text_tokens}; 8 is a good start")
         dtype = self.token_embedding.weight.dtype
         batch = len(activations)
+
+        def last_output(inputs: Tensor, cache: DynamicCache | None) -> Tensor:
+            return self.last_outputs(inputs, 1, chunk_size == 0, cache)[:, -1]
+
         prefix, suffix = (piece.to(dtype) for piece in self.prompt())
         chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix.expand(batch, -1, -1)], dim=1)
         if use_cache:
             recompute = self.checkpoints_gradients() and torch.is_grad_enabled()
             before = prompt_cache(self.base.get_decoder(), prefix, batch)
             chunk, slot = chunk + 0 * before.end, 0
-            passes = CachedPasses(self.base, before.cache, recompute)
+            passes = CachedPasses(last_output, before.cache, recompute)
         else:
             chunk, slot = torch.cat([prefix.expand(batch, -1, -1), chunk], dim=1), len(prefix)
 
@@ -153,16 +207,28 @@ class LensDecoder(LensClone):
 
         for step in range(num_text_tokens):
             if use_cache:
-                logits = passes(chunk, injected if step == 0 else partial(without_checkpoints, self.base))
+                states = passes(chunk, injected if step == 0 else partial(without_checkpoints, self.base))
             else:
                 with self.injected(activations, slot):
-                    logits = self.base(inputs_embeds=chunk, use_cache=False, logits_to_keep=1).logits[:, -1]
+                    states = last_output(chunk, None)
             step_keys = None if keys is None else fold_in(keys, step)
-            ids = sample_tokens(logits, step_keys, temperature)
-            yield ids, logits
-            if step < num_text_tokens - 1:
-                token = embed_sampled(self, logits, ids, step_keys, tau)[:, None].to(dtype)
+            is_last = step == num_text_tokens - 1
+            draw = partial(self.drawn, keys=step_keys, temperature=temperature, tau=None if is_last else tau)
+            drawn = self.predictions(states, chunk_size).read(draw)
+            yield drawn["ids"], states
+            if not is_last:
+                token = drawn["embeddings"][:, None].to(dtype)
                 chunk = token if use_cache else torch.cat([chunk, token], dim=1)
+
+    def drawn(
+        self, logits: Tensor, rows: slice, keys: Tensor | None, temperature: float, tau: float | None
+    ) -> dict[str, Tensor]:
+        """Tokens drawn from logits (n, V) of some rows of a batch: `ids` (n,), and with `tau` their `embeddings`."""
+        row_keys = None if keys is None else keys[rows]
+        ids = sample_tokens(logits, row_keys, temperature)
+        if tau is None:
+            return {"ids": ids}
+        return {"ids": ids, "embeddings": embed_sampled(self, logits, ids, row_keys, tau)}
 
     @classmethod
     def from_subject(cls, subject: PreTrainedModel, config: LensDecoderConfig) -> Self:

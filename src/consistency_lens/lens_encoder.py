@@ -1,5 +1,6 @@
 """The encoder: text to activation."""
 
+from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
@@ -97,10 +98,20 @@ class LensEncoder(LensClone):
 
     def embed_text(self, text: SoftText, keys: Tensor | None, tau: float) -> Tensor:
         """Embeddings (B, T, d) of a soft text, whose gradient reaches the decoder's logits."""
-        batch, length, vocabulary = text.logits.shape
+        embed = self.row_embedder(text.token_ids, keys, tau)
+        rows = text.predictions.read(lambda logits, rows: {"embeddings": embed(logits, rows)})["embeddings"]
+        return rows.unflatten(0, text.token_ids.shape)
+
+    def row_embedder(self, token_ids: Tensor, keys: Tensor | None, tau: float) -> Callable[[Tensor, slice], Tensor]:
+        """Makes, of the logits (n, V) of some of the B * T tokens of a text, the embeddings (n, d) of those."""
+        length = token_ids.shape[1]
+        flat_ids = token_ids.flatten()
         flat_keys = None if keys is None else torch.stack([fold_in(keys, t) for t in range(length)], dim=1).flatten()
-        rows = embed_sampled(self, text.logits.reshape(-1, vocabulary), text.token_ids.flatten(), flat_keys, tau)
-        return rows.view(batch, length, -1)
+
+        def embed(logits: Tensor, rows: slice) -> Tensor:
+            return embed_sampled(self, logits, flat_ids[rows], None if flat_keys is None else flat_keys[rows], tau)
+
+        return embed
 
     @classmethod
     def from_subject(cls, subject: PreTrainedModel, config: LensEncoderConfig) -> Self:

@@ -26,6 +26,10 @@ from .residual_stream import ResidualStream
 from .spans import span
 from .steering import Steering, steer_text, text_direction
 from .subject import Subject
+from .token_logits import RowReader
+
+# activations (B, d) and text ids (B, T) -> what reads the logits of the B * T tokens, row by row
+TokenReader = Callable[[Tensor, Tensor], RowReader]
 
 EMBED_SLOT = "<embed>"
 TEXT_SLOT = "<text>"
@@ -45,12 +49,14 @@ class LensOutput(ModelOutput):
     Attributes:
         reconstruction: Â, (B, d), float32, in the units of the subject's residual stream.
         text_ids: (B, T) the text that the encoder read.
-        logits: (B, T, V) the decoder's logits for each token of its text.
+        logits: (B, T, V) the decoder's logits for each token of its text; None where a reader has read them.
+        token_values: name -> what the reader has made of the logits, (B, T); of fewer texts if it left some out.
     """
 
     reconstruction: Tensor | None = None
     text_ids: Tensor | None = None
     logits: Tensor | None = None
+    token_values: dict[str, Tensor] | None = None
 
 
 class ConsistencyLensModel(TrainedTensorsModel):
@@ -197,6 +203,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
         straight_through: bool = False,
         sample: bool = False,
         temperature: float = 1.0,
+        reader: TokenReader | None = None,
+        chunk_size: int = 0,
     ) -> LensOutput:
         """One pass through every trained tensor, on one of two paths; or, without gradients, half of the way.
 
@@ -211,6 +219,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
                 through the embedding of each token into the logits that the token was drawn from.
             num_text_tokens: T for generation; the configuration's if None.
             sample: only draws a text, at `temperature`, and gives its `text_ids`; no gradient.
+            reader: reads the logits of the decoder's text in place of the caller, who gets `token_values`.
+            chunk_size: with a reader or `sample`, rows of logits held at a time (`token_logits`); 0 holds all of them.
         """
         length = self.config.num_text_tokens if num_text_tokens is None else num_text_tokens
         if activations is None:
@@ -218,23 +228,45 @@ class ConsistencyLensModel(TrainedTensorsModel):
             return LensOutput(self.reconstruct(text_ids, encoder_text_mask), text_ids)
         if sample:
             with span("generation"):
-                return LensOutput(text_ids=self.decoder.generate_ids(activations, noise_keys, length, temperature))
+                ids = self.decoder.generate_ids(activations, noise_keys, length, temperature, chunk_size)
+            return LensOutput(text_ids=ids)
         if text_ids is not None:
             with span("decoder"):
-                logits = self.decoder(activations, text_ids)
-            if straight_through:
-                mask = self.mask_to_read(text_ids, encoder_text_mask)
+                text = self.decoder.score(activations, text_ids, chunk_size)
+        else:
+            with span("generation"):
+                text = self.decoder.generate_soft(activations, noise_keys, length, tau, chunk_size=chunk_size)
+        is_soft = text_ids is None or straight_through
+        values, embeddings = self.read_tokens(activations, text, noise_keys, tau if is_soft else None, reader)
+        logits = text.logits if reader is None else None
+        if embeddings is not None:
+            with span("encoder"):
+                mask = self.mask_to_read(text.token_ids, encoder_text_mask)
+                return LensOutput(self.encoder(embeddings, mask), text.token_ids, logits, values)
+        read_ids = text.token_ids if encoder_text_ids is None else encoder_text_ids
+        return LensOutput(self.reconstruct(read_ids, encoder_text_mask), read_ids, logits, values)
+
+    def read_tokens(
+        self, activations: Tensor, text: SoftText, keys: Tensor | None, tau: float | None, reader: TokenReader | None
+    ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+        """All that is read of a text's logits, at once, for they may be made for it: what `reader` makes of them, and,
+        with `tau`, the embeddings (B, T, d) that the encoder reads."""
+        read_rows = None if reader is None else reader(activations, text.token_ids)
+        embed = None if tau is None else self.encoder.row_embedder(text.token_ids, keys, tau)
+
+        def read(logits: Tensor, rows: slice) -> dict[str, Tensor]:
+            found = {} if read_rows is None else read_rows(logits, rows)
+            if embed is not None:
                 with span("encoder"):
-                    embeddings = self.encoder.embed_text(SoftText(text_ids, logits), None, tau)
-                    return LensOutput(self.encoder(embeddings, mask), text_ids, logits)
-            read_ids = text_ids if encoder_text_ids is None else encoder_text_ids
-            return LensOutput(self.reconstruct(read_ids, encoder_text_mask), read_ids, logits)
-        with span("generation"):
-            text = self.decoder.generate_soft(activations, noise_keys, length, tau)
-        with span("encoder"):
-            embeddings = self.encoder.embed_text(text, noise_keys, tau)
-            reconstruction = self.encoder(embeddings, self.mask_to_read(text.token_ids, None))
-        return LensOutput(reconstruction, text.token_ids, text.logits)
+                    found["embeddings"] = embed(logits, rows)
+            return found
+
+        if read_rows is None and embed is None:
+            return None, None
+        length = text.token_ids.shape[1]
+        found = {name: rows.unflatten(0, (-1, length)) for name, rows in text.predictions.read(read).items()}
+        embeddings = found.pop("embeddings", None)
+        return (None if reader is None else found), embeddings
 
     def text_mask(self, text_ids: Tensor) -> Tensor:
         """What of the texts (B, T) is text, (B, T) bool: all before the decoder's stop token, if it has one.
@@ -283,11 +315,12 @@ class ConsistencyLensModel(TrainedTensorsModel):
         num_text_tokens: int | None = None,
         keys: Tensor | None = None,
         temperature: float = 1.0,
+        chunk_size: int = 0,
     ) -> Tensor:
-        """The token ids (B, T) that `decode` turns into strings."""
+        """The token ids (B, T) that `decode` turns into strings; `chunk_size`: rows of logits held at a time."""
         settings = {"num_text_tokens": num_text_tokens, "noise_keys": keys, "temperature": temperature}
         with evaluating(self.decoder):  # in train mode gradient checkpointing would cost the cache
-            return cast(Tensor, self(activations, sample=True, **settings).text_ids)
+            return cast(Tensor, self(activations, sample=True, chunk_size=chunk_size, **settings).text_ids)
 
     @torch.no_grad()
     def decode(

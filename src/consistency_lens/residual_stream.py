@@ -190,6 +190,19 @@ class ResidualStream:
         with _forward_hook(self.decoder, gather):
             yield
 
+    @contextmanager
+    def capture_last_states(self) -> Iterator[Capture]:
+        """Records what the head would read, while the model runs inside the `with` block: the final norm's output, at
+        the selected positions if inside `select_positions`. The head runs on one token alone meanwhile."""
+        captured = Capture(self.num_layers)
+
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            captured._activations = _hidden(output)
+            return _with_hidden(output, captured._activations[:1, :1])
+
+        with _forward_hook(self.decoder, record):
+            yield captured
+
 
 def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """Rows of `hidden` (B, S, d) at `positions` (B, K), as (B, K, d)."""

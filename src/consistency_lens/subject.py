@@ -8,7 +8,7 @@ positions alone, each against the cache entries before it and itself.
 import logging
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .attention import attention_with_masks
 from .context_cache import ContextCache, empty_cache, kept, reopened
 from .residual_stream import ResidualStream, gather_positions
 from .spans import span
+from .token_logits import head_logits
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class SubjectContext(NamedTuple):
     activations: Tensor
     """Output of block `layer` at the positions, (B, K, d), in the model's dtype."""
     logits: Tensor
-    """Next-token logits at the positions, (B, K, V)."""
+    """Next-token logits at the positions, (B, K, V); or the hidden states (B, K, d) that `Subject.head` makes them of,
+    where these were asked for."""
     cache: ContextCache | None
     """Keys and values over the whole sequence of the blocks above `layer`; None where the one-token pass is not in
     use."""
@@ -91,7 +93,12 @@ class Subject:
 
     @torch.no_grad()
     def context(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, check: bool = True
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        check: bool = True,
+        with_head: bool = True,
     ) -> SubjectContext:
         """Reads the subject at `positions`: activations, next-token logits and the cache for the replaced pass.
 
@@ -100,6 +107,7 @@ class Subject:
             attention_mask: 1 for real tokens, (B, S).
             positions: indices of real tokens, (B, K) int64.
             check: look whether they are, which waits for the device; a collator's batches need it not.
+            with_head: if False, hidden states stand for the logits, here and in the replaced pass.
 
         Raises:
             ValueError: with `check`, if the shapes do not fit, a row is padded on the left or a position is not a real
@@ -109,42 +117,53 @@ class Subject:
             _check_inputs(input_ids, attention_mask, positions)
         one_token = self.check_one_token(input_ids.shape[1] + positions.shape[1])
         with span("context pass"):
-            return self._context(input_ids, attention_mask, positions, keep_cache=one_token)
+            return self._context(input_ids, attention_mask, positions, one_token, with_head)
 
-    def replaced_logits(self, context: SubjectContext, activations: Tensor) -> Tensor:
+    def run(self, with_head: bool, **inputs: Any) -> Tensor:
+        """The model's logits (B, S, V), or the hidden states (B, S, d) before its head."""
+        if with_head:
+            return self.model(**inputs).logits
+        with self.stream.capture_last_states() as captured:
+            output = self.model(**inputs)
+        return _HandOn.apply(captured.activations, output.logits)
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits (n, V) of hidden states (n, d) before the head; gradient flows to them."""
+        return head_logits(self.model, states)
+
+    def replaced_logits(self, context: SubjectContext, activations: Tensor, with_head: bool = True) -> Tensor:
         """Next-token logits at each position after its residual alone was replaced; gradient flows to `activations`.
 
         Args:
             context: what `context` returned.
             activations: the new outputs of block `layer`, (B, K, d). Each of the K replacements is on its own: a
                 position does not see those at the others.
+            with_head: if False, the hidden states (B, K, d) are returned that `head` makes the logits of.
 
         Returns:
             Logits, (B, K, V).
         """
         if context.cache is None:
-            return self.replaced_logits_full(context, activations)
+            return self.replaced_logits_full(context, activations, with_head)
         batch_size, num_positions = context.positions.shape
         queries = torch.arange(num_positions, device=context.positions.device).expand(batch_size, -1)
         with self.stream.replace(self.layer, queries, activations), attention_with_masks(self.model):
-            output = self.model(
+            return self.run(
+                with_head,
                 input_ids=context.input_ids.gather(1, context.positions),
                 attention_mask=self._attention_mask(context, dtype=next(iter(_keys(context.cache))).dtype),
                 position_ids=context.positions,
                 past_key_values=reopened(context.cache, context.input_ids.shape[1]),
                 use_cache=True,
             )
-        return output.logits
 
-    def replaced_logits_full(self, context: SubjectContext, activations: Tensor) -> Tensor:
+    def replaced_logits_full(self, context: SubjectContext, activations: Tensor, with_head: bool = True) -> Tensor:
         """As `replaced_logits`, by K passes over the whole sequence: the reference, right for any architecture."""
         logits = []
         for position, activation in zip(context.positions.split(1, dim=1), activations.split(1, dim=1), strict=True):
             with self.stream.replace(self.layer, position, activation), self.stream.select_positions(position):
-                output = self.model(
-                    input_ids=context.input_ids, attention_mask=context.attention_mask, use_cache=False
-                )
-            logits.append(output.logits)
+                inputs = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
+                logits.append(self.run(with_head, **inputs, use_cache=False))
         return torch.cat(logits, dim=1)
 
     def check_one_token(self, length: int) -> bool:
@@ -172,18 +191,22 @@ class Subject:
         return self._one_token
 
     def _context(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep_cache: bool
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        keep_cache: bool,
+        with_head: bool = True,
     ) -> SubjectContext:
         # The replaced pass overwrites the output of block `layer`; of the last block, the mask takes its dtype.
         num_blocks = self.stream.num_layers
         cache = empty_cache(num_blocks, first=min(self.layer + 1, num_blocks - 1)) if keep_cache else None
         with self.stream.capture(self.layer) as captured, self.stream.select_positions(positions):
-            output = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=keep_cache
-            )
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            logits = self.run(with_head, **inputs, past_key_values=cache, use_cache=keep_cache)
         return SubjectContext(
             activations=gather_positions(captured.activations, positions),
-            logits=output.logits,
+            logits=logits,
             cache=None if cache is None else kept(cache),
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -253,6 +276,20 @@ class Subject:
         positions = (fractions * (lengths[:, None] - 1)).long()
         device = self.stream.input_embedding.get_parameter("weight").device
         return input_ids.to(device), attention_mask.to(device), positions.to(device)
+
+
+class _HandOn(torch.autograd.Function):
+    """Hands states on, and in the backward pass a gradient of zero to the logits beside them: FSDP2 gathers a model's
+    weights when the gradient of its output comes, and so one has to come."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
 
 
 def _keys(cache: ContextCache) -> Iterator[Tensor]:

@@ -118,7 +118,8 @@ class SpecStep(nn.Module):
     ) -> dict[str, Tensor]:
         """The two losses of a batch with rows (B, S) whose activation is read at `positions` (B,).
 
-        Without `judged` the original does not run for the KL, which shows what that costs.
+        Without `judged` the original does not run for the KL, which shows what that costs; a squared error, `mse`,
+        takes its place.
         """
         one_hots, logits = self.generate_soft(batch["activations"], tau, noise)
         reconstruction = self.reconstruct(one_hots)
@@ -127,7 +128,7 @@ class SpecStep(nn.Module):
             delta_residual = batch["other_activations"] - other
         lm = self.lm_loss(one_hots.argmax(-1), logits)
         if not judged:
-            return {"lm": lm}
+            return {"mse": F.mse_loss(reconstruction, batch["activations"]), "lm": lm}
         original = self.forward_with_replacement(batch, batch["activations"])
         replaced = self.forward_with_replacement(batch, reconstruction + delta_residual)
         return {"kl": kl_loss(original, replaced), "lm": lm}

@@ -8,7 +8,7 @@ Run with `python tests/benchmarks/training_step.py`. It writes, for the large mo
 `step_vs_reference` and `step_vs_reference_k8` (8 activations of a sequence), seconds; `step_vs_cached_reference`,
 where the plan's generation has a key-value cache; `step_memory_vs_reference`, the peak of a process that builds its
 models and takes two steps; `step_flops_vs_reference` and `step_flops_vs_cached_reference`, also for `_k8`, FLOPs of an
-activation; `kl_share_of_step`, what of a step the subject's judgement costs, K=8.
+activation; `kl_share_of_step`, what of a step the subject's judgement costs more than a squared error, K=8.
 """
 
 import functools
@@ -51,19 +51,20 @@ class Setting:
     batch: int
     runs: int
 
-    def make_lens(self) -> ConsistencyLensModel:
+    def make_lens(self, vocabulary: int = 32_000, **clones: Any) -> ConsistencyLensModel:
+        """Fully trained if `clones` says nothing else; the embedded model has a vocabulary of its own."""
         torch.manual_seed(0)
         if self.suffix:
             model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
             tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
         else:
             config = LlamaConfig(
-                vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
+                vocab_size=vocabulary, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
                 num_attention_heads=8, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
             model, tokenizer = LlamaForCausalLM(config), tiny_tokenizer()
         return ConsistencyLensModel.from_subject(
-            model, tokenizer, self.layer, num_text_tokens=NUM_TEXT_TOKENS, training="full"
+            model, tokenizer, self.layer, num_text_tokens=NUM_TEXT_TOKENS, **(clones or {"training": "full"})
         ).train()
 
 
@@ -98,15 +99,28 @@ def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int) -> di
     return rows | {"activations": activations, "other_activations": activations.roll(num_positions, 0)}
 
 
-def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True) -> Losses:
-    """Of our step: the contexts of a sequence are shared, and read once for activations and KL."""
+def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True, chunk_size: int = 0) -> Losses:
+    """Of our step: the contexts of a sequence are shared, and read once for activations and KL.
+
+    `chunk_size`: rows of logits held at a time; 0 holds all of them.
+    """
     subject = lens.subject
     objective = Gumbel(
-        subject, SubjectReference(subject), "forward", delta_residual="detached", needs_kl=kl, needs_entropy=False
+        subject,
+        SubjectReference(subject),
+        "forward",
+        "detached",
+        needs_kl=kl,
+        needs_entropy=False,
+        chunk_size=chunk_size,
     )
     shared = share_contexts(batch)
 
-    return lambda: objective(lens, lens, read_activations(subject, shared, keep_context=kl), Step(0, 0)).terms
+    def losses() -> dict[str, torch.Tensor]:
+        read = read_activations(subject, shared, keep_context=kl, with_head=chunk_size == 0)
+        return objective(lens, lens, read, Step(0, 0)).terms
+
+    return losses
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -116,7 +130,8 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def take_step(losses: Losses, optimizer: torch.optim.Optimizer) -> None:
     terms = losses()
-    loss = LM_WEIGHT * terms["lm"] + (terms["kl"] if "kl" in terms else 0)
+    # without the KL another term takes the gradient to the encoder, as it would in training
+    loss = LM_WEIGHT * terms["lm"] + (terms["kl"] if "kl" in terms else terms["mse"])
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -154,15 +169,26 @@ def measure_times(setting: Setting, device: torch.device) -> None:
     medians = interleaved(sides.steps(make_batch(lens, setting.batch, 1)), device, setting.runs, warmup=1)
     for name, side in (("step_vs_reference", "plan"), ("step_vs_cached_reference", "cached")):
         write(name, f"{what} K=1 against the plan's", "seconds", medians["ours"], medians[side], setting, device)
-    batch = make_batch(lens, setting.batch, 8)
     del sides.plans["cached"]
+    medians = interleaved(sides.steps(make_batch(lens, setting.batch, 8)), device, setting.runs, warmup=1)
+    of_eight = f"{what} K=8 against the plan's"
+    write("step_vs_reference_k8", of_eight, "seconds", medians["ours"], medians["plan"], setting, device)
+
+
+def measure_share(setting: Setting, device: torch.device) -> None:
+    """Writes what of a step the subject's judgement costs more than a squared error, on both sides."""
+    lens = setting.make_lens().to(device)
+    sides = Sides.of(lens, device)
+    del sides.plans["cached"]
+    batch = make_batch(lens, setting.batch, 8)
     work = sides.steps(batch)
     work |= {f"{name} without": step for name, step in sides.steps(batch, kl=False).items()}
     medians = interleaved(work, device, setting.runs, warmup=1)
-    what, ours, plan = f"{what} K=8", medians["ours"], medians["plan"]
-    write("step_vs_reference_k8", f"{what} against the plan's", "seconds", ours, plan, setting, device)
     shares = {side: 1 - medians[f"{side} without"] / medians[side] for side in ("ours", "plan")}
-    what = f"what of a {what} the KL costs, in the plan's and in ours, which reads its activations on the fly"
+    what = (
+        f"what of a step a KL costs more than a squared error, layer {setting.layer}, B={setting.batch} S={LENGTH} "
+        f"T={NUM_TEXT_TOKENS} K=8, in the plan's step and in ours, which reads its activations on the fly"
+    )
     write("kl_share_of_step", what, "of a step", shares["ours"], shares["plan"], setting, device)
 
 
@@ -225,11 +251,11 @@ def write(name: str, what: str, unit: str, mine: float, other: float, setting: S
     write_result(f"{name}{setting.suffix}", what, unit, mine, other, runs, device)
 
 
-MEASURES = {"flops": measure_flops, "memory": measure_memory, "times": measure_times}
+MEASURES = {"flops": measure_flops, "memory": measure_memory, "times": measure_times, "share": measure_share}
 
 
 def main() -> None:
-    """Measures both models, or what is named: `flops`, `memory`, `times`, `large`, `embedded`."""
+    """Measures both models, or what is named: `flops`, `memory`, `times`, `share`, `large`, `embedded`."""
     device, named = prepare(), set(sys.argv[1:])
     for setting in SETTINGS:
         if {"large", "embedded"} & named and ("embedded" if setting.suffix else "large") not in named:

@@ -80,7 +80,7 @@ def test_losses_and_gradients_are_those_of_rows_read_alone(subject, with_context
         assert ("context" in read) == with_context
         noise = torch.randn(read["activations"].shape, generator=torch.Generator().manual_seed(1))
         replaced = (read["activations"] + noise).requires_grad_()
-        kl = functional_kl(subject, read, replaced)
+        kl = functional_kl(subject, read, replaced[:, None])[:, 0]
         (gradient,) = torch.autograd.grad(kl.sum(), replaced)
         before, after = judge(subject, batch, torch.stack([read["activations"], replaced.detach()], dim=1))
         found.append((read["activations"], kl, gradient, before, after))

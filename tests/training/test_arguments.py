@@ -29,6 +29,7 @@ MEASURED = {"metric_for_best_model": "fve", "eval_strategy": "steps", "eval_step
         ({"reward": "fluency"}, "reward must be one of -mse, -log_mse, -kl, got 'fluency'"),
         ({"lm_estimator": "k2"}, "lm_estimator must be one of exact, k3"),
         ({"length_penalty": -1.0}, "length_penalty must be 0 or more"),
+        ({"logits_chunk_size": -1}, "logits_chunk_size must be 0 or more, got -1"),
         ({"length_penalty": 0.1}, "teaches to stop by shorter tails"),
         ({"length_penalty": 0.1, "shorter_share": 1.0, "prefix_budgets": True}, "leave one out"),
         ({"lm_estimator": "k3", "lm_direction": "forward"}, "set lm_direction to reverse"),

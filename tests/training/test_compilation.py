@@ -61,6 +61,9 @@ def test_the_trainer_compiles_the_bases_alone(tmp_path):
     trainer = tiny_trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")
     compiled = [name for name, module in trainer.lens.named_modules() if module._compiled_call_impl is not None]
     assert compiled == ["decoder.base", "encoder.base"]
+    apart = tiny_trainer(tmp_path / "apart", torch_compile=True, torch_compile_backend="eager", logits_chunk_size=4)
+    compiled = [name for name, module in apart.lens.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == ["decoder.base.model", "encoder.base"]
     assert trainer.accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
     plain = tiny_trainer(tmp_path)
     assert all(module._compiled_call_impl is None for module in plain.lens.modules())
@@ -71,10 +74,11 @@ def test_losses_are_those_without(tmp_path, compiled_graphs):
     stages = ["warm_start 2s", "gumbel 3s", "policy_gradient"]
     settings = {"max_steps": 8, "stages": stages, "own_share": 0.5, "activation_checkpointing": True}
     losses = []
-    for name, compiled in (("plain", {}), ("compiled", {"torch_compile": True})):
+    compiled_ways = ({}, {"torch_compile": True}, {"torch_compile": True, "logits_chunk_size": 5})
+    for name, compiled in zip(("plain", "compiled", "chunks"), compiled_ways, strict=True):
         model = tiny_model("llama", num_hidden_layers=2)
         trainer = tiny_trainer(tmp_path / name, model=model, **settings, **compiled)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert compiled_graphs() > 5
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)

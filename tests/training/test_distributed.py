@@ -209,6 +209,9 @@ CASES = {
     "prompts": ({**FULL, **PROMPTS}, {}, {}),
     "limits": (LORA, {"group_max_grad_norm": {"encoder_lora": 0.1}}, {}),
     "rewards": (LORA, {"reward": "-kl", "lm_reference": "subject", "delta_residual": "full"}, {}),
+    # 8 rows on one process and 4 on each of two, none of which it divides
+    "chunks": (FULL, {"logits_chunk_size": 3, "own_share": 0.5}, {}),
+    "judged_in_chunks": (LORA, {"logits_chunk_size": 3, "reward": "-kl", "lm_reference": "subject"}, {}),
 }
 
 

@@ -102,6 +102,15 @@ def test_the_reference_that_warm_start_leaves_is_counted(subject_folder, tmp_pat
     assert with_it.memory[0].weights - without.memory[0].weights == 4 * decoder.trained
 
 
+@pytest.mark.parametrize("stage", ["warm_start", "gumbel", "policy_gradient"])
+def test_logits_in_chunks_count_as_far_as_they_are_held(subject_folder, tmp_path, stage):
+    def activations_of(size):
+        changes = {"stages": stage, "lm_reference": "subject", "logits_chunk_size": size}
+        return plan(subject_folder, tmp_path, **changes).memory[0].activations
+
+    assert activations_of(1) < activations_of(2) < activations_of(0) == activations_of(10**6)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("training", ["full", "lora", "frozen"])
 @pytest.mark.parametrize("objective", ["warm_start", "gumbel"])

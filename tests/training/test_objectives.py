@@ -10,17 +10,18 @@ from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.losses import kl_divergence
 from consistency_lens.modeling_consistency_lens import LensOutput
 from consistency_lens.straight_through import fold_in, sample_tokens
-from consistency_lens.training.lm_reference import SubjectReference, freeze_copy
+from consistency_lens.token_logits import TokenLogits
+from consistency_lens.training.lm_reference import DecoderReference, SubjectReference, freeze_copy
 from consistency_lens.training.objectives import (
     Gumbel,
     PolicyGradient,
     Step,
-    Tails,
     WarmStart,
     functional_kl,
     group_advantage,
     uniform,
 )
+from consistency_lens.training.tails import Tails
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +107,8 @@ def test_nothing_behind_a_stop_token_is_drawn_or_read(setting):
 
 def test_the_kl_term_is_zero_for_the_activation_itself(setting):
     subject, _, batch = setting
-    assert functional_kl(subject, batch, batch["activations"]).abs().max() < 1e-5
-    assert functional_kl(subject, batch, batch["other_activations"]).min() > 1e-3
+    assert functional_kl(subject, batch, batch["activations"][:, None]).abs().max() < 1e-5
+    assert functional_kl(subject, batch, batch["other_activations"][:, None]).min() > 1e-3
 
 
 @pytest.mark.parametrize("delta_residual", ["detached", "full"])
@@ -146,7 +147,7 @@ def test_an_entropy_without_weight_is_measured_and_has_no_gradient(setting):
 def test_the_subject_as_reference_reads_the_text_after_bos(setting):
     subject, _, batch = setting
     ids = batch["tail_ids"]
-    logits = SubjectReference(subject)(batch["activations"], ids)
+    logits = SubjectReference(subject)(batch["activations"], ids).states.unflatten(0, ids.shape)
     whole = subject.model(input_ids=torch.cat([torch.ones_like(ids[:, :1]), ids], dim=1)).logits
     torch.testing.assert_close(logits, whole[:, :-1], atol=1e-5, rtol=1e-4)
 
@@ -189,7 +190,7 @@ class Toy(torch.nn.Module):
     def logits(self, activations):
         return torch.einsum("bw,lwv->blv", activations, self.weight)
 
-    def decode_ids(self, activations, keys=None):
+    def decode_ids(self, activations, keys=None, chunk_size=0):
         if self.forced is not None:
             return self.forced
         flat = self.logits(activations).flatten(0, 1).detach()
@@ -201,9 +202,12 @@ class Toy(torch.nn.Module):
 
     drawn_mask = text_mask
 
-    def forward(self, activations, text_ids, encoder_text_mask=None, straight_through=False, tau=1.0):
+    def forward(self, activations, text_ids, reader=None, **settings):
         reconstruction = torch.nn.functional.one_hot(text_ids[:, -1], self.words).float() * self.scale(text_ids)
-        return LensOutput(reconstruction, text_ids, self.logits(activations))
+        if reader is None:
+            return LensOutput(reconstruction, text_ids)
+        values = TokenLogits(self.logits(activations).flatten(0, 1)).read(reader(activations, text_ids))
+        return LensOutput(reconstruction, text_ids, None, {name: v.view(text_ids.shape) for name, v in values.items()})
 
     def scale(self, text_ids):
         """A factor that makes the reward depend on every token."""
@@ -263,7 +267,7 @@ def test_the_direction_of_the_lm_term_is_that_asked_for(setting):
     ids = lens.decode_ids(activations, keys=torch.stack([step.keys(batch["rows"], d) for d in (0, 1)], 1).flatten())
     own, other = lens.decoder(activations, ids), reference(activations, ids)
     for direction, pair in (("reverse", (own, other)), ("forward", (other, own))):
-        terms = PolicyGradient(reference, 2, lm_direction=direction)(lens, lens, batch, step).terms
+        terms = PolicyGradient(DecoderReference(reference), 2, lm_direction=direction)(lens, lens, batch, step).terms
         torch.testing.assert_close(terms["lm"], kl_divergence(*pair).mean(), atol=1e-6, rtol=1e-4)
 
 
@@ -283,7 +287,7 @@ def test_the_policy_term_is_the_score_function_of_the_samples(setting, reward):
     error = ((activations - lens.encode(ids)) / lens.rms).square().mean(1)
     if reward == "-kl":
         whole = {name: tensor.repeat_interleave(group_size, dim=0) for name, tensor in batch.items()}
-        error = functional_kl(subject, whole, lens.encode(ids))
+        error = functional_kl(subject, whole, lens.encode(ids)[:, None])[:, 0]
     error = error.log() if reward == "-log_mse" else error
     expected_loss = -(group_advantage(-error, group_size) * log_p).mean()
     (expected,) = torch.autograd.grad(expected_loss, lens.decoder.projection.bias)
@@ -298,7 +302,7 @@ def test_equal_texts_have_no_advantage_and_move_nothing(setting):
     class Silent:  # every sample of an activation is the same text
         text_mask, drawn_mask, rms = lens.text_mask, lens.drawn_mask, lens.rms
 
-        def decode_ids(self, activations, keys):
+        def decode_ids(self, activations, keys, chunk_size):
             return torch.full((len(activations), 3), 5)
 
     losses = PolicyGradient(reference=None, group_size=2)(lens, Silent(), batch, Step(0, 0))
@@ -317,7 +321,7 @@ def test_prefix_budgets_are_one_for_each_group_and_credit_no_unread_token(settin
         mask = seen[-1]["encoder_text_mask"]
         assert mask[:, 0].all() and (mask.int().diff(dim=1) <= 0).all() and torch.equal(mask[::2], mask[1::2])
         lengths += mask[::2].sum(dim=1).tolist()
-        output = lens(**seen[-1])
+        output = lens(**seen[-1] | {"reader": None})
         log_p = output.logits.log_softmax(-1).gather(-1, seen[-1]["text_ids"][..., None])[..., 0]
         error = ((batch["activations"].repeat_interleave(2, 0) - output.reconstruction) / lens.rms).square().mean(1)
         expected = -(group_advantage(-error, 2) * (log_p * mask).mean(1)).mean()
@@ -332,7 +336,7 @@ def test_a_length_penalty_rewards_the_text_that_stops_first(setting):
     class Stopping:
         rms = lens.rms
 
-        def decode_ids(self, activations, keys):
+        def decode_ids(self, activations, keys, chunk_size):
             return ids.repeat(len(activations) // 2, 1)
 
         def text_mask(self, ids):
@@ -357,9 +361,9 @@ def test_a_length_penalty_rewards_the_text_that_stops_first(setting):
 
 def test_both_estimators_of_the_lm_term_agree_in_the_mean(setting):
     _, lens, batch = setting
-    reference = freeze_copy(lens.decoder)
+    reference = DecoderReference(freeze_copy(lens.decoder))
     with torch.no_grad():
-        reference.projection.bias.add_(0.5)
+        reference.decoder.projection.bias.add_(0.5)
     values = {
         estimator: torch.stack(
             [

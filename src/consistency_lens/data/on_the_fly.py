@@ -166,7 +166,9 @@ class ContextRows(SourceRows):
         return columns
 
 
-def read_activations(subject: Subject, batch: dict[str, Any], keep_context: bool) -> dict[str, Any]:
+def read_activations(
+    subject: Subject, batch: dict[str, Any], keep_context: bool, with_head: bool = True
+) -> dict[str, Any]:
     """A batch of contexts with the activations that the subject has at their ends.
 
     Args:
@@ -175,6 +177,7 @@ def read_activations(subject: Subject, batch: dict[str, Any], keep_context: bool
             the subject's device.
         keep_context: whether the subject runs to its head and keeps what a later KL takes one token for. If not, the
             blocks above the layer do not run.
+        with_head: whether the context has logits; if not, the hidden states that they are made of.
 
     Returns:
         The batch with `activations` (B, d) float32; `context`, a `subject.SubjectContext` read at P, where it was
@@ -182,7 +185,8 @@ def read_activations(subject: Subject, batch: dict[str, Any], keep_context: bool
     """
     places = ReadPlaces.of(batch)
     if keep_context:
-        context = subject.context(batch["input_ids"], batch["attention_mask"], places.positions, check=False)
+        inputs = (batch["input_ids"], batch["attention_mask"], places.positions)
+        context = subject.context(*inputs, check=False, with_head=with_head)
         read = {"activations": places.of_rows(context.activations).float(), "context": context}
     else:
         hidden = subject.activations(batch["input_ids"], batch["attention_mask"])

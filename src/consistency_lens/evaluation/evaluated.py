@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader
 
 from ..data.collator import ActivationCollator
 from ..data.shared_contexts import ReadPlaces
+from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..subject import Subject
+from ..token_logits import TokenLogits
 
 Batch = dict[str, Any]
 
@@ -59,7 +61,8 @@ class NotFiniteError(ValueError):
 
 
 class Judgement(NamedTuple):
-    """The subject's next-token logits with A, and with reconstructions in its place."""
+    """The subject's next-token logits (or the hidden states that it makes them of) with A, and with reconstructions in
+    its place."""
 
     places: ReadPlaces
     """Where the rows of the batch stand."""
@@ -79,7 +82,26 @@ def judge(subject: Subject, batch: Batch, reconstructions: Tensor) -> tuple[Tens
     return places.of_rows(before)[:, None], places.of_rows(after)
 
 
-def judge_places(subject: Subject, batch: Batch, reconstructions: Tensor) -> Judgement:
+def judged_kl(subject: Subject, batch: Batch, reconstructions: Tensor, chunk_size: int = 0) -> Tensor:
+    """KL(p(.|A) || p(.|Â)) in nats for each of n reconstructions, (B, n, d) -> (B, n); see `judge_places`.
+
+    Args:
+        chunk_size: rows of logits held at a time (`token_logits`); 0 holds all of them.
+    """
+    places, before, after = judge_places(subject, batch, reconstructions, with_head=chunk_size == 0)
+    if chunk_size == 0:
+        return places.of_rows(kl_divergence(before[:, :, None].expand_as(after), after))
+    # by rows and not by contexts, of which another process may have fewer, and then fewer chunks
+    states = places.of_rows(after)
+    with_a = TokenLogits.of(places.of_rows(before)[:, None].expand_as(states), subject.head, chunk_size)
+
+    def read(logits: Tensor, rows: slice) -> dict[str, Tensor]:
+        return {"kl": kl_divergence(with_a.of_rows(rows), logits)}
+
+    return TokenLogits.of(states, subject.head, chunk_size).read(read)["kl"].view(states.shape[:2])
+
+
+def judge_places(subject: Subject, batch: Batch, reconstructions: Tensor, with_head: bool = True) -> Judgement:
     """The subject with A and with each of n reconstructions in its place.
 
     One pass over the contexts, and one token for each reconstruction: those of a row are all queries at its position.
@@ -90,17 +112,19 @@ def judge_places(subject: Subject, batch: Batch, reconstructions: Tensor) -> Jud
             device. Where it brings the `context` of `data.on_the_fly.read_activations`, the pass over the contexts has
             been made.
         reconstructions: (B, n, d).
+        with_head: if False, hidden states (..., d) stand for the logits (..., V), as they do in a `context` then.
     """
     places, count = ReadPlaces.of(batch), reconstructions.shape[1]
     num_queries = places.positions.shape[1] * count
     one_token = subject.check_one_token(batch["input_ids"].shape[1] + num_queries)
     context = batch.get("context")
     if context is None:
-        context = subject.context(batch["input_ids"], batch["attention_mask"], places.positions, check=False)
+        inputs = (batch["input_ids"], batch["attention_mask"], places.positions)
+        context = subject.context(*inputs, check=False, with_head=with_head)
     elif not one_token:
         context = context._replace(cache=None)
     queries = context._replace(positions=places.positions.repeat_interleave(count, dim=1))
-    logits = subject.replaced_logits(queries, places.of_contexts(reconstructions).flatten(1, 2))
+    logits = subject.replaced_logits(queries, places.of_contexts(reconstructions).flatten(1, 2), with_head)
     return Judgement(places, context.logits, logits.unflatten(1, (-1, count)))
 
 

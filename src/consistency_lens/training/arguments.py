@@ -154,6 +154,13 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         default=1,
         metadata={"help": "Rows of one document that follow each other, so that they share its context; 1: mixed."},
     )
+    logits_chunk_size: int = field(
+        default=0,
+        metadata={
+            "help": "Rows of logits held at a time: the head runs on so many tokens, and once more in the backward "
+            "pass, and memory stays flat in the vocabulary; 0 holds all of them."
+        },
+    )
     profile: str = field(
         default="false",
         metadata={"help": "true, or how many steps: where their time and memory go, in profile.json and a trace."},
@@ -228,6 +235,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
             ("warm_start_patience", 0),
             ("warm_start_check_steps", 1),
             ("positions_together", 1),
+            ("logits_chunk_size", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")

@@ -14,17 +14,19 @@ logger = logging.getLogger(__name__)
 GRAPHS = 64
 
 
-def compile_clones(lens: ConsistencyLensModel, plugin: TorchDynamoPlugin) -> None:
+def compile_clones(lens: ConsistencyLensModel, plugin: TorchDynamoPlugin, with_heads: bool = True) -> None:
     """Compiles the bases of decoder and encoder as the plugin says, and leaves nothing for accelerate to compile.
 
     Accelerate would compile the lens around them, whose loop over tokens it would unroll. Lengths are dynamic: a cache
-    that grows by a token needs no new graph. What is sampled and embedded between the passes is not compiled.
+    that grows by a token needs no new graph. What is sampled and embedded between the passes is not compiled; nor is
+    the decoder's head, if it runs apart (`with_heads` is False).
     """
     if plugin.backend == DynamoBackend.NO:
         return
     settings = {name: value for name, value in plugin.to_kwargs().items() if name != "use_regional_compilation"}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for clone in (lens.decoder, lens.encoder):
-        clone.base.compile(**(settings | {"dynamic": True}))
+        compiled = clone.base if with_heads else clone.base.get_decoder()
+        compiled.compile(**(settings | {"dynamic": True}))
     logger.info("decoder and encoder are compiled by %s at their first steps", plugin.backend.value.lower())
     plugin.backend = DynamoBackend.NO

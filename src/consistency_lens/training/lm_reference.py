@@ -1,9 +1,8 @@
 """What the decoder's text is held close to: the subject as it is, or the decoder as warm start left it."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +11,16 @@ from ..evaluation.metrics import start_token
 from ..lens_decoder import LensDecoder
 from ..quantised import state_beside_weights
 from ..subject import Subject
+from ..token_logits import TokenLogits
 
-# (activations (B, d), text ids (B, T)) -> the reference's logits (B, T, V) for each token of the text
-Reference = Callable[[Tensor, Tensor], Tensor]
+
+class Reference(Protocol):
+    """Activations (B, d) and text ids (B, T) in, the reference's logits for each of the B * T tokens out.
+
+    With a `chunk_size` it keeps its hidden states, and makes logits of the rows that it is asked for.
+    """
+
+    def __call__(self, activations: Tensor, ids: Tensor, chunk_size: int = 0) -> TokenLogits: ...
 
 
 @dataclass
@@ -23,9 +29,20 @@ class SubjectReference:
 
     subject: Subject
 
-    def __call__(self, activations: Tensor, ids: Tensor) -> Tensor:
+    def __call__(self, activations: Tensor, ids: Tensor, chunk_size: int = 0) -> TokenLogits:
         start = torch.full_like(ids[:, :1], start_token(self.subject.model.config.get_text_config()))
-        return self.subject.model(input_ids=torch.cat([start, ids[:, :-1]], dim=1), use_cache=False).logits
+        states = self.subject.run(chunk_size == 0, input_ids=torch.cat([start, ids[:, :-1]], dim=1), use_cache=False)
+        return TokenLogits.of(states, self.subject.head, chunk_size)
+
+
+@dataclass
+class DecoderReference:
+    """A decoder that is not trained as LM reference: it reads the activation, and the text before each token."""
+
+    decoder: LensDecoder
+
+    def __call__(self, activations: Tensor, ids: Tensor, chunk_size: int = 0) -> TokenLogits:
+        return self.decoder.score(activations, ids, chunk_size).predictions
 
 
 def freeze_copy(decoder: LensDecoder) -> LensDecoder:

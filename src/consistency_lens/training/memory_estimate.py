@@ -185,9 +185,10 @@ def activation_bytes(
     kept = clone_bytes(lens.decoder, length, rows, half, checkpointing)
     kept += clone_bytes(lens.encoder, length, rows, half, checkpointing)
     config = lens.subject.model.config.get_text_config()
-    vocabulary = config.vocab_size
     copies = COPIES_OF_LOGITS + (args.has_weight("lm") and objective != "warm_start")
-    kept += rows * length * vocabulary * FLOAT32_BYTES * copies
+    # in chunks, hidden states are kept in the place of logits: small beside what the blocks keep
+    held = min(rows * length, args.logits_chunk_size or rows * length)
+    kept += held * config.vocab_size * FLOAT32_BYTES * copies
     if objective == "gumbel":  # the cache grows by a copy at each token, and each copy is kept
         steps = length * (length + 1) // 2
         kept += rows * steps * cache_width(config) * (HALF_BYTES if half else element_size(lens.decoder))

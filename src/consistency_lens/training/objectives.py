@@ -6,6 +6,7 @@ passes it makes depends on its settings alone, never on the rows: processes that
 Nothing random comes from a generator: a row and a step fix what is drawn for it, whatever process handles the row.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -13,23 +14,16 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.evaluated import judge, judge_places
-from ..losses import (
-    entropy,
-    functional_target,
-    k3_divergence,
-    kl_divergence,
-    masked_mean,
-    normalised_mse,
-    token_cross_entropy,
-    token_log_probabilities,
-)
+from ..evaluation.evaluated import judged_kl
+from ..losses import functional_target, masked_mean, normalised_mse
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..spans import span
 from ..straight_through import fold_in, row_keys
 from ..subject import Subject
 from .arguments import ConsistencyLensTrainingArguments
 from .lm_reference import Reference
+from .tails import Tails, last_true
+from .token_values import TokenValues
 
 Batch = dict[str, Any]
 
@@ -87,10 +81,13 @@ class WarmStart:
     samples, so that it has read the texts that it will be given later. For `shorter_share` of the rows the tail has
     only t tokens, t uniform in 1..T: the encoder reads no more than these, and a decoder with a stop token learns to
     write them and to stop. A row that brings a text of its own, such as a summary, has it whole in place of a tail.
+
+    `chunk_size`: rows of logits held at a time (`token_logits`); 0 holds all of them.
     """
 
     own_share: float = 0.0
     shorter_share: float = 0.0
+    chunk_size: int = 0
     needs_kl: ClassVar[bool] = False
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
@@ -104,53 +101,42 @@ class WarmStart:
         tails = Tails.of(batch, limits, lens.config.decoder.stop_token_id)
         read_ids, read_mask = tails.ids.clone(), tails.read_mask.clone()
         if self.own_share > 0:
-            # one row at least, though it be read by none: where processes share the weights, all of them must decode
-            drawn = own | (~own.any() & (torch.arange(len(own), device=own.device) == 0))
             own_ids, own_mask = read_ids.clone(), read_mask.clone()
-            own_ids[drawn] = lens.decode_ids(activations[drawn], keys=keys[drawn])
-            own_mask[drawn] = lens.text_mask(own_ids[drawn])
+            # by slices of the batch, for processes that share the weights must make as many passes: one in each
+            for drawn in self.rows_to_decode(own):
+                own_ids[drawn] = lens.decode_ids(activations[drawn], keys=keys[drawn])
+                own_mask[drawn] = lens.text_mask(own_ids[drawn])
             if not stops:  # a decoder that stops by itself has chosen the length already
                 own_mask = last_true(own_mask, limits)
             read_ids = torch.where(own[:, None], own_ids, read_ids)
             read_mask = torch.where(own[:, None], own_mask, read_mask)
         output = model(
-            activations=activations, text_ids=tails.ids, encoder_text_ids=read_ids, encoder_text_mask=read_mask
+            activations=activations,
+            text_ids=tails.ids,
+            encoder_text_ids=read_ids,
+            encoder_text_mask=read_mask,
+            reader=TokenValues(log_probability=True),
+            chunk_size=self.chunk_size,
         )
         mse = normalised_mse(activations, output.reconstruction, lens.rms)
-        terms = {"ce": token_cross_entropy(output.logits, tails.ids, tails.mask).mean(), "mse": mse.mean()}
+        cross_entropy = masked_mean(-output.token_values["log_probability"], tails.mask)
+        terms = {"ce": cross_entropy.mean(), "mse": mse.mean()}
         metrics = {
             "mse_true_text": mse[~own].sum() / (~own).sum().clamp(min=1),
             "mse_own_text": mse[own].sum() / own.sum().clamp(min=1),
         }
         return Losses(terms, metrics)
 
+    def rows_to_decode(self, own: Tensor) -> Iterator[Tensor]:
+        """The rows (B,) bool that are `own`, slice after slice of the batch, with no more rows than logits are held.
 
-class Tails(NamedTuple):
-    """The tails of a batch as texts, which begin at index 0: `ids` (B, T), `mask` (B, T) true at what the decoder
-    predicts, a stop token included, and `read_mask` (B, T) true at what the encoder reads."""
-
-    ids: Tensor
-    mask: Tensor
-    read_mask: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, limits: Tensor, stop_token_id: int | None) -> "Tails":
-        """The last `limits` (B,) tokens of each tail. Without a stop token the decoder still predicts the whole tail,
-        for its texts always have T tokens."""
-        tail_ids, available = batch["tail_ids"], batch["tail_mask"].sum(dim=1)
-        kept = available if stop_token_id is None else available.minimum(limits)
-        index = torch.arange(tail_ids.shape[1], device=tail_ids.device)
-        ids = tail_ids.gather(1, (index + (len(index) - kept)[:, None]).clamp(max=len(index) - 1))
-        mask = index < kept[:, None]
-        if stop_token_id is None:
-            return cls(ids, mask, last_true(mask, limits))
-        return cls(ids.masked_fill(index == kept[:, None], stop_token_id), index <= kept[:, None], mask)
-
-
-def last_true(mask: Tensor, count: Tensor) -> Tensor:
-    """Keeps the last `count` (B,) true places of each row of a mask (B, T)."""
-    from_end = mask.flip(1).cumsum(dim=1).flip(1)
-    return mask & (from_end <= count[:, None])
+        One row at least in each, though it be read by none.
+        """
+        places = torch.arange(len(own), device=own.device)
+        size = self.chunk_size or len(own)
+        for start in range(0, len(own), size):
+            chosen = own & (places >= start) & (places < start + size)
+            yield chosen | (~chosen.any() & (places == start))
 
 
 @dataclass
@@ -169,6 +155,7 @@ class Gumbel:
             the second term (a second activation A' then goes through the lens in the same pass).
         needs_kl: whether the KL has any weight; without one the subject need not run.
         needs_entropy: whether the entropy has any weight; without one it is only logged, and has no gradient.
+        chunk_size: rows of logits held at a time (`token_logits`); 0 holds all of them.
     """
 
     subject: Subject
@@ -177,43 +164,48 @@ class Gumbel:
     delta_residual: str = "none"
     needs_kl: bool = True
     needs_entropy: bool = True
+    chunk_size: int = 0
 
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
         activations = batch["activations"]
         keys = step.keys(batch["rows"])
+        wanted = TokenValues(
+            entropy=True,
+            entropy_gradient=self.needs_entropy,
+            divergence=self.reference,
+            lm_direction=self.lm_direction,
+            num_texts=len(activations),
+            chunk_size=self.chunk_size,
+        )
+        settings = {"tau": step.tau, "reader": wanted, "chunk_size": self.chunk_size}
         if self.delta_residual == "full":
             both = torch.cat([activations, batch["other_activations"]])
             both_keys = torch.cat([keys, step.keys(batch["rows"], draw=1)])
-            output = model(activations=both, noise_keys=both_keys, tau=step.tau)
+            output = model(activations=both, noise_keys=both_keys, **settings)
             reconstruction, other = output.reconstruction.chunk(2)
-            logits, ids = output.logits[: len(activations)], output.text_ids[: len(activations)]
         else:
             other = self.other_reconstruction(lens, batch, step) if self.delta_residual == "detached" else None
-            output = model(activations=activations, noise_keys=keys, tau=step.tau)
-            reconstruction, logits, ids = output.reconstruction, output.logits, output.text_ids
+            output = model(activations=activations, noise_keys=keys, **settings)
+            reconstruction = output.reconstruction
         judged = reconstruction
         if other is not None:
             detach = self.delta_residual == "detached"
             judged = functional_target(reconstruction, batch["other_activations"], other, detach)
 
-        drawn = lens.drawn_mask(ids)
+        drawn = lens.drawn_mask(output.text_ids[: len(activations)])
         terms = {"mse": normalised_mse(activations, reconstruction, lens.rms).mean()}
-        with torch.set_grad_enabled(self.needs_entropy):
-            spread = {"entropy": masked_mean(entropy(logits), drawn).mean()}
+        spread = {"entropy": masked_mean(output.token_values["entropy"], drawn).mean()}
         if self.needs_kl:
-            terms["kl"] = functional_kl(self.subject, batch, judged).mean()
+            terms["kl"] = functional_kl(self.subject, batch, judged[:, None], self.chunk_size).mean()
         if self.reference is not None:
-            with span("lm"):
-                with torch.no_grad():
-                    reference = self.reference(activations, ids)
-                pair = (reference, logits) if self.lm_direction == "forward" else (logits, reference)
-                terms["lm"] = masked_mean(kl_divergence(*pair), drawn).mean()
+            terms["lm"] = masked_mean(output.token_values["divergence"], drawn).mean()
         return Losses(terms | spread) if self.needs_entropy else Losses(terms, spread)
 
     @torch.no_grad()
     def other_reconstruction(self, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Tensor:
         """Â' (B, d) where no gradient passes through it: neither logits nor activations are kept."""
-        ids = lens.decode_ids(batch["other_activations"], keys=step.keys(batch["rows"], draw=1))
+        keys = step.keys(batch["rows"], draw=1)
+        ids = lens.decode_ids(batch["other_activations"], keys=keys, chunk_size=self.chunk_size)
         return lens.read_ids(ids)
 
 
@@ -241,6 +233,7 @@ class PolicyGradient:
         straight_through: lets `mse` also reach the decoder, through the embedding of each sampled token. This tells
             which other token would have been better, which the reward of a whole text does not; it is biased, for it
             is linear and leaves out what the later tokens would have been.
+        chunk_size: rows of logits held at a time (`token_logits`); 0 holds all of them.
     """
 
     reference: Reference | None
@@ -253,6 +246,7 @@ class PolicyGradient:
     prefix_budgets: bool = False
     length_penalty: float = 0.0
     straight_through: bool = False
+    chunk_size: int = 0
 
     @property
     def needs_kl(self) -> bool:
@@ -262,29 +256,37 @@ class PolicyGradient:
     def __call__(self, model: nn.Module, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Losses:
         activations = batch["activations"].repeat_interleave(self.group_size, dim=0)
         texts = self.sample(lens, batch, step)
+        wanted = TokenValues(
+            log_probability=True,
+            entropy=True,
+            divergence=self.reference,
+            lm_direction=self.lm_direction,
+            lm_estimator=self.lm_estimator,
+            chunk_size=self.chunk_size,
+        )
         output = model(
             activations=activations,
             text_ids=texts.ids,
             encoder_text_mask=texts.read,
             straight_through=self.straight_through,
             tau=step.tau,
+            reader=wanted,
+            chunk_size=self.chunk_size,
         )
         mse = normalised_mse(activations, output.reconstruction, lens.rms)
         rewards = self.rewards(batch, output.reconstruction.detach(), mse.detach())
         rewards = rewards - self.length_penalty * texts.text.float().mean(dim=1)
         advantage = group_advantage(rewards, self.group_size, self.scale_advantage)
-        log_probabilities = token_log_probabilities(output.logits, texts.ids)
+        values = output.token_values
         # divided by T and not by the text's own length, which would favour long texts where the advantage is negative
-        score = log_probabilities.masked_fill(~texts.credited, 0).mean(dim=1)
+        score = values["log_probability"].masked_fill(~texts.credited, 0).mean(dim=1)
         terms = {"policy": -(advantage * score).mean(), "mse": mse.mean()}
         if self.reference is not None:
-            with span("lm"):
-                divergence = self.divergence(activations, texts.ids, output.logits, log_probabilities)
-                terms["lm"] = masked_mean(divergence, texts.drawn).mean()
+            terms["lm"] = masked_mean(values["divergence"], texts.drawn).mean()
         with torch.no_grad():
             spread = rewards.view(-1, self.group_size).std(dim=1)
             metrics = {
-                "entropy": masked_mean(entropy(output.logits), texts.drawn).mean(),
+                "entropy": masked_mean(values["entropy"], texts.drawn).mean(),
                 "reward": rewards.mean(),
                 "reward_spread": spread.mean(),
                 "zero_advantage_share": (spread < ADVANTAGE_EPS).float().mean(),
@@ -292,19 +294,11 @@ class PolicyGradient:
             }
         return Losses(terms, metrics)
 
-    def divergence(self, activations: Tensor, ids: Tensor, logits: Tensor, log_probabilities: Tensor) -> Tensor:
-        """Between decoder and reference at every token of the texts, (N, T)."""
-        assert self.reference is not None
-        with torch.no_grad():
-            reference = self.reference(activations, ids)
-        if self.lm_estimator == "k3":
-            return k3_divergence(log_probabilities, token_log_probabilities(reference, ids))
-        return kl_divergence(*((reference, logits) if self.lm_direction == "forward" else (logits, reference)))
-
     def sample(self, lens: ConsistencyLensModel, batch: Batch, step: Step) -> "SampledTexts":
         """G texts for each row of the batch, those of a row one after the other."""
         keys = torch.stack([step.keys(batch["rows"], draw) for draw in range(self.group_size)], dim=1)
-        ids = lens.decode_ids(batch["activations"].repeat_interleave(self.group_size, dim=0), keys=keys.flatten())
+        activations = batch["activations"].repeat_interleave(self.group_size, dim=0)
+        ids = lens.decode_ids(activations, keys=keys.flatten(), chunk_size=self.chunk_size)
         text, drawn = lens.text_mask(ids), lens.drawn_mask(ids)
         if not self.prefix_budgets:
             return SampledTexts(ids, text, drawn, None, drawn)
@@ -320,9 +314,7 @@ class PolicyGradient:
             return -mse.log()
         assert self.subject is not None
         groups = reconstruction.view(-1, self.group_size, reconstruction.shape[-1])
-        with span("kl"), in_full_precision(groups):
-            original, logits = judge(self.subject, batch, groups)
-        return -kl_divergence(original.expand_as(logits), logits).flatten()
+        return -functional_kl(self.subject, batch, groups, self.chunk_size).flatten()
 
 
 class SampledTexts(NamedTuple):
@@ -353,11 +345,11 @@ def uniform(keys: Tensor, salt: int) -> Tensor:
     return (fold_in(keys, (1 << 32) + salt) & 0xFFFFFF).float() / 2**24
 
 
-def functional_kl(subject: Subject, batch: Batch, reconstruction: Tensor) -> Tensor:
-    """KL(p(.|A) || p(.|Â)) in nats for each row, (B,): what the subject would predict instead."""
-    with span("kl"), in_full_precision(reconstruction):
-        places, before, after = judge_places(subject, batch, reconstruction[:, None])
-    return places.of_rows(kl_divergence(before, after[:, :, 0]))
+def functional_kl(subject: Subject, batch: Batch, reconstructions: Tensor, chunk_size: int = 0) -> Tensor:
+    """KL(p(.|A) || p(.|Â)) in nats for n reconstructions of each row, (B, n, d) -> (B, n): what the subject would
+    predict instead."""
+    with span("kl"), in_full_precision(reconstructions):
+        return judged_kl(subject, batch, reconstructions, chunk_size)
 
 
 def in_full_precision(tensor: Tensor) -> AbstractContextManager:
@@ -375,7 +367,7 @@ def make_objective(
         reference: what text is held close to; None without an `lm` term.
     """
     if name == "warm_start":
-        return WarmStart(own_share=args.own_share, shorter_share=args.shorter_share)
+        return WarmStart(args.own_share, args.shorter_share, args.logits_chunk_size)
     if name == "policy_gradient":
         return PolicyGradient(
             reference=reference,
@@ -388,6 +380,7 @@ def make_objective(
             prefix_budgets=args.prefix_budgets,
             length_penalty=args.length_penalty,
             straight_through=args.straight_through,
+            chunk_size=args.logits_chunk_size,
         )
     return Gumbel(
         subject=subject,
@@ -396,4 +389,5 @@ def make_objective(
         delta_residual=args.delta_residual,
         needs_kl=args.has_weight("kl"),
         needs_entropy=args.has_weight("entropy"),
+        chunk_size=args.logits_chunk_size,
     )

@@ -23,7 +23,7 @@ from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memo
 from .combinations import check_lens, check_rows
 from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
-from .lm_reference import Reference, SubjectReference
+from .lm_reference import DecoderReference, Reference, SubjectReference
 from .objectives import Objective, Step, make_objective
 from .profiling import ProfileSteps
 from .timetable import Timetable, steps_in_epoch
@@ -58,7 +58,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
         self.label_names = []
-        compile_clones(model, self.accelerator.state.dynamo_plugin)
+        compile_clones(model, self.accelerator.state.dynamo_plugin, with_heads=args.logits_chunk_size == 0)
         if isinstance(self.train_dataset, StreamedActivations) or args.positions_together > 1:
             self.add_callback(OrderOfEpoch(lambda: self.own_sampler))
         if args.warm_start_patience > 0:
@@ -153,7 +153,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
             return SubjectReference(self.lens.subject)
         if self._reference is None:
             self._reference = self.weights.frozen_copy(self.lens.decoder)
-        return self._reference
+        return DecoderReference(self._reference)
 
     # --- the rows
 
@@ -189,7 +189,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self.check_one_token(batch)
         if "activations" in batch:
             return batch
-        return read_activations(self.lens.subject, batch, keep_context=self.current_objective().needs_kl)
+        needs_kl, with_head = self.current_objective().needs_kl, self.args.logits_chunk_size == 0
+        return read_activations(self.lens.subject, batch, keep_context=needs_kl, with_head=with_head)
 
     def check_one_token(self, batch: dict[str, Any]) -> None:
         """Has every process make the subject's self-check at once, for the longest batch among theirs."""
