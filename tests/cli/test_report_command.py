@@ -1,6 +1,7 @@
 """`consistency-lens report` on a lens that was just trained, with the documents that its training held out."""
 
 import json
+import socket
 
 import pytest
 from test_eval import TEXT, as_flags
@@ -46,3 +47,12 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert main([str(tmp_path), "--max_token", "3"]) == 2
     told = capsys.readouterr().err.strip().split("\n")
     assert len(told) == 3 and told[0].startswith("error: run: got none") and "did you mean --max_tokens?" in told[2]
+
+
+def test_a_port_that_is_taken_is_told_before_a_lens_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert command_line.main(["serve", "no_lens", "--port", str(port)]) == 2
+    assert (
+        f"cannot listen at 127.0.0.1:{port} (Address already in use); pass another --port" in capsys.readouterr().err
+    )

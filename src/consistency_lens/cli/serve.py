@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         (args,) = parse_arguments((ServeArguments,), argv, "serve", first="lens")
         uvicorn = require("uvicorn", "serve", "serve")
+        check_free(args.host, args.port)
         lens = load_lens(args).eval()
         app = make_app(
             lens,
@@ -34,3 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         uvicorn.run(app, host=args.host, port=args.port, log_level="warning", limit_concurrency=256)
 
     return run_command(work)
+
+
+def check_free(host: str, port: int) -> None:
+    """Checks that a server can listen at a place, before a lens is loaded for it.
+
+    Raises:
+        ValueError: if not, saying why.
+    """
+    import socket
+
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as place:
+            # a server that ended a moment ago does not hold its port
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"serve: cannot listen at {host}:{port} ({error.strerror or error}); pass another --port or --host"
+        ) from error
