@@ -12,7 +12,7 @@ def test_what_is_missing_is_told(tmp_path):
     run = read_run(tmp_path)
     assert run.metrics["fve"] == 0.5 and run.recipe == {"model": "m", "layer": 2} and run.training == {}
     assert run.missing == [name for name in FILES if name != "metrics.json"]
-    assert len(run.notes) == 4 and "No samples.jsonl, so not sample rows: run consistency-lens eval" in run.notes[0]
+    assert len(run.notes) == 4 and "No samples.jsonl, which has sample rows: run consistency-lens eval" in run.notes[0]
 
 
 def test_samples_and_log(tmp_path):

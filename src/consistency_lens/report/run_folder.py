@@ -50,7 +50,7 @@ class RunFolder:
     @property
     def notes(self) -> list[str]:
         """What the report lacks, for people."""
-        return [f"No {name}, so not {FILES[name]}." for name in self.missing]
+        return [f"No {name}, which has {FILES[name]}." for name in self.missing]
 
 
 def read_run(path: str | Path) -> RunFolder:
