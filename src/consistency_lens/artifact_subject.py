@@ -1,5 +1,6 @@
 """The subject of a saved lens: where it lies, how it is loaded, and whether it is the one the lens was made for."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .fingerprints import weights_hash
 from .quantised import keep_gradients
+
+logger = logging.getLogger(__name__)
 
 # How the subject's repository is asked for, as far as that is said of the artifact's too.
 SUBJECT_HUB_KWARGS = ("token", "cache_dir", "local_files_only")
@@ -150,6 +153,7 @@ def check_weights(base_config: dict[str, Any], subject: PreTrainedModel, pinned:
                 f"verify_base: the subject is loaded in {loaded}, the hash of its weights was taken in {recorded}; "
                 "load it like that, or leave out verify_base"
             )
+        logger.info("the subject's weights, loaded in %s, are not compared: their hash is of %s", loaded, recorded)
         return
     found = weights_hash(subject)
     if found != pinned.sha256:
