@@ -270,7 +270,7 @@ def test_a_second_training_leaves_a_reference_of_its_own(tmp_path):
     trainer.train()
     for name, tensor in trainer._reference.named_parameters():
         assert torch.equal(tensor, kept.steps[2][f"decoder.{name}"]), name
-    assert trainer.objective_at(1).reference is trainer._reference
+    assert trainer.objective_at(1).reference.decoder is trainer._reference
 
 
 # --- best checkpoints and early stopping
