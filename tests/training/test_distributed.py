@@ -123,9 +123,10 @@ def runs_of(strategy: str, clones: dict, **arguments) -> list[Run]:
 def two(tmp_path_factory):
     """The folder of all that two processes did."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [Run("ddp", "ddp", LORA, {"share_weights": "false"}), *runs_of("fsdp2", LORA)]
+    watched = runs_of("fsdp2", LORA)[0]
+    runs = [Run("ddp", "ddp", LORA, {"share_weights": "false"}), watched]
     if HAS_DEEPSPEED:
-        runs += [Run("zero2", "zero2", LORA, SHORT), Run("zero3", "zero3", LORA, SHORT)]
+        runs.append(Run("zero3", "zero3", LORA, SHORT))
     on_two_processes(run_everything, folder, json.dumps([asdict(run) for run in runs]))
     return folder
 
@@ -158,15 +159,11 @@ def test_strategies_train_the_lens_of_one_process(two):
     check_agreement(two, "ddp", "one")
     check_agreement(two, "fsdp2", "one")
     check_spread(two, "fsdp2", "ddp", ("lens", "subject", "reference"))
-    check_resumed(two, "fsdp2_resumed", "fsdp2")
-    check_skipped(two, "fsdp2_skips")
     assert len(column(two, "fsdp2", "eval_fve")) == 2  # at a checkpoint and at the end
     assert len((two / "fsdp2" / "sample_tables.jsonl").read_text().splitlines()) == 8
     assert not {path.suffix for path in (two / "fsdp2").rglob("*.*")} & {".pt", ".bin", ".pkl", ".distcp"}
     AutoModel.from_pretrained(two / "fsdp2", base_model=subject_of(two))
     if HAS_DEEPSPEED:
-        check_agreement(two, "zero2", "one_short")
-        check_spread(two, "zero2", "ddp", ())
         check_agreement(two, "zero3", "one_short")
         check_spread(two, "zero3", "ddp", ("lens", "subject", "reference"))
 
