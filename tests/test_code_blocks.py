@@ -8,6 +8,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from code_blocks import Block, blocks_of, commands_of, replaced, run_command, run_python
@@ -55,6 +56,8 @@ FIT = (
     "--dataset stories.txt --tokens 4096 --validation_tokens 128 --seq_len 32 --validation_fraction 0.1 "
     "--disable_tqdm true"
 )
+# Pages whose commands train, fit or draw for long.
+LONG = ("docker/README.md", "docs/howto/own_model.md", "docs/howto/plots.md", "docs/speed.md", "docs/tuned_lens.md")
 # What must be there after a page.
 LEFT = {
     "README.md": (
@@ -83,6 +86,12 @@ SMALLER = {
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def of_page(path: Path) -> Any:
+    """A page as a parameter of a test."""
+    name = name_of(path)
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in LONG else [])
 
 
 def is_run(command: str) -> bool:
@@ -140,7 +149,7 @@ def clone(prepared, tmp_path, hub, monkeypatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page.read_text(encoding="utf-8"))], ids=name_of)
+@pytest.mark.parametrize("page", [of_page(page) for page in PAGES if blocks_of(page.read_text(encoding="utf-8"))])
 def test_every_block_of_a_page_runs_as_written(page, clone):
     for block in blocks_of(page.read_text(encoding="utf-8")):
         if block.language not in NO_CODE:
@@ -162,6 +171,7 @@ def test_what_is_said_of_commands_is_of_commands_that_are_there():
     code = "\n".join([*commands, *(block.code for block in blocks if block.language == "python")])
     assert [start for start in NOT_RUN if not any(command.startswith(start) for command in commands)] == []
     assert [part for part in (*PLACEHOLDERS, *SMALLER) if part not in code] == []
+    assert [name for name in (*LONG, *LEFT) if ROOT / name not in PAGES] == []
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(gpu_step, monkeypatch, caps
     ]
 
 
+@pytest.mark.slow
 def test_every_objective_is_timed_counted_and_written(gpu_step, tmp_path, capsys):
     assert gpu_step.main(["--tiny", str(tmp_path), *SHORT]) == 0
     results = [json.loads(path.read_text()) for path in sorted((tmp_path / "results").glob("*.json"))]

@@ -112,6 +112,7 @@ def test_a_recipe_has_known_keys_and_stages_that_fit(path):
     training.stage_starts(steps_per_epoch=100, total_steps=training.max_steps if training.max_steps > 0 else epochs)
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme_trains_a_lens(tmp_path):
     assert "`accelerate launch examples/train_lens.py --config examples/recipes/tiny_stories.yaml`" in README
     small = {

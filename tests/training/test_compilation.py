@@ -29,6 +29,7 @@ def one_pass(lens, batch=3, length=4):
     return output.text_ids, gradients(output.reconstruction.square().mean() + output.logits.square().mean(), lens)
 
 
+@pytest.mark.slow
 def test_texts_and_gradients_are_those_without_in_few_graphs(compiled_graphs):
     plain = disturb(tiny_lens("llama", "full", ONE_BLOCK, layer=0)).train()
     lens = disturb(tiny_lens("llama", "full", ONE_BLOCK, layer=0)).train()

@@ -77,8 +77,8 @@ class Readings(TrainerCallback):
     [
         (3, {"gradient_accumulation_steps": 2}),
         (9, EPOCHS),  # the last step of an epoch: what belongs to its end is done first
-        (4, EPOCHS),
-        (5, BEST),
+        pytest.param(4, EPOCHS, marks=pytest.mark.slow),
+        pytest.param(5, BEST, marks=pytest.mark.slow),
     ],
     ids=["steps", "epoch_end", "within_epoch", "best"],
 )

@@ -57,6 +57,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path,
     assert "resumed with" not in caplog.text and "not whole" not in caplog.text
 
 
+@pytest.mark.slow  # that a run goes on at the very row is in test_activation_sources.py, too
 @pytest.mark.parametrize("source", ["stream", "on_the_fly"])
 def test_rows_that_are_not_stored_go_on_at_the_same_place(tmp_path, source):
     settings = {"source": source, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 6, "max_steps": 8}
@@ -221,6 +222,7 @@ def test_going_back_among_later_checkpoints_is_warned_of(three, caplog):
     assert "has checkpoints after checkpoint-8, up to checkpoint-10, which true and auto would take" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_watches_figures_is_kept(tmp_path):
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, "save_steps": 1}
     settings |= {"eval_strategy": "steps", "eval_steps": 2, "stages": ["warm_start"], "max_steps": 7}
