@@ -74,7 +74,8 @@ def test_checks(run, document):
     fresh = next(reader for reader in document["readers"] if reader["name"] == "fresh_encoder")
     assert fresh["fve"] == run.metrics["private_code"]["fresh_encoder"]["fve"]
     assert document["linear_probe"][1]["text"] == run.metrics["linear_probe"]["named_by_text"][1]
-    assert len(document["tables"]) == 3
+    made = [name for name in ("best_of_n", "text_length", "private_code", "linear_probe") if name in run.metrics]
+    assert len(made) >= 3 and len(document["tables"]) == len(made)
 
 
 def test_what_part_of_a_text_is_worth():
