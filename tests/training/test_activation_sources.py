@@ -16,6 +16,7 @@ RUNS = {
     "warm_start": {"stages": ["warm_start"], "own_share": 0.5},
     "gumbel": {"stages": ["gumbel"]},
     "delta_residual": {"stages": ["gumbel"], "delta_residual": "full"},
+    "own_pass": {"stages": ["gumbel"], "delta_residual": "detached", "pair_in_batch": False},
     "policy_gradient": {"stages": ["policy_gradient"], "reward": "-kl", "group_size": 3},
     "accumulation": {"stages": ["warm_start 2s", "gumbel"], "gradient_accumulation_steps": 2},
 }
