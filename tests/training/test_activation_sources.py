@@ -74,8 +74,10 @@ def test_the_kl_of_activations_on_the_fly_takes_no_second_pass_over_the_context(
         )
         trainer.train()
         hook.remove()
-        # a step: the contexts once, and then one token of each of the three activations at most that share one
-        assert [replaced for _, replaced in passes] == [False, True] * 3
+        # a step: the contexts once, then one token of each of the three activations at most that share one, with A
+        # where the context pass has left that out, and with the reconstruction
+        steps = "".join("T" if replaced else "C" for _, replaced in passes).split("C")
+        assert len(steps) == 4 and steps[0] == "" and set(steps[1:]) <= {"T", "TT"}
         assert all(1 <= length <= 3 for length, replaced in passes if replaced)
 
 

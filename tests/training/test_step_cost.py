@@ -99,7 +99,9 @@ def test_the_second_activation_costs_no_backward_pass(lens):
     for name in ("none", "detached", "full"):
         for kind, known in (("", read), (" with mates", read | {"mates": torch.arange(BATCH) ^ 1})):
             objective = Gumbel(subject, None, delta_residual=name)
-            costs[name + kind] = flops(lambda o=objective, b=known: o(lens, lens, b, Step(0, 0)).terms["kl"].backward())
+            costs[name + kind] = flops(
+                lambda o=objective, b=known: o(lens, lens, b, Step(0, 0)).terms["kl"].backward()
+            )
             lens.zero_grad()
     extra = {name: costs[name] - costs["none"] for name in costs}
     assert 0 < extra["detached"] < 0.4 * extra["full"]

@@ -102,7 +102,9 @@ class WithMates:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         if len(rows) % 2:
-            raise ValueError(f"A' is the other row of a pair, but a batch has {len(rows)} rows; make it an even number")
+            raise ValueError(
+                f"A' is the other row of a pair, but a batch has {len(rows)} rows; make it an even number"
+            )
         return self.collator(rows) | {"mates": torch.arange(len(rows)) ^ 1}
 
 
