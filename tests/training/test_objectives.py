@@ -21,7 +21,6 @@ from consistency_lens.training.objectives import (
     group_advantage,
     uniform,
 )
-from consistency_lens.training.lm_reference import SubjectReference
 from consistency_lens.training.tails import Tails
 
 

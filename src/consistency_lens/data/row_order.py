@@ -109,7 +109,7 @@ class WithMates:
 
 
 class Parts(NamedTuple):
-    """Rows of documents in parts: of P parts, `documents` (P,) and `sizes` (P,), and their `rows` (N,), part by part."""
+    """Rows of documents in P parts: `documents` (P,) and `sizes` (P,) of these, and their `rows` (N,) in order."""
 
     rows: np.ndarray
     documents: np.ndarray

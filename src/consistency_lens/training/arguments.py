@@ -134,7 +134,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     pair_in_batch: bool = field(
         default=True,
         metadata={
-            "help": "delta_residual: A' is the activation of another document's row in the batch, whose A'_hat is there "
+            "help": "delta_residual: A' is the activation of another document in the batch, whose A'_hat is there "
             "already; false: of any row, with a pass of its own."
         },
     )

@@ -175,10 +175,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
         accelerator: Any = self.args.accelerator_config
         # the batches of an iterable may be cut into those of the processes, row by row
         dispatched = isinstance(self.train_dataset, IterableDataset) or accelerator.dispatch_batches
-        if isinstance(self.order, MatesSampler):
-            self.data_collator = WithMates(given)
-        if self.args.share_contexts and not dispatched:
-            self.data_collator = SharedContexts(self.data_collator)
+        collator: Any = WithMates(given) if isinstance(self.order, MatesSampler) else given
+        self.data_collator = SharedContexts(collator) if self.args.share_contexts and not dispatched else collator
         try:
             return super().get_train_dataloader()
         finally:
