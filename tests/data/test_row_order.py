@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from consistency_lens.data.row_order import MatesSampler, TogetherSampler, WithMates, num_pairs, pair_parts
+from consistency_lens.data.row_order import (
+    LengthGroups,
+    MatesSampler,
+    TogetherSampler,
+    WithMates,
+    num_pairs,
+    pair_parts,
+)
 
 # the rows of each document
 COUNTS = {
@@ -89,3 +96,27 @@ def test_a_row_and_its_neighbour_are_mates():
     assert collate([7, 3, 9, 4])["mates"].tolist() == [1, 0, 3, 2]
     with pytest.raises(ValueError, match="a batch has 3 rows"):
         collate([7, 3, 9])
+
+
+@pytest.mark.parametrize("sampler_class", [TogetherSampler, MatesSampler])
+def test_rows_of_similar_length_meet_in_a_step(sampler_class):
+    generator = np.random.default_rng(0)
+    documents, lengths = np.repeat(np.arange(300), 2), generator.integers(5, 100, 600)
+
+    def padding(groups):
+        sampler = sampler_class(documents, 1, seed=0, groups=groups)
+        orders = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            orders.append(list(sampler))
+        assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(600))
+        steps = lengths[np.array(orders[0][:592]).reshape(-1, 16)]
+        # the steps of a window are not in the order of their lengths
+        assert np.count_nonzero(np.diff(steps.mean(1)) > 0) < 30
+        pairs = documents[np.array(orders[0]).reshape(-1, 2)]
+        assert sampler_class is TogetherSampler or (pairs[:, 0] != pairs[:, 1]).all()
+        return steps.max(1).sum() * 16 / steps.sum()
+
+    random, similar = padding(None), padding(LengthGroups(lengths, rows_per_step=16, window=20))
+    # a pair is as long as the longer of the two
+    assert random > 1.7 and similar < (1.15 if sampler_class is TogetherSampler else 1.5)

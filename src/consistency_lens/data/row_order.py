@@ -13,6 +13,20 @@ import torch
 Batch = dict[str, Any]
 
 
+class LengthGroups(NamedTuple):
+    """Rows of similar length are to meet in a step, so that little of a batch is padding.
+
+    Attributes:
+        lengths: (N,) tokens of the context of each row.
+        rows_per_step: rows that all processes read at a time.
+        window: steps among whose rows those of similar length are looked for.
+    """
+
+    lengths: np.ndarray
+    rows_per_step: int
+    window: int
+
+
 class TogetherSampler(torch.utils.data.Sampler[int]):
     """Rows in random order, but up to `together` of one document follow each other, so that they share its context.
 
@@ -20,12 +34,14 @@ class TogetherSampler(torch.utils.data.Sampler[int]):
         documents: (N,) the document of each row.
         together: how many rows of a document.
         seed: of the order.
+        groups: where rows of similar length are to meet.
     """
 
-    def __init__(self, documents: np.ndarray, together: int, seed: int) -> None:
+    def __init__(self, documents: np.ndarray, together: int, seed: int, groups: LengthGroups | None = None) -> None:
         self.documents = documents
         self.together = together
         self.seed = seed
+        self.groups = groups
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -37,10 +53,15 @@ class TogetherSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng([self.seed, self.epoch])
+        runs = self.runs(generator)
+        runs = runs.taken(generator.permutation(len(runs.sizes)))
+        rows = runs.rows if self.groups is None else grouped(runs, self.groups, generator)
+        return iter(rows.tolist())
+
+    def runs(self, generator: np.random.Generator) -> "Runs":
+        """The rows that follow each other in any order of these."""
         parts = shuffled_parts(self.documents, self.together, generator)
-        place = generator.permutation(len(parts.sizes))
-        shuffled = np.repeat(place, parts.sizes)
-        return iter(parts.rows[np.argsort(shuffled, kind="stable")].tolist())
+        return Runs(parts.rows, parts.sizes)
 
 
 class MatesSampler(TogetherSampler):
@@ -54,8 +75,8 @@ class MatesSampler(TogetherSampler):
         ValueError: if no two rows can be paired.
     """
 
-    def __init__(self, documents: np.ndarray, together: int, seed: int) -> None:
-        super().__init__(documents, together, seed)
+    def __init__(self, documents: np.ndarray, together: int, seed: int, groups: LengthGroups | None = None) -> None:
+        super().__init__(documents, together, seed, groups)
         parts = shuffled_parts(documents, together, np.random.default_rng(seed))
         self.num_rows = 0
         for size in np.unique(parts.sizes):
@@ -70,20 +91,19 @@ class MatesSampler(TogetherSampler):
     def __len__(self) -> int:
         return self.num_rows
 
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self.seed, self.epoch])
+    def runs(self, generator: np.random.Generator) -> "Runs":
+        """Two parts of different documents, their rows in turn."""
         parts = shuffled_parts(self.documents, self.together, generator)
         starts = np.cumsum(parts.sizes) - parts.sizes
-        rows, place = [], []
+        rows, sizes = [], []
         for size in np.unique(parts.sizes):
             of_size = np.flatnonzero(parts.sizes == size)
             pairs = starts[of_size][pair_parts(parts.documents[of_size], generator)]  # (pairs, 2), first rows
             # the k-th row of the one, the k-th of the other, the next of the one, ...
             inside = pairs[:, None, :] + np.arange(size)[:, None]
             rows.append(parts.rows[inside].reshape(-1))
-            place.append(np.repeat(generator.random(len(pairs)), 2 * size))
-        order = np.argsort(np.concatenate(place), kind="stable")
-        return iter(np.concatenate(rows)[order].tolist())
+            sizes.append(np.full(len(pairs), 2 * size))
+        return Runs(np.concatenate(rows), np.concatenate(sizes))
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,34 @@ class WithMates:
                 f"A' is the other row of a pair, but a batch has {len(rows)} rows; make it an even number"
             )
         return self.collator(rows) | {"mates": torch.arange(len(rows)) ^ 1}
+
+
+class Runs(NamedTuple):
+    """Rows that stay beside each other, in R runs: `rows` (N,), run after run, and `sizes` (R,) of these."""
+
+    rows: np.ndarray
+    sizes: np.ndarray
+
+    def taken(self, order: np.ndarray) -> "Runs":
+        """The runs in another order (R,)."""
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return Runs(self.rows[np.argsort(np.repeat(place, self.sizes), kind="stable")], self.sizes[order])
+
+
+def grouped(runs: Runs, groups: LengthGroups, generator: np.random.Generator) -> np.ndarray:
+    """The rows of runs that are in random order, those of similar length in one step; the steps are in random order.
+
+    A run counts as long as the longest of its rows.
+    """
+    starts = np.cumsum(runs.sizes) - runs.sizes
+    longest = np.maximum.reduceat(groups.lengths[runs.rows], starts)
+    window = starts // (groups.rows_per_step * groups.window)
+    rows = runs.taken(np.lexsort((longest, window))).rows
+    # what does not fill a step stays at the end
+    full = len(rows) // groups.rows_per_step * groups.rows_per_step
+    steps = generator.permutation(rows[:full].reshape(-1, groups.rows_per_step))
+    return np.concatenate([steps.reshape(-1), rows[full:]])
 
 
 class Parts(NamedTuple):

@@ -161,6 +161,13 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         default=1,
         metadata={"help": "Rows of one document that follow each other, so that they share its context; 1: mixed."},
     )
+    length_window: int = field(
+        default=0,
+        metadata={
+            "help": "Rows whose contexts are of similar length meet in a step, out of those of so many steps: less "
+            "padding, fewer shapes; 0: at random."
+        },
+    )
     logits_chunk_size: int = field(
         default=0,
         metadata={
@@ -242,6 +249,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
             ("warm_start_patience", 0),
             ("warm_start_check_steps", 1),
             ("positions_together", 1),
+            ("length_window", 0),
             ("logits_chunk_size", 0),
         ):
             if getattr(self, name) < least:

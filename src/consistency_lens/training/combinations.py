@@ -129,11 +129,12 @@ def check_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> None:
     """
     if isinstance(rows, StreamedActivations):
         check_stream(args)
-    if args.positions_together > 1 and rows is not None and not isinstance(rows, SourceRows):
-        raise ValueError(
-            f"positions_together: got {args.positions_together}, but only rows of a cache, or read on the fly, are "
-            "known by document; set it to 1 for streamed rows, summaries and data sets of your own"
-        )
+    for name, off in (("positions_together", 1), ("length_window", 0)):
+        if getattr(args, name) > off and rows is not None and not isinstance(rows, SourceRows):
+            raise ValueError(
+                f"{name}: got {getattr(args, name)}, but only rows of a cache, or read on the fly, are known before "
+                f"they are read; set it to {off} for streamed rows, summaries and data sets of your own"
+            )
     if pairs_in_batch(rows, args):
         check_pairs(args)
     if rows is None or has_length(rows):

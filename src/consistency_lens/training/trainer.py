@@ -14,7 +14,7 @@ from transformers import ProgressCallback
 
 from ..data.activation_source import rows_at
 from ..data.on_the_fly import read_activations
-from ..data.row_order import MatesSampler, TogetherSampler, WithMates
+from ..data.row_order import LengthGroups, MatesSampler, TogetherSampler, WithMates
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel
@@ -294,8 +294,15 @@ def order_of_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> Together
     Raises:
         ValueError: if they are to be paired, and none has a partner.
     """
-    if pairs_in_batch(rows, args):
-        order = MatesSampler(rows.source.documents, args.positions_together, args.seed)
+    paired = pairs_in_batch(rows, args)
+    if not paired and args.positions_together == 1 and args.length_window == 0:
+        return None
+    groups = None
+    if args.length_window > 0:
+        groups = LengthGroups(rows.source.lengths, args.train_batch_size * args.world_size, args.length_window)
+    settings = (rows.source.documents, args.positions_together, args.seed, groups)
+    if paired:
+        order = MatesSampler(*settings)
         if len(order) < len(rows):
             logger.info(
                 "%d of %d rows, others in each epoch, are left out: no row of another document is left for their A'",
@@ -303,9 +310,7 @@ def order_of_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> Together
                 len(rows),
             )
         return order
-    if args.positions_together > 1:
-        return TogetherSampler(rows.source.documents, args.positions_together, args.seed)
-    return None
+    return TogetherSampler(*settings)
 
 
 def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
