@@ -100,7 +100,8 @@ class LensDecoder(LensClone):
         if states is not None:
             return head_logits(self.base, states)
         assert activations is not None and text_ids is not None
-        inputs = torch.cat([self.filled_prompt(activations), self.token_embedding(text_ids[:, :-1])], dim=1)
+        prompt = self.filled_prompt(activations)
+        inputs = torch.cat([prompt, self.token_embedding(text_ids[:, :-1]).to(prompt.dtype)], dim=1)
         with self.injected(activations, slot=len(self.config.prefix_ids)):
             return self.last_outputs(inputs, text_ids.shape[1], with_head)
 
