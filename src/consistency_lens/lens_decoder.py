@@ -70,6 +70,12 @@ class LensDecoder(LensClone):
         """What the slot holds: proj(normalise(A)), (B, 1, d)."""
         return self.projection(self.normaliser.normalise(activations).to(self.projection.weight.dtype))[:, None]
 
+    def filled_prompt(self, activations: Tensor) -> Tensor:
+        """Embeddings of the whole prompt, its slot filled: (B, P + 1 + Q, d), as the base reads them."""
+        prefix, suffix = (part.expand(len(activations), -1, -1) for part in self.prompt())
+        pieces = [prefix, self.slot_embedding(activations), suffix]
+        return torch.cat([piece.to(self.token_embedding.weight.dtype) for piece in pieces], dim=1)
+
     @contextmanager
     def injected(self, activations: Tensor, slot: int) -> Iterator[None]:
         """Overwrites the input of blocks 1..n at index `slot` of the running chunk by their own projections."""
@@ -97,17 +103,9 @@ class LensDecoder(LensClone):
         if states is not None:
             return head_logits(self.base, states)
         assert activations is not None and text_ids is not None
-        batch = len(activations)
-        embedding = self.token_embedding
-        prefix, suffix = self.prompt()
-        pieces = [
-            prefix.expand(batch, -1, -1),
-            self.slot_embedding(activations),
-            suffix.expand(batch, -1, -1),
-            embedding(text_ids[:, :-1]),
-        ]
-        inputs = torch.cat([piece.to(embedding.weight.dtype) for piece in pieces], dim=1)
-        with self.injected(activations, slot=len(prefix)):
+        prompt = self.filled_prompt(activations)
+        inputs = torch.cat([prompt, self.token_embedding(text_ids[:, :-1]).to(prompt.dtype)], dim=1)
+        with self.injected(activations, slot=len(self.config.prefix_ids)):
             return self.last_outputs(inputs, text_ids.shape[1], with_head)
 
     def last_outputs(self, inputs: Tensor, count: int, with_head: bool, cache: DynamicCache | None = None) -> Tensor:
