@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +58,51 @@ def test_many_uses_have_the_gradients_of_autograd(tied, bias):
         for gradient, other in zip(torch.autograd.grad(value, wanted, retain_graph=keep), expected, strict=True):
             torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
     assert "forward" not in vars(layer)
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs):
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if Broken.fails:
+            raise FloatingPointError("broken")
+        return grad
+
+
+@pytest.mark.parametrize("how", ["of the inputs alone", "broken off"])
+def test_a_backward_pass_that_gives_the_weight_nothing_leaves_nothing_for_the_next(how):
+    torch.manual_seed(0)
+    layer, table = nn.Linear(6, 11), nn.Parameter(torch.randn(11, 6))
+    inputs = torch.randn(ROWS, 6, requires_grad=True)
+    wanted = [layer.weight, table]
+    expected = torch.autograd.grad(plain_steps_of(layer, table, inputs), wanted)
+    value = steps_of(layer, table, Broken.apply(inputs), (SummedGradient(layer.weight), SummedGradient(table)))
+    Broken.fails = how == "broken off"
+    if Broken.fails:
+        with pytest.raises(FloatingPointError):
+            torch.autograd.grad(value, inputs, retain_graph=True)
+    else:
+        torch.autograd.grad(value, inputs, retain_graph=True)
+    for gradient, other in zip(torch.autograd.grad(value, wanted), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_casts_of_a_step_go_with_it():
+    layer = nn.Linear(32, 64, bias=False)
+    summed = SummedGradient(layer.weight)
+    gc.disable()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = summed.linear(torch.randn(16, 32))
+        outputs.float().sum().backward()
+        cast = weakref.ref(summed.cast(torch.bfloat16))
+        del summed, outputs
+        assert cast() is None
+    finally:
+        gc.enable()
 
 
 def test_under_autocast_the_products_are_those_of_autocast():

@@ -26,10 +26,11 @@ class SummedGradient:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.detach()
-        self._total: Tensor | None = None
+        self._total = _Total(self.weight)
         self._casts: dict[torch.dtype, Tensor] = {}
-        # Every use hangs on it, so autograd comes to it after all of them: there the weight gets its gradient.
-        self.anchor: Tensor = _Anchor.apply(weight, self)
+        # Every use hangs on it, so autograd comes to it after all of them: there the weight gets its gradient. It knows
+        # the sum alone: knowing this object, it would keep the casts of every step until Python looks for cycles.
+        self.anchor: Tensor = _Anchor.apply(weight, self._total)
 
     def linear(self, inputs: Tensor) -> Tensor:
         """`inputs @ weight.T` for inputs (..., d): (..., V), under autocast in its dtype."""
@@ -41,7 +42,7 @@ class SummedGradient:
 
     def add_product(self, grad: Tensor, inputs: Tensor) -> None:
         """Adds `grad.T @ inputs`, of rows (n, V) and (n, d)."""
-        total = self._buffer()
+        total = self._total.buffer()
         if grad.dtype == total.dtype:
             total.addmm_(grad.T, inputs)
         else:
@@ -49,7 +50,7 @@ class SummedGradient:
 
     def add_rows(self, ids: Tensor, grad: Tensor) -> None:
         """Adds rows (n, d) to those of the given indices (n,)."""
-        total = self._buffer()
+        total = self._total.buffer()
         total.index_add_(0, ids, grad.to(total.dtype))
 
     def cast(self, dtype: torch.dtype) -> Tensor:
@@ -57,16 +58,6 @@ class SummedGradient:
         if dtype not in self._casts:
             self._casts[dtype] = self.weight.to(dtype)
         return self._casts[dtype]
-
-    def take(self) -> Tensor | None:
-        """The sum; a backward pass after this one begins anew."""
-        total, self._total = self._total, None
-        return total
-
-    def _buffer(self) -> Tensor:
-        if self._total is None:
-            self._total = torch.zeros_like(self.weight)
-        return self._total
 
     @contextmanager
     def in_place_of(self, layer: nn.Linear) -> Iterator[None]:
@@ -89,16 +80,40 @@ def can_be_summed(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and weight.requires_grad
 
 
+class _Total:
+    """What the uses have added in the running backward pass.
+
+    A pass that broke off, or that did not ask for the gradient of the weight, leaves a sum that nobody takes.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self._pass = -1
+        self._sum: Tensor | None = None
+
+    def buffer(self) -> Tensor:
+        """The sum, to be added to; a backward pass begins with zeros."""
+        running = torch._C._current_graph_task_id()
+        if self._sum is None or running != self._pass:
+            self._sum, self._pass = torch.zeros_like(self.weight), running
+        return self._sum
+
+    def take(self) -> Tensor | None:
+        """The sum of all uses."""
+        total, self._sum = self._sum, None
+        return total
+
+
 class _Anchor(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, summed: SummedGradient) -> Tensor:
-        ctx.summed = summed
+    def forward(ctx: Any, weight: Tensor, total: _Total) -> Tensor:
+        ctx.total = total
         return weight.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _grad: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.summed.take(), None
+        return ctx.total.take(), None
 
 
 class _Rows(torch.autograd.Function):
