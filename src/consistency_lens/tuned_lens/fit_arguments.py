@@ -1,5 +1,6 @@
 """What a fit of a tuned lens can be told beside its text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +15,7 @@ from .token_arguments import TokenArguments
 
 AUTO, FULL, ALL = "auto", "full", "all"
 HEAD_DTYPES = (AUTO, "float32", "bfloat16")
+POSITION_RANGE = (0.6, 0.95)
 # What `TrainingArguments` has beside, and what speaks against it in a fit.
 FLOAT32 = "translators are fitted in float32"
 GOES_ON = "a fit goes on by itself from where it was killed"
@@ -121,7 +123,8 @@ class TunedLensTrainingArguments(TrainingArguments):
         metadata={"help": "Positions of a step, of all processes; a pass with more of them serves several steps."},
     )
     position_range: list[float] = field(
-        default_factory=lambda: [0.6, 0.95], metadata={"help": "Share of the context that positions are drawn from."}
+        default_factory=lambda: [*POSITION_RANGE],
+        metadata={"help": "Share of the context that positions are drawn from."},
     )
     smallness: float = field(default=1e-4, metadata={"help": "Weight of the sum of squares of U, V and c."})
     smoothness: float = field(
@@ -157,8 +160,7 @@ class TunedLensTrainingArguments(TrainingArguments):
             value = str(getattr(self, name))
             if value not in (AUTO, ALL) and not (value.isdecimal() and int(value) > 0):
                 raise ValueError(f"{name} must be a whole number above 0, {ALL} or {AUTO}, got {value!r}")
-        if len(self.position_range) != 2 or not 0 <= self.position_range[0] < self.position_range[1] <= 1:
-            raise ValueError(f"position_range must be two shares of the context, got {self.position_range}; 0.6 0.95")
+        check_position_range(self.position_range)
         if self.rows_per_step < 1:
             raise ValueError(f"rows_per_step must be at least 1, got {self.rows_per_step}; 128 is a good start")
         for name in ("smallness", "smoothness"):
@@ -193,6 +195,12 @@ class TunedLensTrainingArguments(TrainingArguments):
     def to_json_settings(self) -> dict[str, Any]:
         """The arguments as JSON takes them, without where they are written to."""
         return {name: value for name, value in self.to_dict().items() if name != "output_dir"}
+
+
+def check_position_range(shares: Sequence[float]) -> None:
+    """Raises a ValueError for what is no part of the context."""
+    if len(shares) != 2 or not 0 <= shares[0] < shares[1] <= 1:
+        raise ValueError(f"position_range must be two shares of the context, got {list(shares)}; 0.6 0.95")
 
 
 def check_choices(arguments: Any) -> None:
