@@ -1,5 +1,6 @@
 """What a fit of a tuned lens can be told beside its text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -28,6 +29,13 @@ REFUSED = {
     "start of every fit", "auto_find_batch_size": "the number of steps depends on the batch size",
     "gradient_checkpointing": "the subject runs without gradients", "push_to_hub": "publish the lens when its gates "
     "have been judged",
+}  # fmt: skip
+
+# The least that numbers may be; `TrainingArguments` takes any.
+LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "rows_per_step": 1, "early_stopping_patience": 0, "num_train_epochs": 0, "learning_rate": 0, "seed": 0,
+    "smallness": 0, "smoothness": 0,
 }  # fmt: skip
 
 
@@ -85,7 +93,11 @@ class FitArguments(TokenArguments):
 
 @dataclass(repr=False)  # `TrainingArguments` has its own, without the token
 class TunedLensTrainingArguments(TrainingArguments):
-    """Arguments of `TunedLensTrainer`: `TrainingArguments` with defaults of `tuned_lens_plan`, sections 2 to 4."""
+    """Arguments of `TunedLensTrainer`: `TrainingArguments` with defaults of `tuned_lens_plan`, sections 2 to 4.
+
+    Two are others: a step has `rows_per_step` positions in place of four passes that are accumulated, and there is no
+    weight decay, for `smallness` is that penalty already.
+    """
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the lens; unset: tuned_lenses/<name of the model>."}
@@ -151,6 +163,10 @@ class TunedLensTrainingArguments(TrainingArguments):
             value = getattr(self, argument.name)
             if argument.name in REFUSED and value != argument.default:
                 raise ValueError(f"{argument.name}: got {value!r}, but {REFUSED[argument.name]}; leave it out")
+            if argument.name in LEAST and not LEAST[argument.name] <= value < math.inf:
+                raise ValueError(
+                    f"{argument.name} must be {LEAST[argument.name]} or more, got {value}; {argument.default} is usual"
+                )
         check_choices(self)
         super().__post_init__()
         self.remove_unused_columns = False
@@ -161,11 +177,6 @@ class TunedLensTrainingArguments(TrainingArguments):
             if value not in (AUTO, ALL) and not (value.isdecimal() and int(value) > 0):
                 raise ValueError(f"{name} must be a whole number above 0, {ALL} or {AUTO}, got {value!r}")
         check_position_range(self.position_range)
-        if self.rows_per_step < 1:
-            raise ValueError(f"rows_per_step must be at least 1, got {self.rows_per_step}; 128 is a good start")
-        for name in ("smallness", "smoothness"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.teacher_top_k is not None and self.teacher_top_k < 2:
             raise ValueError(f"teacher_top_k must be at least 2, got {self.teacher_top_k}; 4096 is a good start")
         self._check_best()
