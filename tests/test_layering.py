@@ -22,6 +22,7 @@ LAYERS = [
         "notebook_figure",
         "offloaded",
         "token_logits",
+        "summed_gradient",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes", "context_cache"},

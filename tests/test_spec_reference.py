@@ -46,8 +46,9 @@ def noise_of(keys):
     return lambda step, logits: gumbel_noise(fold_in(keys, step), logits.shape[-1])
 
 
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_plans_step_and_ours_have_the_same_losses_and_gradients(spec_reference, cached):
+def test_the_plans_step_and_ours_have_the_same_losses_and_gradients(spec_reference, cached, paired):
     lens = disturb(tiny_lens(training="full", **PROMPTS), scale=0.01)
     # clones that differ from the subject and from each other
     plan = spec_reference.SpecStep(lens, cached=cached)
@@ -57,9 +58,13 @@ def test_the_plans_step_and_ours_have_the_same_losses_and_gradients(spec_referen
     step = Step(seed=0, number=5, tau=TAU)
     subject, batch = lens.subject, batch_of(lens.subject)
     objective = Gumbel(subject, SubjectReference(subject), lm_direction="forward", delta_residual="detached")
+    keys = [step.keys(batch["rows"], draw) for draw in (0, 1)]
+    if paired:  # A' and Â' are those of another row of the batch
+        mates = torch.tensor([2, 3, 0, 1])
+        batch |= {"mates": mates, "other_activations": batch["activations"][mates]}
+        keys[1] = keys[0][mates]
     ours = objective(lens, lens, batch, step).terms
     loss_of(ours).backward()
-    keys = [step.keys(batch["rows"], draw) for draw in (0, 1)]
     theirs = plan(batch, TAU, *(noise_of(k) for k in keys))
     loss_of(theirs).backward()
 

@@ -72,6 +72,24 @@ class TestContext:
         subject.stream.blocks[LAYER + 1].register_forward_pre_hook(lambda *_: pytest.fail("a later block ran"))
         assert subject.activations(input_ids, attention_mask).shape == (2, 20, WIDTH)
 
+    @pytest.mark.parametrize(
+        ("layer", "num_positions", "may_stop", "finished"),
+        [(LAYER, 3, True, [3]), (LAYER, 3, False, [20]), (0, 12, True, [20]), (NUM_LAYERS - 1, 3, True, [20])],
+    )
+    def test_the_last_block_finishes_the_tokens_that_are_read(self, layer, num_positions, may_stop, finished):
+        """The context's own only where that is less work, or where the pass may not end early."""
+        subject = Subject(tiny_model("llama"), layer)
+        subject.stream.may_stop = may_stop
+        subject.check_one_token(64)
+        seen = []
+        subject.stream.blocks[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
+        input_ids, attention_mask = random_tokens(20, 13)
+        positions = torch.arange(num_positions).expand(2, -1)
+        context = subject.context(input_ids, attention_mask, positions)
+        assert seen == finished
+        expected = subject.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :num_positions]
+        torch.testing.assert_close(context.logits, expected)
+
     def test_freezes_the_model(self):
         model = tiny_model("gpt2").train()
         Subject(model, LAYER)

@@ -23,6 +23,18 @@ class _NotKept(DynamicLayer):
         return key_states, value_states
 
 
+class ContextComplete(Exception):
+    """Ends a pass over a context once its last block has handed in keys and values, which are all that it is for."""
+
+
+class _LastKept(DynamicLayer):
+    """Keeps keys and values, and ends the pass."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        super().update(key_states, value_states, *args, **kwargs)
+        raise ContextComplete
+
+
 class _NotRead(DynamicLayer):
     """Stands for `length` tokens whose keys and values do not matter: those of the pass, repeated without a copy."""
 
@@ -40,11 +52,16 @@ class _NotRead(DynamicLayer):
         return tuple(states[:, :, :1].expand(-1, -1, total, -1) for states in (key_states, value_states))  # type: ignore
 
 
-def empty_cache(num_blocks: int, first: int) -> DynamicCache:
-    """A cache for a pass over a context, in which the blocks from `first` on keep what a later pass reads."""
+def empty_cache(num_blocks: int, first: int, stop: bool = False) -> DynamicCache:
+    """A cache for a pass over a context, in which the blocks from `first` on keep what a later pass reads.
+
+    With `stop` the pass ends in the last block, by `ContextComplete`.
+    """
     # Built without a config, it keeps sliding-window layers at full length, which one shared mask needs.
     cache = DynamicCache()
     cache.layers.extend(_NotKept() if block < first else DynamicLayer() for block in range(num_blocks))
+    if stop:
+        cache.layers[-1] = _LastKept()
     return cache
 
 

@@ -14,6 +14,7 @@ from .lens_artifact import TrainedTensorsModel
 from .optional_packages import require
 from .quantised import is_quantised, state_beside_weights
 from .straight_through import straight_through_embedding
+from .summed_gradient import SummedGradient
 
 
 def clone_subject(model: PreTrainedModel, share_weights: bool) -> PreTrainedModel:
@@ -162,12 +163,21 @@ class LensClone(TrainedTensorsModel):
         """Whether a training pass would recompute blocks in its backward pass."""
         return self.training and len(checkpointed_modules(self.base)) > 0
 
-    def prompt(self) -> tuple[Tensor, Tensor]:
-        """Embeddings of the prompt before and after its slot, (P, d) and (Q, d)."""
+    def prompt(self, summed: SummedGradient | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings of the prompt before and after its slot, (P, d) and (Q, d).
+
+        `summed`: of the table, to which the gradient of a prompt without embeddings of its own is added.
+        """
+
+        def embed(token_ids: list[int]) -> Tensor:
+            if summed is None:
+                return lookup(self.token_embedding, token_ids)
+            return summed.rows(torch.tensor(token_ids, device=summed.weight.device).long()) * self.embedding_scale
+
         prefix, suffix = self.prefix_embeddings, self.suffix_embeddings
         return (
-            lookup(self.token_embedding, self.config.prefix_ids) if prefix is None else prefix,
-            lookup(self.token_embedding, self.config.suffix_ids) if suffix is None else suffix,
+            embed(self.config.prefix_ids) if prefix is None else prefix,
+            embed(self.config.suffix_ids) if suffix is None else suffix,
         )
 
 
@@ -176,9 +186,20 @@ def lookup(embedding: nn.Embedding, token_ids: list[int]) -> Tensor:
     return embedding(torch.tensor(token_ids, dtype=torch.long, device=embedding.weight.device))
 
 
-def embed_sampled(clone: LensClone, logits: Tensor, ids: Tensor, keys: Tensor | None, tau: float) -> Tensor:
-    """Embeddings (N, d) of sampled tokens in a clone's table, straight-through where gradients are wanted."""
+def embed_sampled(
+    clone: LensClone,
+    logits: Tensor,
+    ids: Tensor,
+    keys: Tensor | None,
+    tau: float,
+    summed: SummedGradient | None = None,
+) -> Tensor:
+    """Embeddings (N, d) of sampled tokens in a clone's table, straight-through where gradients are wanted.
+
+    `summed`: of the table, to which its gradient is added.
+    """
     embedding = clone.token_embedding
     if not torch.is_grad_enabled():
         return embedding(ids)
-    return straight_through_embedding(logits, ids, keys, embedding.weight, tau) * clone.embedding_scale
+    embeddings = straight_through_embedding(logits, ids, keys, embedding.weight, tau, summed=summed)
+    return embeddings * clone.embedding_scale

@@ -1,7 +1,7 @@
 """The decoder: activation to text."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +15,7 @@ from .configuration_consistency_lens import LensDecoderConfig
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .residual_stream import ResidualStream
 from .straight_through import fold_in, sample_tokens
+from .summed_gradient import SummedGradient, can_be_summed
 from .token_logits import TokenLogits, head_logits
 
 
@@ -35,6 +36,8 @@ class LensDecoder(LensClone):
 
     config_class = LensDecoderConfig
     artifact_kind = "Decoder of a consistency lens (activation to text)"
+    sums_gradients = True
+    """Whether the steps of a text share one gradient of the unembedding, and one of the embedding table."""
 
     def __init__(self, config: LensDecoderConfig, base: PreTrainedModel | None = None):
         super().__init__(config, base if base is not None else base_from_config(config.base_config))
@@ -67,6 +70,12 @@ class LensDecoder(LensClone):
         """What the slot holds: proj(normalise(A)), (B, 1, d)."""
         return self.projection(self.normaliser.normalise(activations).to(self.projection.weight.dtype))[:, None]
 
+    def filled_prompt(self, activations: Tensor) -> Tensor:
+        """Embeddings of the whole prompt, its slot filled: (B, P + 1 + Q, d), as the base reads them."""
+        prefix, suffix = (part.expand(len(activations), -1, -1) for part in self.prompt())
+        pieces = [prefix, self.slot_embedding(activations), suffix]
+        return torch.cat([piece.to(self.token_embedding.weight.dtype) for piece in pieces], dim=1)
+
     @contextmanager
     def injected(self, activations: Tensor, slot: int) -> Iterator[None]:
         """Overwrites the input of blocks 1..n at index `slot` of the running chunk by their own projections."""
@@ -94,17 +103,9 @@ class LensDecoder(LensClone):
         if states is not None:
             return head_logits(self.base, states)
         assert activations is not None and text_ids is not None
-        batch = len(activations)
-        embedding = self.token_embedding
-        prefix, suffix = self.prompt()
-        pieces = [
-            prefix.expand(batch, -1, -1),
-            self.slot_embedding(activations),
-            suffix.expand(batch, -1, -1),
-            embedding(text_ids[:, :-1]),
-        ]
-        inputs = torch.cat([piece.to(embedding.weight.dtype) for piece in pieces], dim=1)
-        with self.injected(activations, slot=len(prefix)):
+        prompt = self.filled_prompt(activations)
+        inputs = torch.cat([prompt, self.token_embedding(text_ids[:, :-1]).to(prompt.dtype)], dim=1)
+        with self.injected(activations, slot=len(self.config.prefix_ids)):
             return self.last_outputs(inputs, text_ids.shape[1], with_head)
 
     def last_outputs(self, inputs: Tensor, count: int, with_head: bool, cache: DynamicCache | None = None) -> Tensor:
@@ -187,13 +188,17 @@ class LensDecoder(LensClone):
         dtype = self.token_embedding.weight.dtype
         batch = len(activations)
 
-        def last_output(inputs: Tensor, cache: DynamicCache | None) -> Tensor:
-            return self.last_outputs(inputs, 1, chunk_size == 0, cache)[:, -1]
+        recompute = use_cache and self.checkpoints_gradients() and torch.is_grad_enabled()
+        # what is computed again, or only then, has a graph of its own, whose end the sums would not see
+        head, table = (None, None) if recompute or chunk_size > 0 else self.summed_gradients()
 
-        prefix, suffix = (piece.to(dtype) for piece in self.prompt())
+        def last_output(inputs: Tensor, cache: DynamicCache | None) -> Tensor:
+            with nullcontext() if head is None else head.in_place_of(self.base.get_output_embeddings()):
+                return self.last_outputs(inputs, 1, chunk_size == 0, cache)[:, -1]
+
+        prefix, suffix = (piece.to(dtype) for piece in self.prompt(table))
         chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix.expand(batch, -1, -1)], dim=1)
         if use_cache:
-            recompute = self.checkpoints_gradients() and torch.is_grad_enabled()
             before = prompt_cache(self.base.get_decoder(), prefix, batch)
             chunk, slot = chunk + 0 * before.end, 0
             passes = CachedPasses(last_output, before.cache, recompute)
@@ -213,7 +218,9 @@ class LensDecoder(LensClone):
                     states = last_output(chunk, None)
             step_keys = None if keys is None else fold_in(keys, step)
             is_last = step == num_text_tokens - 1
-            draw = partial(self.drawn, keys=step_keys, temperature=temperature, tau=None if is_last else tau)
+            draw = partial(
+                self.drawn, keys=step_keys, temperature=temperature, tau=None if is_last else tau, table=table
+            )
             drawn = self.predictions(states, chunk_size).read(draw)
             yield drawn["ids"], states
             if not is_last:
@@ -221,14 +228,33 @@ class LensDecoder(LensClone):
                 chunk = token if use_cache else torch.cat([chunk, token], dim=1)
 
     def drawn(
-        self, logits: Tensor, rows: slice, keys: Tensor | None, temperature: float, tau: float | None
+        self,
+        logits: Tensor,
+        rows: slice,
+        keys: Tensor | None,
+        temperature: float,
+        tau: float | None,
+        table: SummedGradient | None = None,
     ) -> dict[str, Tensor]:
         """Tokens drawn from logits (n, V) of some rows of a batch: `ids` (n,), and with `tau` their `embeddings`."""
         row_keys = None if keys is None else keys[rows]
         ids = sample_tokens(logits, row_keys, temperature)
         if tau is None:
             return {"ids": ids}
-        return {"ids": ids, "embeddings": embed_sampled(self, logits, ids, row_keys, tau)}
+        return {"ids": ids, "embeddings": embed_sampled(self, logits, ids, row_keys, tau, table)}
+
+    def summed_gradients(self) -> tuple[SummedGradient | None, SummedGradient | None]:
+        """Of the unembedding and of the embedding table, one and the same where these are tied; None for what has
+        its gradient at every use."""
+        if not (self.sums_gradients and torch.is_grad_enabled()):
+            return None, None
+        layer, weight = self.base.get_output_embeddings(), self.token_embedding.weight
+        table = SummedGradient(weight) if can_be_summed(weight) else None
+        # whoever has changed the layer, or compiled what it lies in, expects to find it as it was
+        untouched = type(layer) is nn.Linear and "forward" not in vars(layer) and self.base._compiled_call_impl is None
+        if not untouched or not can_be_summed(layer.weight):
+            return None, table
+        return table if layer.weight is weight else SummedGradient(layer.weight), table
 
     @classmethod
     def from_subject(cls, subject: PreTrainedModel, config: LensDecoderConfig) -> Self:

@@ -338,9 +338,12 @@ class ConsistencyLensModel(TrainedTensorsModel):
         activations = torch.atleast_2d(activations).to(self.device)
         if activations.ndim != 2 or len(activations) == 0 or activations.shape[1] != len(self.mean):
             raise ValueError(f"decode: activations must be (B, {len(self.mean)}), got {tuple(activations.shape)}")
-        ids = self.decode_ids(activations, num_text_tokens, keys, temperature)
-        rows = [row[keep] for row, keep in zip(ids, self.text_mask(ids), strict=True)]
-        return DecodedText(ids, self.require_tokenizer().batch_decode(rows))
+        return self.decoded(self.decode_ids(activations, num_text_tokens, keys, temperature))
+
+    def decoded(self, text_ids: Tensor) -> DecodedText:
+        """Token ids (B, T) of the decoder, and the texts that they are, each up to its stop token."""
+        rows = [row[keep] for row, keep in zip(text_ids, self.text_mask(text_ids), strict=True)]
+        return DecodedText(text_ids, self.require_tokenizer().batch_decode(rows))
 
     @torch.no_grad()
     def encode(self, texts: str | list[str] | Tensor) -> Tensor:

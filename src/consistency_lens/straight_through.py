@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .summed_gradient import SummedGradient
+
 # Elements of a (rows, V) chunk: 4 MiB of float32, so that it stays in cache and every operation is worth its call.
 CHUNK_ELEMENTS = 2**20
 
@@ -173,6 +175,7 @@ def straight_through_embedding(
     table: Tensor,
     tau: float,
     chunk_size: int | None = None,
+    summed: SummedGradient | None = None,
 ) -> Tensor:
     """The embeddings of sampled tokens, with the gradient of a Gumbel-softmax at temperature `tau`.
 
@@ -187,6 +190,7 @@ def straight_through_embedding(
         table: (V, d) embeddings; its gradient is dense, with non-zero rows at `token_ids` only.
         tau: temperature of the soft distribution.
         chunk_size: rows worked on at a time in the backward pass.
+        summed: of the table, to which its gradient is added; without it, it is one of its own.
 
     Returns:
         (N, d) in the dtype of the table.
@@ -206,7 +210,10 @@ def straight_through_embedding(
         raise ValueError(
             f"token_ids must be of shape ({len(logits)},), got {tuple(token_ids.shape)}; flatten the batch"
         )
-    return _StraightThroughEmbedding.apply(logits, token_ids, keys, table, tau, chunk_size)
+    anchor = None
+    if summed is not None:
+        table, anchor = summed.weight, summed.anchor
+    return _StraightThroughEmbedding.apply(logits, token_ids, keys, table, tau, chunk_size, anchor, summed)
 
 
 def _check(logits: Tensor, keys: Tensor | None) -> None:
@@ -226,21 +233,26 @@ class _StraightThroughEmbedding(torch.autograd.Function):
         table: Tensor,
         tau: float,
         chunk_size: int | None,
+        anchor: Tensor | None,
+        summed: SummedGradient | None,
     ) -> Tensor:
-        ctx.save_for_backward(logits, token_ids, keys, table)
-        ctx.tau, ctx.chunk_size = tau, chunk_size
+        ctx.save_for_backward(logits, token_ids, keys, table, anchor)
+        ctx.tau, ctx.chunk_size, ctx.summed = tau, chunk_size, summed
         return table[token_ids]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, keys, table = ctx.saved_tensors
-        grad_logits = grad_table = None
+        logits, token_ids, keys, table, anchor = ctx.saved_tensors
+        grad_logits = grad_table = grad_anchor = None
         if ctx.needs_input_grad[0]:
             grad_logits = _soft_gradient(logits, keys, grad, table, ctx.tau, ctx.chunk_size)
         if ctx.needs_input_grad[3]:
             grad_table = torch.zeros_like(table).index_add_(0, token_ids, grad)
-        return grad_logits, None, None, grad_table, None, None
+        if ctx.summed is not None:
+            ctx.summed.add_rows(token_ids, grad)
+            grad_anchor = torch.zeros_like(anchor)
+        return grad_logits, None, None, grad_table, None, None, grad_anchor, None
 
 
 def _soft_gradient(

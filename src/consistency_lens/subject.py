@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import attention_with_masks
-from .context_cache import ContextCache, empty_cache, kept, reopened
+from .context_cache import ContextCache, ContextComplete, empty_cache, kept, reopened
 from .residual_stream import ResidualStream, gather_positions
 from .spans import span
 from .token_logits import head_logits
@@ -199,19 +199,29 @@ class Subject:
         with_head: bool = True,
     ) -> SubjectContext:
         # The replaced pass overwrites the output of block `layer`; of the last block, the mask takes its dtype.
-        num_blocks = self.stream.num_layers
-        cache = empty_cache(num_blocks, first=min(self.layer + 1, num_blocks - 1)) if keep_cache else None
-        with self.stream.capture(self.layer) as captured, self.stream.select_positions(positions):
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-            logits = self.run(with_head, **inputs, past_key_values=cache, use_cache=keep_cache)
-        return SubjectContext(
+        num_blocks, num_positions = self.stream.num_layers, positions.shape[1]
+        blocks_above = num_blocks - 1 - self.layer
+        # The last block gives the context keys and values alone; the tokens at the positions then run once more.
+        stop = self.stream.may_stop and 0 < num_positions * blocks_above < input_ids.shape[1]
+        cache = empty_cache(num_blocks, min(self.layer + 1, num_blocks - 1), stop) if keep_cache else None
+        logits = None
+        try:
+            with self.stream.capture(self.layer) as captured, self.stream.select_positions(positions):
+                inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+                logits = self.run(with_head, **inputs, past_key_values=cache, use_cache=keep_cache)
+        except ContextComplete:
+            pass
+        context = SubjectContext(
             activations=gather_positions(captured.activations, positions),
-            logits=logits,
+            logits=torch.empty(0) if logits is None else logits,
             cache=None if cache is None else kept(cache),
             input_ids=input_ids,
             attention_mask=attention_mask,
             positions=positions,
         )
+        if logits is None:
+            logits = self.replaced_logits(context, context.activations, with_head)
+        return context._replace(logits=logits)
 
     def _attention_mask(self, context: SubjectContext, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Additive masks (B, 1, K, S + K): a query sees the real tokens before its position, and itself.

@@ -96,7 +96,9 @@ def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int) -> di
     activations = read_activations(lens.subject, share_contexts(rows), keep_context=False)["activations"]
     mean = activations.mean(0)
     lens.set_statistics(mean, (activations - mean).square().mean().sqrt())
-    return rows | {"activations": activations, "other_activations": activations.roll(num_positions, 0)}
+    # A' is the activation of another sequence of the batch: ours takes its Â' from there, too
+    mates = torch.arange(batch).roll(num_positions)
+    return rows | {"activations": activations, "other_activations": activations[mates], "mates": mates}
 
 
 def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True, chunk_size: int = 0) -> Losses:

@@ -5,7 +5,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from consistency_lens.data.collator import ActivationCollator
 from consistency_lens.data.on_the_fly import read_activations
-from consistency_lens.data.shared_contexts import SharedContexts, TogetherSampler, cheapest_group, share_contexts
+from consistency_lens.data.shared_contexts import SharedContexts, cheapest_group, share_contexts
 from consistency_lens.evaluation.evaluated import judge
 from consistency_lens.subject import Subject
 from consistency_lens.training.objectives import functional_kl
@@ -87,16 +87,3 @@ def test_losses_and_gradients_are_those_of_rows_read_alone(subject, with_context
     assert found[0][1].min() > 1e-2
     for alone, shared in zip(*found, strict=True):
         torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
-
-
-def test_rows_of_a_document_follow_each_other():
-    documents = np.repeat(np.arange(6), [8, 4, 7, 1, 8, 2])
-    sampler = TogetherSampler(documents, together=4, seed=0)
-    order = np.array(list(sampler))
-    assert len(sampler) == 30 and sorted(order.tolist()) == list(range(30))
-    changes = np.count_nonzero(np.diff(documents[order]))
-    assert changes <= 9  # 2 + 1 + 2 + 1 + 2 + 1 groups
-    assert list(TogetherSampler(documents, together=4, seed=0)) == order.tolist()
-    sampler.set_epoch(1)
-    assert list(sampler) != order.tolist()
-    assert np.count_nonzero(np.diff(documents[list(TogetherSampler(documents, 1, seed=0))])) > 15

@@ -72,11 +72,11 @@ def test_a_run_that_was_killed_makes_the_missing_shards_alone(setting, tmp_path,
     whole = explain(setting, tmp_path / "whole")
     calls, real = [], explaining.explained
 
-    def killed(lens, batch, measures):
+    def killed(lens, batch, *settings):
         calls.append(batch["rows"].tolist())
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(lens, batch, measures)
+        return real(lens, batch, *settings)
 
     monkeypatch.setattr(explaining, "explained", killed)
     with pytest.raises(KeyboardInterrupt):

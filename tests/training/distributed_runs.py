@@ -31,6 +31,7 @@ STAGES = {
     "max_steps": 12,
     "stages": ["warm_start 4s", "gumbel 4s", "policy_gradient"],
     "own_share": 0.25,
+    "delta_residual": "full",
     "encoder_learning_rate": 3e-3,
     "max_grad_norm": 1.0,
 }

@@ -73,11 +73,12 @@ def tiny_trainer(
         "save_strategy": "no", "disable_tqdm": True, "mse_weight": "1",
     }  # fmt: skip
     args = ConsistencyLensTrainingArguments(**(defaults | arguments))
-    pair_seed = 0 if args.delta_residual != "none" else None
+    pair_seed = 0 if args.needs_others() else None
+    own_seed = None if args.pair_in_batch and source != "stream" else pair_seed
     return ConsistencyLensTrainer(
         model=tiny_lens(subject, tokenizer, cache, **(lens_settings or {})),
         args=args,
-        train_dataset=training_rows(source, subject, cache, pair_seed),
+        train_dataset=training_rows(source, subject, cache, own_seed),
         eval_dataset=ActivationRows(cache, pair_seed),
         data_collator=ActivationCollator(0, NUM_TEXT_TOKENS, bos_token_id=1),
     )

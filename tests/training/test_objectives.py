@@ -134,6 +134,35 @@ def test_the_second_activation_takes_the_same_way_with_and_without_its_gradient(
     torch.testing.assert_close(*(terms["kl"] for terms in losses), rtol=1e-5, atol=1e-6)
 
 
+class KeysOfMates(Step):
+    """Noise that a second pass shares with the first pass of each row's mate."""
+
+    mates = torch.arange(8) ^ 1
+
+    def keys(self, rows, draw=0):
+        return super().keys(rows[self.mates] if draw else rows)
+
+
+@pytest.mark.parametrize("delta_residual", ["detached", "full"])
+def test_mates_give_the_losses_and_gradients_of_a_pass_of_its_own(setting, delta_residual):
+    subject, lens, batch = setting
+    step = KeysOfMates(seed=0, number=4)
+    known = {name: tensor for name, tensor in batch.items() if name != "other_activations"}
+    found = []
+    for others in ({"mates": step.mates}, {"other_activations": batch["activations"][step.mates]}):
+        objective = Gumbel(subject, SubjectReference(subject), delta_residual=delta_residual)
+        terms = objective(lens, lens, known | others, step).terms
+        torch.stack(list(terms.values())).sum().backward()
+        found.append((terms, {name: p.grad for name, p in lens.named_parameters() if p.grad is not None}))
+        lens.zero_grad()
+    (terms, gradients), (expected, expected_gradients) = found
+    assert terms["kl"] > 1e-2 and gradients.keys() == expected_gradients.keys()
+    for name, term in expected.items():
+        torch.testing.assert_close(terms[name], term, rtol=1e-5, atol=1e-6)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_an_entropy_without_weight_is_measured_and_has_no_gradient(setting):
     subject, lens, batch = setting
     with_weight, without = (

@@ -97,11 +97,15 @@ def test_the_second_activation_costs_no_backward_pass(lens):
     read = read_activations(subject, batch, keep_context=True)
     costs = {}
     for name in ("none", "detached", "full"):
-        objective = Gumbel(subject, None, delta_residual=name)
-        costs[name] = flops(lambda objective=objective: objective(lens, lens, read, Step(0, 0)).terms["kl"].backward())
-        lens.zero_grad()
-    extra = {name: costs[name] - costs["none"] for name in ("detached", "full")}
+        for kind, known in (("", read), (" with mates", read | {"mates": torch.arange(BATCH) ^ 1})):
+            objective = Gumbel(subject, None, delta_residual=name)
+            costs[name + kind] = flops(
+                lambda o=objective, b=known: o(lens, lens, b, Step(0, 0)).terms["kl"].backward()
+            )
+            lens.zero_grad()
+    extra = {name: costs[name] - costs["none"] for name in costs}
     assert 0 < extra["detached"] < 0.4 * extra["full"]
+    assert extra["detached with mates"] == extra["full with mates"] == 0
 
 
 class Waits(TorchDispatchMode):

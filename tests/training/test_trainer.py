@@ -94,11 +94,13 @@ def test_delta_residual_judges_the_shifted_reconstruction(tmp_path, delta_residu
     assert (bias < 1e-6) if delta_residual == "full" else (bias > 1e-6)
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("delta_residual", ["none", "full"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, delta_residual):
     kept = []
+    objective = {"stages": ["gumbel"], "lm_reference": "subject", "delta_residual": delta_residual}
     for name, settings in (("a", {}), ("b", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})):
         keep = KeepGradients()
-        trainer = tiny_trainer(tmp_path / name, max_steps=1, stages=["gumbel"], lm_reference="subject", **settings)
+        trainer = tiny_trainer(tmp_path / name, max_steps=1, **objective, **settings)
         trainer.add_callback(keep)
         trainer.train()
         kept.append(keep.steps[0])
@@ -290,11 +292,14 @@ def test_a_lens_that_bf16_trained_says_the_same_when_it_is_loaded_again(tmp_path
     assert torch.equal(lens.read_ids(ids), loaded.read_ids(ids))
 
 
-@pytest.mark.parametrize("settings", [{}, {"dataloader_drop_last": True}], ids=["all", "drop_last"])
+PAIRED = {"stages": ["gumbel"], "lm_weight": "0", "delta_residual": "detached", "positions_together": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, {"dataloader_drop_last": True}, PAIRED], ids=["all", "drop_last", "paired"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_an_epoch_has_the_steps_that_it_takes(tmp_path, settings, accumulation):
     settings = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1, "max_steps": -1, **settings}
-    trainer = tiny_trainer(tmp_path, stages=["warm_start"], **settings)
+    trainer = tiny_trainer(tmp_path, **{"stages": ["warm_start"], **settings})
     trainer.train()
     assert trainer.steps_per_epoch() == trainer.state.global_step
 

@@ -21,6 +21,7 @@ FEATURES = {
     "plots": "plots of lenses, runs and sweeps; interactive ones by plotly",
     "metrics": "modules of Hugging Face evaluate",
     "serve": "the page of `serve`, and a server of transformers for generate-chat",
+    "vllm": "explain_dataset(..., engine=VllmEngine(lens))",
     "cli": "completion of commands in a shell",
 }
 # glibc maps and unmaps large blocks at every step otherwise; see the Makefile

@@ -89,6 +89,11 @@ class ActivationCache(ActivationSource):
         """Document hash of every row, (N,) int64."""
         return self._whole.data.column("document").to_numpy()[self.rows]
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the context of every row, (N,) int64."""
+        return pc.list_value_length(self._whole.data.column("input_ids")).to_numpy()[self.rows].astype(np.int64)
+
     @cached_property
     def _arrow_contexts(self) -> Dataset:
         return self._whole.select_columns("input_ids").with_format("arrow")

@@ -49,6 +49,13 @@ class ActivationSource(ABC):
     def contexts(self, indices: np.ndarray) -> list[np.ndarray]:
         """Tokens 0..P of the given rows of this part, int32."""
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the context of every row, (N,) int64."""
+        blocks = range(0, len(self), BLOCK_ROWS)
+        contexts = (self.contexts(np.arange(i, min(i + BLOCK_ROWS, len(self)))) for i in blocks)
+        return np.array([len(context) for block in contexts for context in block])
+
     @abstractmethod
     def activations(self, indices: np.ndarray) -> np.ndarray:
         """Activations of the given rows of this part, (B, d)."""

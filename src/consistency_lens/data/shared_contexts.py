@@ -1,10 +1,10 @@
 """Rows of a batch whose context is the beginning of another's share one pass of the subject.
 
 K activations of one sequence are K rows, each with its own context, of which all but the longest are beginnings of the
-longest. Read together they cost one context, not K. `TogetherSampler` brings such rows into one batch.
+longest. Read together they cost one context, not K. `row_order.TogetherSampler` brings such rows into one batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -118,37 +118,3 @@ def cheapest_group(sizes: np.ndarray, length: int) -> int:
     most = np.arange(1, sizes.max() + 1)
     contexts = -(-sizes[:, None] // most).sum(axis=0)
     return int(most[np.argmin(contexts * (length + QUERY_COST * most))])
-
-
-class TogetherSampler(torch.utils.data.Sampler[int]):
-    """Rows in random order, but up to `together` of one document follow each other, so that they share its context.
-
-    The order follows from the seed and the epoch, and is the same in every process.
-
-    Args:
-        documents: (N,) the document of each row.
-        together: how many rows of a document.
-        seed: of the order.
-    """
-
-    def __init__(self, documents: np.ndarray, together: int, seed: int) -> None:
-        self.documents = documents
-        self.together = together
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another order in every epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self.seed, self.epoch])
-        _, groups, sizes = np.unique(self.documents, return_inverse=True, return_counts=True)
-        order = np.lexsort((generator.random(len(groups)), groups))
-        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        parts = np.cumsum((place % self.together) == 0) - 1
-        shuffled = generator.permutation(parts[-1] + 1)[parts]
-        return iter(order[np.argsort(shuffled, kind="stable")].tolist())

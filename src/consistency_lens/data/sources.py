@@ -125,6 +125,7 @@ def open_rows(
     folder: Path,
     seed: int,
     pair_seed: int | None = None,
+    pair_in_batch: bool = False,
     state: PartialState | None = None,
 ) -> SplitRows:
     """The rows that the arguments name, split by document; a cache is built first where it has to be.
@@ -134,6 +135,7 @@ def open_rows(
         folder: where corpus and cache are kept.
         seed: of positions and sampled documents.
         pair_seed: of the pairing of A and A'; None for rows without A'.
+        pair_in_batch: training rows bring no A', for another row of the batch has it; a stream's do all the same.
         state: with it, its processes share the building of a cache; all of them call this function.
 
     Raises:
@@ -143,8 +145,9 @@ def open_rows(
         return stream_rows(args, reader, seed, pair_seed)
     parts, fraction = open_parts(args, reader, folder, seed, state)
     train, held_out = split_parts(parts, args.validation_fraction)
-    true_text = ActivationRows(train, pair_seed)
-    rows = ContextRows(train, pair_seed) if args.activations == ON_THE_FLY else true_text
+    own_seed = None if pair_in_batch else pair_seed
+    true_text = ActivationRows(train, own_seed)
+    rows = ContextRows(train, own_seed) if args.activations == ON_THE_FLY else true_text
     held_out_rows = ActivationRows(held_out, pair_seed)
     return SplitRows(rows, true_text, held_out_rows, train.mean, train.rms, train.provenance, fraction)
 

@@ -28,6 +28,7 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from .evaluated import judge_places
 from .metrics import squared_error
 from .saved_lens import collator_for
+from .vllm_engine import VllmEngine
 
 SETTINGS_FILE = "explanations.json"
 # column -> what the collator calls it
@@ -55,6 +56,7 @@ def explain_dataset(
     measures: Sequence[str] = ("fve",),
     num_workers: int = 0,
     share_contexts: bool = True,
+    engine: VllmEngine | None = None,
     state: PartialState | None = None,
     progress: bool = True,
 ) -> Dataset | None:
@@ -70,6 +72,7 @@ def explain_dataset(
             nats, for which the subject reads the contexts.
         num_workers: processes that load rows meanwhile.
         share_contexts: for the KL, run a context once for all rows of a batch that are read in it.
+        engine: decodes in place of the lens, which still reads the texts for the measures; it takes one process.
         state: its processes share the shards; all of them call this function.
         progress: show a progress bar on the first process.
 
@@ -77,8 +80,8 @@ def explain_dataset(
         The explanations, in the order of the rows; None on all processes but the first.
 
     Raises:
-        ValueError: for unknown measures, sizes below 1, no rows, or a folder with explanations of another lens, other
-            rows or other settings.
+        ValueError: for unknown measures, sizes below 1, no rows, an engine of other weights or of several processes,
+            or a folder with explanations of another lens, other rows or other settings.
     """
     check_arguments(rows, batch_size, rows_per_shard, measures)
     folder, num_shards = Path(output_dir), -(-len(rows) // rows_per_shard)
@@ -89,8 +92,10 @@ def explain_dataset(
         "rows": len(rows),
         "rows_per_shard": rows_per_shard,
         "measures": list(measures),
+        "engine": None if engine is None else engine.name,
         "source": facts_of(rows),
     }
+    check_engine(engine, settings["lens"], num_ranks)
     claim(folder, settings, write=rank == 0)
     collator = collator_for(lens)
     # only the subject reads contexts
@@ -102,7 +107,7 @@ def explain_dataset(
         for index, indices in chosen.items():
             tables = []
             for batch in loader_of(rows, indices, batch_size, collate, num_workers, lens.device):
-                tables.append(explained(lens, batch, measures))
+                tables.append(explained(lens, batch, measures, engine))
                 bar.update(len(batch["rows"]))
             write_shard(shard_file(folder, index), pa.concat_tables(tables))
     if state is not None:
@@ -125,10 +130,13 @@ def loader_of(
     )
 
 
-def explained(lens: ConsistencyLensModel, batch: dict[str, Any], measures: Sequence[str]) -> pa.Table:
+def explained(
+    lens: ConsistencyLensModel, batch: dict[str, Any], measures: Sequence[str], engine: VllmEngine | None
+) -> pa.Table:
     """The explanations of one collated batch."""
     batch = {name: tensor.to(lens.device, non_blocking=True) for name, tensor in batch.items()}
-    decoded, tokenizer = lens.decode(batch["activations"]), lens.require_tokenizer()
+    decoded = (lens if engine is None else engine).decode(batch["activations"])
+    tokenizer = lens.require_tokenizer()
     places = ReadPlaces.of(batch)
     tokens = places.of_rows(batch["input_ids"].gather(1, places.positions))
     ids = decoded.token_ids.int().cpu().numpy()
@@ -172,6 +180,19 @@ def check_arguments(rows: Rows, batch_size: int, rows_per_shard: int, measures: 
             raise ValueError(f"{name} must be at least 1, got {size}")
     if len(rows) == 0:
         raise ValueError("explain_dataset: got no rows")
+
+
+def check_engine(engine: VllmEngine | None, lens_hash: str, num_ranks: int) -> None:
+    """ValueError for an engine that does not decode as the lens does now, or one in each of several processes."""
+    if engine is None:
+        return
+    if engine.weights != lens_hash:
+        raise ValueError("engine: got one that was started with other weights than the lens has; start another")
+    if num_ranks > 1:
+        raise ValueError(
+            f"engine: vLLM takes all devices from one process, got {num_ranks} processes; start one, with e.g. "
+            "tensor_parallel_size for the engine"
+        )
 
 
 def facts_of(rows: Rows) -> dict[str, Any]:

@@ -131,6 +131,13 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
             "choices": DELTA_RESIDUALS,
         },
     )
+    pair_in_batch: bool = field(
+        default=True,
+        metadata={
+            "help": "delta_residual: A' is the activation of another document in the batch, whose A'_hat is there "
+            "already; false: of any row, with a pass of its own."
+        },
+    )
     own_share: float = field(
         default=0.25,
         metadata={"help": "Warm start: share of rows whose text the encoder gets from the decoder itself."},
@@ -153,6 +160,13 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     positions_together: int = field(
         default=1,
         metadata={"help": "Rows of one document that follow each other, so that they share its context; 1: mixed."},
+    )
+    length_window: int = field(
+        default=0,
+        metadata={
+            "help": "Rows whose contexts are of similar length meet in a step, out of those of so many steps: less "
+            "padding, fewer shapes; 0: at random."
+        },
     )
     logits_chunk_size: int = field(
         default=0,
@@ -235,6 +249,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
             ("warm_start_patience", 0),
             ("warm_start_check_steps", 1),
             ("positions_together", 1),
+            ("length_window", 0),
             ("logits_chunk_size", 0),
         ):
             if getattr(self, name) < least:
@@ -268,6 +283,10 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
     def has_weight(self, term: str) -> bool:
         """Whether a loss term ever counts: schedules that are 0 throughout switch it off."""
         return not all(Schedule.parse(text).is_zero() for text in getattr(self, f"{term}_weight"))
+
+    def needs_others(self) -> bool:
+        """Whether a stage takes a second activation A' beside each."""
+        return self.delta_residual != "none" and any(stage.objective == "gumbel" for stage in self.parsed_stages())
 
     def keeps_warm_start(self) -> bool:
         """Whether a copy of the decoder as warm start left it is needed."""

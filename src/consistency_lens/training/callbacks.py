@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.shared_contexts import TogetherSampler
+from ..data.row_order import TogetherSampler
 from ..data.streaming import StreamSampler
 from .nonfinite import NonfiniteGradientsError
 

@@ -39,6 +39,8 @@ def check_recipe(args: RecipeArguments, training_args: ConsistencyLensTrainingAr
         raise ValueError("attention: flex_attention has no gradient on a CPU; set attention to auto")
     if args.is_streamed:
         check_stream(training_args)
+    elif training_args.needs_others() and training_args.pair_in_batch:
+        check_pairs(training_args)
 
 
 def check_lens(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:
@@ -127,11 +129,14 @@ def check_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> None:
     """
     if isinstance(rows, StreamedActivations):
         check_stream(args)
-    if args.positions_together > 1 and rows is not None and not isinstance(rows, SourceRows):
-        raise ValueError(
-            f"positions_together: got {args.positions_together}, but only rows of a cache, or read on the fly, are "
-            "known by document; set it to 1 for streamed rows, summaries and data sets of your own"
-        )
+    for name, off in (("positions_together", 1), ("length_window", 0)):
+        if getattr(args, name) > off and rows is not None and not isinstance(rows, SourceRows):
+            raise ValueError(
+                f"{name}: got {getattr(args, name)}, but only rows of a cache, or read on the fly, are known before "
+                f"they are read; set it to {off} for streamed rows, summaries and data sets of your own"
+            )
+    if pairs_in_batch(rows, args):
+        check_pairs(args)
     if rows is None or has_length(rows):
         return
     what = "the training rows have no known number"
@@ -146,6 +151,30 @@ def check_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> None:
         if getattr(args, name) == "epoch":
             raise ValueError(f"{name}: got epoch, but {what}; set it to steps")
     check_durations(args)
+
+
+def pairs_in_batch(rows: Any, args: ConsistencyLensTrainingArguments) -> bool:
+    """Whether the A' of a training row is that of another row of its batch: rows with an A' of their own keep it."""
+    known = isinstance(rows, SourceRows) and rows.partners is None
+    return known and args.needs_others() and args.pair_in_batch
+
+
+def check_pairs(args: ConsistencyLensTrainingArguments) -> None:
+    """Checks settings for rows that are each other's A'.
+
+    Raises:
+        ValueError: for batches that would divide a pair.
+    """
+    mend = "or set pair_in_batch to false"
+    if args.train_batch_size % 2:
+        raise ValueError(
+            f"per_device_train_batch_size: got {args.train_batch_size}, but rows are each other's A' in pairs "
+            f"(delta_residual={args.delta_residual}); make it even, {mend}"
+        )
+    accelerator: Any = args.accelerator_config
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(accelerator, name):
+            raise ValueError(f"accelerator_config: {name} may divide pairs of rows; leave it out, {mend}")
 
 
 def check_durations(args: ConsistencyLensTrainingArguments) -> None:

@@ -178,7 +178,7 @@ def activation_bytes(
     """
     objective, batch = args.parsed_stages()[stage].objective, args.per_device_train_batch_size
     rows = batch * (args.group_size if objective == "policy_gradient" else 1)
-    if objective == "gumbel" and args.delta_residual != "none":
+    if objective == "gumbel" and args.needs_others() and not args.pair_in_batch:
         rows *= 2
     half, checkpointing = args.bf16 or args.fp16, bool(args.gradient_checkpointing)
     length = lens.config.num_text_tokens

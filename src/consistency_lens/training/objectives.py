@@ -152,7 +152,8 @@ class Gumbel:
         lm_direction: "forward" is KL(reference || decoder); "reverse" is KL(decoder || reference),
             which punishes words that the reference would not say.
         delta_residual: "none": Â is judged; "detached" or "full": Â + (A' - Â') is, without or with the gradient of
-            the second term (a second activation A' then goes through the lens in the same pass).
+            the second term. A batch with `mates` (B,) has A' and Â' among its own rows; `other_activations` (B, d) go
+            through the lens for it, in the same pass where they have a gradient.
         needs_kl: whether the KL has any weight; without one the subject need not run.
         needs_entropy: whether the entropy has any weight; without one it is only logged, and has no gradient.
         chunk_size: rows of logits held at a time (`token_logits`); 0 holds all of them.
@@ -178,19 +179,21 @@ class Gumbel:
             chunk_size=self.chunk_size,
         )
         settings = {"tau": step.tau, "reader": wanted, "chunk_size": self.chunk_size}
-        if self.delta_residual == "full":
+        own_pass = self.delta_residual != "none" and "mates" not in batch
+        if own_pass and self.delta_residual == "full":
             both = torch.cat([activations, batch["other_activations"]])
             both_keys = torch.cat([keys, step.keys(batch["rows"], draw=1)])
             output = model(activations=both, noise_keys=both_keys, **settings)
             reconstruction, other = output.reconstruction.chunk(2)
         else:
-            other = self.other_reconstruction(lens, batch, step) if self.delta_residual == "detached" else None
+            other = self.other_reconstruction(lens, batch, step) if own_pass else None
             output = model(activations=activations, noise_keys=keys, **settings)
             reconstruction = output.reconstruction
         judged = reconstruction
-        if other is not None:
-            detach = self.delta_residual == "detached"
-            judged = functional_target(reconstruction, batch["other_activations"], other, detach)
+        if self.delta_residual != "none":
+            others = batch["other_activations"] if own_pass else activations[batch["mates"]]
+            other = reconstruction[batch["mates"]] if other is None else other
+            judged = functional_target(reconstruction, others, other, detach=self.delta_residual == "detached")
 
         drawn = lens.drawn_mask(output.text_ids[: len(activations)])
         terms = {"mse": normalised_mse(activations, reconstruction, lens.rms).mean()}

@@ -157,7 +157,8 @@ def train_and_evaluate(
         Reader(lens.subject, subject.tokenizer, args.model, subject.revision),
         folder,
         training_args.seed,
-        pair_seed=training_args.seed if training_args.delta_residual != "none" else None,
+        pair_seed=training_args.seed if training_args.needs_others() else None,
+        pair_in_batch=training_args.pair_in_batch,
         state=training_args.distributed_state if training_args.world_size > 1 else None,
     )
     clock.lap("corpus_and_cache")
@@ -234,7 +235,7 @@ def read_checked_summaries(args: RecipeArguments, training_args: ConsistencyLens
     """
     if args.summaries is None:
         return None
-    if training_args.delta_residual != "none":
+    if training_args.needs_others():
         raise ValueError("summaries: their rows have no second activation; set delta_residual to none")
     if args.is_streamed:
         raise ValueError("summaries: they cannot be mixed into a stream; pull the cache and pass its folder")

@@ -104,6 +104,8 @@ class SpreadWeights(WholeWeights):
 
     def prepare(self, lens: ConsistencyLensModel, keep_reference: bool, share_weights: str = "auto") -> None:
         give_own_tensors(lens)
+        # a gradient is divided over the processes when a module's backward pass ends, and sums would come after that
+        lens.decoder.sums_gradients = False
         if keep_reference:
             self._reference = copy.deepcopy(lens.decoder).requires_grad_(False).eval()
             self.spread_frozen(self._reference, self._reference.residual_stream())

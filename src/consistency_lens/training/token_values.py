@@ -47,7 +47,8 @@ class TokenValues:
 
         def read(logits: Tensor, rows: slice) -> dict[str, Tensor]:
             row_ids = flat_ids[rows]
-            logits = logits[: len(row_ids)]  # those of texts that are left out come last
+            if len(row_ids) < len(logits):
+                logits = logits[: len(row_ids)]  # those of texts that are left out come last
             values = {}
             if self.log_probability:
                 values["log_probability"] = token_log_probabilities(logits, row_ids)

@@ -14,13 +14,14 @@ from transformers import ProgressCallback
 
 from ..data.activation_source import rows_at
 from ..data.on_the_fly import read_activations
-from ..data.shared_contexts import ReadPlaces, SharedContexts, TogetherSampler
+from ..data.row_order import LengthGroups, MatesSampler, TogetherSampler, WithMates
+from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..spans import span
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
-from .combinations import check_lens, check_rows
+from .combinations import check_lens, check_rows, has_length, pairs_in_batch
 from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
 from .lm_reference import DecoderReference, Reference, SubjectReference
@@ -55,11 +56,12 @@ class ConsistencyLensTrainer(ControlledTrainer):
     def __init__(self, model: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, **kwargs: Any):
         check_settings(model, args)
         check_rows(kwargs.get("train_dataset"), args)
+        self.order = order_of_rows(kwargs.get("train_dataset"), args)
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
         self.label_names = []
         compile_clones(model, self.accelerator.state.dynamo_plugin, with_heads=args.logits_chunk_size == 0)
-        if isinstance(self.train_dataset, StreamedActivations) or args.positions_together > 1:
+        if isinstance(self.train_dataset, StreamedActivations) or self.order is not None:
             self.add_callback(OrderOfEpoch(lambda: self.own_sampler))
         if args.warm_start_patience > 0:
             self.warm_start_end = self.make_warm_start_end()
@@ -98,11 +100,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
 
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps in one pass over the training rows; None for data of unknown length."""
-        try:
-            rows = len(self.train_dataset)  # type: ignore[arg-type]
-        except TypeError:
-            return None
-        return steps_in_epoch(rows, self.args, self.args.world_size)
+        rows: Any = self.train_dataset if self.order is None else self.order
+        return steps_in_epoch(len(rows), self.args, self.args.world_size) if has_length(rows) else None
 
     def timetable(self, total_steps: int | None = None) -> Timetable:
         """The stages as they lie now, after those that ended early."""
@@ -163,20 +162,21 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self.own_sampler = StreamSampler(
                 rows, self.args.seed, self.args.train_batch_size, self.args.world_size, self.args.process_index
             )
-        elif self.args.positions_together > 1:
-            self.own_sampler = TogetherSampler(rows.source.documents, self.args.positions_together, self.args.seed)
+        elif self.order is not None:
+            self.own_sampler = self.order
         else:
             return super()._get_train_sampler(train_dataset)
         return self.own_sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; with `share_contexts` the batches hold each context once (`SharedContexts`)."""
+        """As in `Trainer`; with `share_contexts` the batches hold each context once (`SharedContexts`), and rows that
+        are paired know their mates (`WithMates`)."""
         given: Any = self.data_collator
         accelerator: Any = self.args.accelerator_config
         # the batches of an iterable may be cut into those of the processes, row by row
         dispatched = isinstance(self.train_dataset, IterableDataset) or accelerator.dispatch_batches
-        if self.args.share_contexts and not dispatched:
-            self.data_collator = SharedContexts(given)
+        collator: Any = WithMates(given) if isinstance(self.order, MatesSampler) else given
+        self.data_collator = SharedContexts(collator) if self.args.share_contexts and not dispatched else collator
         try:
             return super().get_train_dataloader()
         finally:
@@ -286,6 +286,31 @@ class ConsistencyLensTrainer(ControlledTrainer):
     def step_was_dropped(self) -> bool:
         """Whether DeepSpeed, which takes its steps by itself, has left the last one out for its gradients."""
         return self.accelerator.optimizer_step_was_skipped
+
+
+def order_of_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> TogetherSampler | None:
+    """The order of the training rows where it is one of ours; a stream has its own.
+
+    Raises:
+        ValueError: if they are to be paired, and none has a partner.
+    """
+    paired = pairs_in_batch(rows, args)
+    if not paired and args.positions_together == 1 and args.length_window == 0:
+        return None
+    groups = None
+    if args.length_window > 0:
+        groups = LengthGroups(rows.source.lengths, args.train_batch_size * args.world_size, args.length_window)
+    settings = (rows.source.documents, args.positions_together, args.seed, groups)
+    if paired:
+        order = MatesSampler(*settings)
+        if len(order) < len(rows):
+            logger.info(
+                "%d of %d rows, others in each epoch, are left out: no row of another document is left for their A'",
+                len(rows) - len(order),
+                len(rows),
+            )
+        return order
+    return TogetherSampler(*settings)
 
 
 def check_settings(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:

@@ -1,0 +1,137 @@
+"""The gradient of a large weight that many steps use, summed up in one buffer.
+
+A text of T tokens uses the unembedding T times and the embedding table T - 1 times, each time for the rows of a batch
+alone. Autograd makes a gradient of the size of the whole weight for every use, and adds it to the others: with a
+vocabulary of 32,000 that takes longer than the products themselves. Here the uses add to one buffer in place, and the
+weight receives it once, when all of them have had their turn.
+Shapes: n rows of one use, V vocabulary, d width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class SummedGradient:
+    """What many uses of one weight add to its gradient.
+
+    Args:
+        weight: (V, d), a leaf that is whole on this device and has a gradient.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach()
+        self._total: Tensor | None = None
+        self._casts: dict[torch.dtype, Tensor] = {}
+        # Every use hangs on it, so autograd comes to it after all of them: there the weight gets its gradient.
+        self.anchor: Tensor = _Anchor.apply(weight, self)
+
+    def linear(self, inputs: Tensor) -> Tensor:
+        """`inputs @ weight.T` for inputs (..., d): (..., V), under autocast in its dtype."""
+        return _Linear.apply(inputs, self.anchor, self)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows (n, d) of the given indices (n,)."""
+        return _Rows.apply(ids, self.anchor, self)
+
+    def add_product(self, grad: Tensor, inputs: Tensor) -> None:
+        """Adds `grad.T @ inputs`, of rows (n, V) and (n, d)."""
+        total = self._buffer()
+        if grad.dtype == total.dtype:
+            total.addmm_(grad.T, inputs)
+        else:
+            total.add_(grad.T @ inputs)
+
+    def add_rows(self, ids: Tensor, grad: Tensor) -> None:
+        """Adds rows (n, d) to those of the given indices (n,)."""
+        total = self._buffer()
+        total.index_add_(0, ids, grad.to(total.dtype))
+
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """The weight in another dtype; the copy is made once."""
+        if dtype not in self._casts:
+            self._casts[dtype] = self.weight.to(dtype)
+        return self._casts[dtype]
+
+    def take(self) -> Tensor | None:
+        """The sum; a backward pass after this one begins anew."""
+        total, self._total = self._total, None
+        return total
+
+    def _buffer(self) -> Tensor:
+        if self._total is None:
+            self._total = torch.zeros_like(self.weight)
+        return self._total
+
+    @contextmanager
+    def in_place_of(self, layer: nn.Linear) -> Iterator[None]:
+        """Has a layer that holds the weight, with or without a bias, add to the sum."""
+
+        def forward(inputs: Tensor) -> Tensor:
+            outputs = self.linear(inputs)
+            return outputs if layer.bias is None else outputs + layer.bias.to(outputs.dtype)
+
+        changed: Any = layer
+        changed.forward = forward
+        try:
+            yield
+        finally:
+            del changed.forward
+
+
+def can_be_summed(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary one with a gradient."""
+    return type(weight) is nn.Parameter and weight.requires_grad
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, summed: SummedGradient) -> Tensor:
+        ctx.summed = summed
+        return weight.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _grad: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.summed.take(), None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, anchor: Tensor, summed: SummedGradient) -> Tensor:
+        ctx.save_for_backward(ids, anchor)
+        ctx.summed = summed
+        return summed.weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        ids, anchor = ctx.saved_tensors
+        ctx.summed.add_rows(ids, grad)
+        return None, torch.zeros_like(anchor), None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, summed: SummedGradient) -> Tensor:
+        device = inputs.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        ctx.input_dtype, ctx.summed = inputs.dtype, summed
+        inputs = inputs.to(dtype)
+        ctx.save_for_backward(inputs, anchor)
+        with torch.autocast(device, enabled=False):
+            return F.linear(inputs, summed.cast(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        inputs, anchor = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            ctx.summed.add_product(grad.flatten(0, -2), inputs.flatten(0, -2))
+            grad_inputs = grad @ ctx.summed.cast(grad.dtype)
+        return grad_inputs.to(ctx.input_dtype), torch.zeros_like(anchor), None
