@@ -173,6 +173,18 @@ class TestRecords:
         assert [(record.answer_rank, record.is_answer) for record in last] == [(12, False), (4, False), (1, True)]
         assert all(record.answer_rank is record.is_answer is None for record in records if record not in last)
 
+    def test_have_the_milestones_of_their_own_lens(self, result):
+        ranks = {NORM: [30, 12, 4], TUNED: [8, 3, 1]}
+        readings = {
+            name: dataclasses.replace(result.lenses[name], answer_rank=torch.tensor(of)) for name, of in ranks.items()
+        }
+        both = dataclasses.replace(result, lenses=readings)
+        milestones = {
+            name: {(r.first_rank_le_10, r.first_rank_le_5, r.first_rank_le_1) for r in self.records(both, name)}
+            for name in ranks
+        }
+        assert milestones == {NORM: {(2, 2, None)}, TUNED: {(0, 1, 2)}}
+
     def test_without_an_answer_have_none(self, lens):
         records = self.records(read_prompt(lens, tokens(answer=None)))
         names = ["answer", "answer_id", "answer_rank", "answer_probability", "is_answer", "first_rank_le_1"]

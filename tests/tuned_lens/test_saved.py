@@ -57,6 +57,13 @@ def test_without_a_lens_the_model_is_read_alone(repo):
         open_lens(None)
 
 
+def test_a_model_that_was_saved_without_its_head_is_refused(tmp_path):
+    tiny_model("llama", tie_word_embeddings=False).model.save_pretrained(tmp_path / "headless")
+    tiny_tokenizer().save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match="model: .*headless' was saved without its head, as LlamaModel; pass a"):
+        open_lens(None, str(tmp_path / "headless"), device="cpu")
+
+
 def test_clean_names_are_the_last_part(tmp_path, monkeypatch):
     folder = tmp_path / "some" / "model"
     folder.mkdir(parents=True)

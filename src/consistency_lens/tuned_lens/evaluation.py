@@ -1,18 +1,19 @@
 """Evaluating a saved tuned lens on held-out text: the documents that no fit on that text reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .fit_arguments import ALL
+from .fit_arguments import ALL, POSITION_RANGE, check_position_range
+from .fit_folder import BLOCKS_FOLDER, SETTINGS_FILE, read_json
 from .held_out import EVAL_POSITIONS, LENSES, NORM, TUNED, held_out_kl
+from .lens_places import is_lens
 from .modeling_tuned_lens import SEED
 from .residual_batches import make_head, position_bounds
 from .saved import OpenedLens, open_lens
 from .token_arguments import TokenArguments
 from .token_blocks import TokenBlocks, open_token_blocks, read_token_blocks
-
-FIT_BLOCKS = "blocks"
 
 
 @dataclass
@@ -40,8 +41,11 @@ class EvaluationArguments:
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the documents that is held out; as it was for the fit."}
     )
-    position_range: list[float] = field(
-        default_factory=lambda: [0.6, 0.95], metadata={"help": "Share of the context whose positions are read."}
+    position_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the context whose positions are read; unset: that of the fit, of a dataset 0.6 0.95."
+        },
     )
     positions_per_sequence: str = field(
         default=str(EVAL_POSITIONS), metadata={"help": "Positions drawn of each sequence: a number, or all."}
@@ -63,6 +67,8 @@ class EvaluationArguments:
         count = self.positions_per_sequence
         if count != ALL and not (count.isdecimal() and int(count) > 0):
             raise ValueError(f"positions_per_sequence must be a whole number above 0 or {ALL}, got {count!r}")
+        if self.position_range is not None:
+            check_position_range(self.position_range)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
@@ -82,13 +88,11 @@ def evaluate_tuned_lens(args: EvaluationArguments) -> dict[str, Any]:
         ValueError: if the lens, its model or the text is not to be had.
         HubError: if the Hub cannot be reached.
     """
-    if args.dataset is None:
-        blocks = open_token_blocks(Path(args.lens, FIT_BLOCKS))
-        opened = open_lens(Path(args.lens), args.model, args.revision, args.dtype, args.device)
-    else:
-        wanted = text_of(args)
-        opened = open_lens(Path(args.lens), args.model, args.revision, args.dtype, args.device)
-        blocks = read_blocks(args, wanted, opened)
+    wanted = None if args.dataset is None else text_of(args)
+    if wanted is None:
+        check_own_text(Path(args.lens))
+    opened = open_lens(Path(args.lens), args.model, args.revision, args.dtype, args.device)
+    blocks = open_token_blocks(Path(args.lens, BLOCKS_FOLDER)) if wanted is None else read_blocks(args, wanted, opened)
     lens = opened.lens
     assert lens is not None
     positions = None if args.positions_per_sequence == ALL else int(args.positions_per_sequence)
@@ -97,7 +101,7 @@ def evaluate_tuned_lens(args: EvaluationArguments) -> dict[str, Any]:
         make_head(lens, "float32"),
         blocks.validation,
         range(len(blocks.validation)),
-        position_bounds(args.position_range, blocks.validation.shape[1]),
+        position_bounds(position_range(args), blocks.validation.shape[1]),
         lenses=LENSES if lens.is_calibrated else (TUNED, NORM),
         positions=positions,
         batch_size=args.batch_size,
@@ -105,6 +109,21 @@ def evaluate_tuned_lens(args: EvaluationArguments) -> dict[str, Any]:
         progress=not args.disable_tqdm,
     )
     return found.metrics() | {"tokens": blocks.validation.size, "dataset": blocks.description}
+
+
+def check_own_text(folder: Path) -> None:
+    """Raises a ValueError for a lens beside which no text lies: those that were downloaded have none."""
+    if is_lens(folder) and not (folder / BLOCKS_FOLDER).is_dir():
+        raise ValueError(
+            f"dataset: got none, and {str(folder)!r} has no text that was held out from its fit; pass one, such as "
+            "--dataset stories.txt"
+        )
+
+
+def position_range(args: EvaluationArguments) -> Sequence[float]:
+    """The share of the context that is read: of the fit's own text, the one that the lens was fitted at."""
+    fitted = read_json(Path(args.lens, SETTINGS_FILE)) if args.dataset is None else {}
+    return args.position_range or fitted.get("position_range") or POSITION_RANGE
 
 
 def text_of(args: EvaluationArguments) -> TokenArguments:
@@ -125,7 +144,7 @@ def text_of(args: EvaluationArguments) -> TokenArguments:
 
 def read_blocks(args: EvaluationArguments, wanted: TokenArguments, opened: OpenedLens) -> TokenBlocks:
     """The held-out blocks of another text, kept beside the figures."""
-    folder, progress = args.folder / FIT_BLOCKS, not args.disable_tqdm
+    folder, progress = args.folder / BLOCKS_FOLDER, not args.disable_tqdm
     return read_token_blocks(
         wanted, opened.subject, opened.tokenizer, opened.model, folder, args.seed, progress=progress
     )

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
@@ -43,7 +42,7 @@ from .held_out import LENSES
 from .lens_places import default_folder
 from .modeling_tuned_lens import TunedLens
 from .provenance import provenance_of
-from .readout import Readout
+from .readout import Readout, check_head
 from .residual_batches import make_head, position_bounds, read_residuals, sampled_positions
 from .token_blocks import TokenBlocks, block_length, read_token_blocks
 from .trainer import TunedLensTrainer
@@ -262,17 +261,6 @@ class _Fit:
         lens.provenance = {**(provenance or {}), "sha256": {WEIGHTS_FILE: digest}}
         write_json(self.folder / PROVENANCE_FILE, lens.provenance)
         remove_work(self.folder)
-
-
-def check_head(name: str, model: PreTrainedModel) -> None:
-    """Raises a ValueError for a subject that was saved without its head, which loading then draws at random."""
-    config = model.config
-    tied = config.get_text_config().tie_word_embeddings
-    if not tied and type(model.base_model).__name__ in (config.architectures or []):
-        raise ValueError(
-            f"model: {name!r} was saved without its head, as {type(model.base_model).__name__}; pass a causal "
-            "language model with it"
-        )
 
 
 def _resumed(fitter: TunedLensFitter, file: Path, seq_len: int, bounds: tuple[int, int]) -> int:

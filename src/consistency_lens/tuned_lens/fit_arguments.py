@@ -1,5 +1,7 @@
 """What a fit of a tuned lens can be told beside its text."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +16,7 @@ from .token_arguments import TokenArguments
 
 AUTO, FULL, ALL = "auto", "full", "all"
 HEAD_DTYPES = (AUTO, "float32", "bfloat16")
+POSITION_RANGE = (0.6, 0.95)
 # What `TrainingArguments` has beside, and what speaks against it in a fit.
 FLOAT32 = "translators are fitted in float32"
 GOES_ON = "a fit goes on by itself from where it was killed"
@@ -26,6 +29,13 @@ REFUSED = {
     "start of every fit", "auto_find_batch_size": "the number of steps depends on the batch size",
     "gradient_checkpointing": "the subject runs without gradients", "push_to_hub": "publish the lens when its gates "
     "have been judged",
+}  # fmt: skip
+
+# The least that numbers may be; `TrainingArguments` takes any.
+LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "rows_per_step": 1, "early_stopping_patience": 0, "num_train_epochs": 0, "learning_rate": 0, "seed": 0,
+    "smallness": 0, "smoothness": 0,
 }  # fmt: skip
 
 
@@ -83,7 +93,11 @@ class FitArguments(TokenArguments):
 
 @dataclass(repr=False)  # `TrainingArguments` has its own, without the token
 class TunedLensTrainingArguments(TrainingArguments):
-    """Arguments of `TunedLensTrainer`: `TrainingArguments` with defaults of `tuned_lens_plan`, sections 2 to 4."""
+    """Arguments of `TunedLensTrainer`: `TrainingArguments` with defaults of `tuned_lens_plan`, sections 2 to 4.
+
+    Two are others: a step has `rows_per_step` positions in place of four passes that are accumulated, and there is no
+    weight decay, for `smallness` is that penalty already.
+    """
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the lens; unset: tuned_lenses/<name of the model>."}
@@ -121,7 +135,8 @@ class TunedLensTrainingArguments(TrainingArguments):
         metadata={"help": "Positions of a step, of all processes; a pass with more of them serves several steps."},
     )
     position_range: list[float] = field(
-        default_factory=lambda: [0.6, 0.95], metadata={"help": "Share of the context that positions are drawn from."}
+        default_factory=lambda: [*POSITION_RANGE],
+        metadata={"help": "Share of the context that positions are drawn from."},
     )
     smallness: float = field(default=1e-4, metadata={"help": "Weight of the sum of squares of U, V and c."})
     smoothness: float = field(
@@ -148,6 +163,10 @@ class TunedLensTrainingArguments(TrainingArguments):
             value = getattr(self, argument.name)
             if argument.name in REFUSED and value != argument.default:
                 raise ValueError(f"{argument.name}: got {value!r}, but {REFUSED[argument.name]}; leave it out")
+            if argument.name in LEAST and not LEAST[argument.name] <= value < math.inf:
+                raise ValueError(
+                    f"{argument.name} must be {LEAST[argument.name]} or more, got {value}; {argument.default} is usual"
+                )
         check_choices(self)
         super().__post_init__()
         self.remove_unused_columns = False
@@ -157,13 +176,7 @@ class TunedLensTrainingArguments(TrainingArguments):
             value = str(getattr(self, name))
             if value not in (AUTO, ALL) and not (value.isdecimal() and int(value) > 0):
                 raise ValueError(f"{name} must be a whole number above 0, {ALL} or {AUTO}, got {value!r}")
-        if len(self.position_range) != 2 or not 0 <= self.position_range[0] < self.position_range[1] <= 1:
-            raise ValueError(f"position_range must be two shares of the context, got {self.position_range}; 0.6 0.95")
-        if self.rows_per_step < 1:
-            raise ValueError(f"rows_per_step must be at least 1, got {self.rows_per_step}; 128 is a good start")
-        for name in ("smallness", "smoothness"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_position_range(self.position_range)
         if self.teacher_top_k is not None and self.teacher_top_k < 2:
             raise ValueError(f"teacher_top_k must be at least 2, got {self.teacher_top_k}; 4096 is a good start")
         self._check_best()
@@ -193,6 +206,12 @@ class TunedLensTrainingArguments(TrainingArguments):
     def to_json_settings(self) -> dict[str, Any]:
         """The arguments as JSON takes them, without where they are written to."""
         return {name: value for name, value in self.to_dict().items() if name != "output_dir"}
+
+
+def check_position_range(shares: Sequence[float]) -> None:
+    """Raises a ValueError for what is no part of the context."""
+    if len(shares) != 2 or not 0 <= shares[0] < shares[1] <= 1:
+        raise ValueError(f"position_range must be two shares of the context, got {list(shares)}; 0.6 0.95")
 
 
 def check_choices(arguments: Any) -> None:

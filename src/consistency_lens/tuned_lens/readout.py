@@ -115,6 +115,17 @@ class Readout:
             )
 
 
+def check_head(name: str, model: PreTrainedModel) -> None:
+    """Raises a ValueError for a subject that was saved without its head, which loading then draws at random."""
+    config = model.config
+    tied = config.get_text_config().tie_word_embeddings
+    if not tied and type(model.base_model).__name__ in (config.architectures or []):
+        raise ValueError(
+            f"model: {name!r} was saved without its head, as {type(model.base_model).__name__}; pass a causal "
+            "language model with it"
+        )
+
+
 def _float_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers in float32; those that are float32 already are not copied."""
     with at_hand(module):

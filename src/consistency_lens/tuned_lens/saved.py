@@ -12,6 +12,7 @@ from .configuration_tuned_lens import TunedLensConfig
 from .interchange import from_alignment_research, read_config
 from .lens_places import CONFIG_FILE, is_foreign, is_lens
 from .modeling_tuned_lens import TunedLens
+from .readout import check_head
 
 
 class OpenedLens(NamedTuple):
@@ -43,7 +44,8 @@ def open_lens(
         device: None for a GPU if there is one.
 
     Raises:
-        ValueError: if one of them is not to be found, or the lens is of another model or revision.
+        ValueError: if one of them is not to be found, the model has no head, or the lens is of another model or
+            revision.
     """
     made_for = None if folder is None else _made_for(folder)
     name = model or (None if made_for is None else made_for.model)
@@ -58,6 +60,7 @@ def open_lens(
         dtype or (recorded if recorded in DTYPES else "float32"),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    check_head(name, loaded.model)
     if folder is None or made_for is None:
         return OpenedLens(None, loaded.model, loaded.tokenizer, name, loaded.revision)
     fitted_at = made_for.revision
