@@ -28,8 +28,8 @@ class SummedGradient:
         self.weight = weight.detach()
         self._total = _Total(self.weight)
         self._casts: dict[torch.dtype, Tensor] = {}
-        # Every use hangs on it, so autograd comes to it after all of them: there the weight gets its gradient. It knows
-        # the sum alone: knowing this object, it would keep the casts of every step until Python looks for cycles.
+        # Every use hangs on it, so autograd comes to it after all of them: there the weight gets its gradient. It
+        # knows the sum alone: if it knew this object, the casts would stay until Python looks for cycles.
         self.anchor: Tensor = _Anchor.apply(weight, self._total)
 
     def linear(self, inputs: Tensor) -> Tensor:

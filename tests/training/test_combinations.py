@@ -14,6 +14,8 @@ from consistency_lens.training.combinations import check_recipe, check_rows
 from consistency_lens.training.recipe_arguments import RecipeArguments
 from consistency_lens.training.trainer import ConsistencyLensTrainer
 
+OTHERS = {"stages": ["gumbel"], "delta_residual": "detached", "lm_weight": "0"}
+
 
 def training_arguments(tmp_path, **settings):
     defaults = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "max_steps": 10, "report_to": "none"}
@@ -60,6 +62,20 @@ def launched(monkeypatch):
         (
             {"activations": "someone/activations"}, {"dataloader_num_workers": 2}, None,
             "dataloader_num_workers: got 2, but a stream loads ahead by itself, and each worker would download it",
+        ),
+        (
+            {"activations": "someone/activations"}, {"length_window": 2}, None,
+            "length_window: got 2, but only rows of a cache, or read on the fly, are known before they are read; set",
+        ),
+        (
+            {"summaries": "no.jsonl"}, {"positions_together": 3}, None,
+            "positions_together: got 3, but only rows of a cache, .*; set it to 1 for streamed rows, summaries and",
+        ),
+        ({}, {**OTHERS, "per_device_train_batch_size": 3}, None, "per_device_train_batch_size: got 3, but .*; make"),
+        ({}, {**OTHERS, "auto_find_batch_size": True}, None, "auto_find_batch_size: may come to batches that divide"),
+        (
+            {}, {**OTHERS, "accelerator_config": {"split_batches": True}}, None,
+            "accelerator_config: split_batches may divide pairs of rows; leave it out, or set pair_in_batch to false",
         ),
         (
             {}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, None,
@@ -145,6 +161,26 @@ def test_rows_that_nobody_has_counted(tmp_path, settings, message):
     check_rows([1, 2, 3], args)  # with a known number it may be
     with pytest.raises(ValueError, match=message) as failed:
         check_rows(Endless([1]), args)
+    assert one_line(failed)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("train_dataset", {"pair_in_batch": False}), ("eval_dataset", {"eval_strategy": "steps", "eval_steps": 1})],
+)
+@pytest.mark.parametrize("source", ["cache", "on_the_fly", "stream"])
+def test_rows_without_a_second_activation_are_told_at_once(tmp_path, name, settings, source):
+    subject, tokenizer, cache = tiny_cache(tmp_path / "cache")
+    rows = {seed: training_rows(source, subject, cache, seed) for seed in (None, 0)}
+    arguments = {
+        "model": tiny_lens(subject, tokenizer, cache), "data_collator": ActivationCollator(0, 3, bos_token_id=1),
+        "args": training_arguments(tmp_path, **(OTHERS | settings)),
+    }  # fmt: skip
+    given = {"train_dataset": rows[0], "eval_dataset": rows[0]}
+    ConsistencyLensTrainer(**arguments, **given)
+    message = f"{name}: delta_residual=detached takes a second activation A', but these rows have none; make them"
+    with pytest.raises(ValueError, match=message) as failed:
+        ConsistencyLensTrainer(**arguments, **(given | {name: rows[None]}))
     assert one_line(failed)
 
 

@@ -111,6 +111,20 @@ def test_logits_in_chunks_count_as_far_as_they_are_held(subject_folder, tmp_path
     assert activations_of(1) < activations_of(2) < activations_of(0) == activations_of(10**6)
 
 
+def test_a_second_activation_takes_room_where_it_is_no_row_of_the_batch(tmp_path):
+    lens = ConsistencyLensModel.from_subject(tiny_model("llama"), tiny_tokenizer(), LAYER, num_text_tokens=3)
+
+    def estimated(streamed, **settings):
+        args = ConsistencyLensTrainingArguments(
+            output_dir=str(tmp_path), stages=["gumbel"], kl_weight="0", lm_weight="0", use_cpu=True, **settings
+        )
+        return activation_bytes(lens, args, 0, 16, streamed)
+
+    alone, others = estimated(True), {"delta_residual": "full"}
+    assert estimated(False, **others) == alone
+    assert estimated(True, **others) == estimated(False, pair_in_batch=False, **others) == 2 * alone
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("training", ["full", "lora", "frozen"])
 @pytest.mark.parametrize("objective", ["warm_start", "gumbel"])

@@ -163,6 +163,14 @@ def test_mates_give_the_losses_and_gradients_of_a_pass_of_its_own(setting, delta
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_a_second_activation_that_is_missing_is_named(setting):
+    subject, lens, batch = setting
+    known = {name: tensor for name, tensor in batch.items() if name != "other_activations"}
+    objective = Gumbel(subject, SubjectReference(subject), delta_residual="detached")
+    with pytest.raises(ValueError, match="delta_residual: detached takes a second activation A', but the rows of a"):
+        objective(lens, lens, known, Step(seed=0, number=4))
+
+
 def test_an_entropy_without_weight_is_measured_and_has_no_gradient(setting):
     subject, lens, batch = setting
     with_weight, without = (

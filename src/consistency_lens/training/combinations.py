@@ -37,6 +37,8 @@ def check_recipe(args: RecipeArguments, training_args: ConsistencyLensTrainingAr
         check_quantised(training_args, f"quantization: got {args.quantization}")
     if args.attention == "flex_attention" and training_args.device.type == "cpu":
         raise ValueError("attention: flex_attention has no gradient on a CPU; set attention to auto")
+    if args.is_streamed or args.summaries is not None:
+        check_order_is_default(training_args)
     if args.is_streamed:
         check_stream(training_args)
     elif training_args.needs_others() and training_args.pair_in_batch:
@@ -122,21 +124,20 @@ def check_stream(args: ConsistencyLensTrainingArguments) -> None:
 
 
 def check_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> None:
-    """Checks training rows that are streamed, or of which it is not known how many they are (an `IterableDataset`).
+    """Checks training rows: streamed ones, and those of which it is not known how many they are (an
+    `IterableDataset`), cannot have all settings.
 
     Raises:
         ValueError: for settings that they cannot go with.
     """
     if isinstance(rows, StreamedActivations):
         check_stream(args)
-    for name, off in (("positions_together", 1), ("length_window", 0)):
-        if getattr(args, name) > off and rows is not None and not isinstance(rows, SourceRows):
-            raise ValueError(
-                f"{name}: got {getattr(args, name)}, but only rows of a cache, or read on the fly, are known before "
-                f"they are read; set it to {off} for streamed rows, summaries and data sets of your own"
-            )
+    if rows is not None and not isinstance(rows, SourceRows):
+        check_order_is_default(args)
     if pairs_in_batch(rows, args):
         check_pairs(args)
+    else:
+        check_others("train_dataset", rows, args)
     if rows is None or has_length(rows):
         return
     what = "the training rows have no known number"
@@ -151,6 +152,35 @@ def check_rows(rows: Any, args: ConsistencyLensTrainingArguments) -> None:
         if getattr(args, name) == "epoch":
             raise ValueError(f"{name}: got epoch, but {what}; set it to steps")
     check_durations(args)
+
+
+def check_order_is_default(args: ConsistencyLensTrainingArguments) -> None:
+    """Checks settings for rows that are not known before they are read.
+
+    Raises:
+        ValueError: for an order that needs to know them.
+    """
+    for name, off in (("positions_together", 1), ("length_window", 0)):
+        if getattr(args, name) > off:
+            raise ValueError(
+                f"{name}: got {getattr(args, name)}, but only rows of a cache, or read on the fly, are known before "
+                f"they are read; set it to {off} for streamed rows, summaries and data sets of your own"
+            )
+
+
+def check_others(what: str, rows: Any, args: ConsistencyLensTrainingArguments) -> None:
+    """Checks that rows have an A' where a stage takes one; those of data sets of one's own show it when they are read.
+
+    Raises:
+        ValueError: if they have none.
+    """
+    for part in rows.values() if isinstance(rows, dict) else [rows]:
+        stream = isinstance(part, StreamedActivations) and part.pair_seed is None
+        if args.needs_others() and (stream or isinstance(part, SourceRows) and part.partners is None):
+            raise ValueError(
+                f"{what}: delta_residual={args.delta_residual} takes a second activation A', but these rows have "
+                "none; make them with a pair_seed"
+            )
 
 
 def pairs_in_batch(rows: Any, args: ConsistencyLensTrainingArguments) -> bool:
@@ -171,6 +201,8 @@ def check_pairs(args: ConsistencyLensTrainingArguments) -> None:
             f"per_device_train_batch_size: got {args.train_batch_size}, but rows are each other's A' in pairs "
             f"(delta_residual={args.delta_residual}); make it even, {mend}"
         )
+    if args.auto_find_batch_size:
+        raise ValueError(f"auto_find_batch_size: may come to batches that divide pairs of rows; leave it out, {mend}")
     accelerator: Any = args.accelerator_config
     for name in ("dispatch_batches", "split_batches"):
         if getattr(accelerator, name):

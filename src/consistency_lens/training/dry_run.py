@@ -149,7 +149,7 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
         total = max(1, round_up(training_args.num_train_epochs * steps_per_epoch))
     timetable = Timetable(training_args, steps_per_epoch, total)
     stored = quantised_bytes(lens.subject.model, args.quantization)
-    memory = memory_estimates(lens, training_args, processes, args.max_length, stored)
+    memory = memory_estimates(lens, training_args, processes, args.max_length, stored, args.is_streamed)
     return DryRun(
         model=args.model,
         layer=lens.config.layer,

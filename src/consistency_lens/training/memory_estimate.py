@@ -128,6 +128,7 @@ def memory_estimates(
     processes: int,
     max_length: int,
     stored: Mapping[int, int] | None = None,
+    streamed: bool = False,
 ) -> list[Memory]:
     """What a process needs: alone, or under each strategy with that many processes.
 
@@ -135,6 +136,7 @@ def memory_estimates(
         lens: with its parameters on the meta device, and with its subject.
         max_length: tokens of the longest context.
         stored: bytes of quantised tensors, by the tensor's id.
+        streamed: whether rows are streamed, which have an A' of their own.
     """
     subject, trained = all_tensors(lens.subject.model), trained_parameters(lens)
     copies = copies_bytes(lens, args)
@@ -143,7 +145,8 @@ def memory_estimates(
     )
     weights = apart if args.share_weights == "false" else num_bytes([*subject, *all_tensors(lens)], stored)
     gradients, states = num_bytes(trained), optimizer_bytes(lens, args)
-    activations = max(activation_bytes(lens, args, index, max_length) for index in range(len(args.parsed_stages())))
+    stages = range(len(args.parsed_stages()))
+    activations = max(activation_bytes(lens, args, index, max_length, streamed) for index in stages)
     if processes == 1:
         return [Memory("1 process", weights + copies, gradients, states, activations)]
     # what is spread cannot be shared between trees
@@ -168,17 +171,22 @@ def copies_bytes(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgume
 
 
 def activation_bytes(
-    lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, stage: int, max_length: int
+    lens: ConsistencyLensModel,
+    args: ConsistencyLensTrainingArguments,
+    stage: int,
+    max_length: int,
+    streamed: bool = False,
 ) -> int:
     """Bytes that a stage keeps for its backward pass of one micro-batch, estimated.
 
     Args:
         stage: its index.
         max_length: tokens of the longest context, which the subject keeps keys and values of where it judges.
+        streamed: whether rows are streamed, which have an A' of their own.
     """
     objective, batch = args.parsed_stages()[stage].objective, args.per_device_train_batch_size
     rows = batch * (args.group_size if objective == "policy_gradient" else 1)
-    if objective == "gumbel" and args.needs_others() and not args.pair_in_batch:
+    if objective == "gumbel" and args.needs_others() and (streamed or not args.pair_in_batch):
         rows *= 2
     half, checkpointing = args.bf16 or args.fp16, bool(args.gradient_checkpointing)
     length = lens.config.num_text_tokens

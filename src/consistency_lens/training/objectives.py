@@ -180,6 +180,11 @@ class Gumbel:
         )
         settings = {"tau": step.tau, "reader": wanted, "chunk_size": self.chunk_size}
         own_pass = self.delta_residual != "none" and "mates" not in batch
+        if own_pass and "other_activations" not in batch:
+            raise ValueError(
+                f"delta_residual: {self.delta_residual} takes a second activation A', but the rows of a batch have "
+                "none; make them with a pair_seed"
+            )
         if own_pass and self.delta_residual == "full":
             both = torch.cat([activations, batch["other_activations"]])
             both_keys = torch.cat([keys, step.keys(batch["rows"], draw=1)])

@@ -21,7 +21,7 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 from ..spans import span
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
-from .combinations import check_lens, check_rows, has_length, pairs_in_batch
+from .combinations import check_lens, check_others, check_rows, has_length, pairs_in_batch
 from .compilation import compile_clones
 from .controlled_trainer import ControlledTrainer, check_control
 from .lm_reference import DecoderReference, Reference, SubjectReference
@@ -56,6 +56,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
     def __init__(self, model: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, **kwargs: Any):
         check_settings(model, args)
         check_rows(kwargs.get("train_dataset"), args)
+        if args.eval_strategy != "no":
+            check_others("eval_dataset", kwargs.get("eval_dataset"), args)
         self.order = order_of_rows(kwargs.get("train_dataset"), args)
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
