@@ -122,6 +122,7 @@ class TestSweep:
             (("--tuned", "on"), "tuned must be one of auto, require, off, got 'on'"),
             (("--name", "a/b"), "name: got 'a/b'"),
             (("--num_bootstrap", "0"), "num_bootstrap must be at least 1"),
+            (("--seed", "-1"), "seed must be 0 or more, got -1"),
             (("--dtype", "int3"), "dtype must be one of"),
             (("--model", "no/such/model"), "model: cannot load 'no/such/model'"),
         ],
@@ -174,6 +175,7 @@ class TestGates:
             (("--gates", "E"), "gates: got 'E'; any of A, B, C, D"),
             (("--suite", "none.json"), "suite: no file at 'none.json'"),
             (("--num_bootstrap", "0"), "num_bootstrap must be at least 1"),
+            (("--seed", "-1"), "seed must be 0 or more, got -1"),
             (("--model", "no/such/model"), "model: cannot load 'no/such/model'"),
         ],
     )

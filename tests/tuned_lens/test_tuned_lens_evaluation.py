@@ -94,6 +94,8 @@ def test_a_lens_of_others_is_read_without_temperatures_of_its_own(inputs, tmp_pa
         (("--position_range", "0.9", "0.1"), "position_range must be two shares of the context, got [0.9, 0.1]"),
         (("--positions_per_sequence", "0"), "positions_per_sequence must be a whole number above 0 or all, got '0'"),
         (("--batch_size", "0"), "batch_size must be at least 1, got 0"),
+        (("--seed", "-1"), "seed must be 0 or more, got -1"),
+        (("--dataset", "text.txt", "--tokens", "511"), "tokens: got 511, less than one sequence of 512; raise it"),
         (("--dataset", ""), "dataset: got none; pass it"),
         (("--lens", ""), "lens: got none; pass the folder of a lens"),
         (("--lens", "nowhere"), "lens: no tuned lens at 'nowhere'; pass the folder of one"),

@@ -71,6 +71,12 @@ class EvaluationArguments:
             check_position_range(self.position_range)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.dataset is not None and self.tokens < self.seq_len:
+            raise ValueError(
+                f"tokens: got {self.tokens}, less than one sequence of {self.seq_len}; raise it or lower seq_len"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
 
     @property
     def folder(self) -> Path:

@@ -28,3 +28,5 @@ class SuiteArguments:
     def __post_init__(self) -> None:
         if self.num_bootstrap < 1:
             raise ValueError(f"num_bootstrap must be at least 1, got {self.num_bootstrap}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
