@@ -197,6 +197,24 @@ def test_the_plan_is_what_the_run_does(subject_folder, tmp_path):
     assert all(file.exists for file in again.files)
 
 
+def test_rows_that_find_no_partner_take_no_step(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "subject")
+    tiny_tokenizer().save_pretrained(tmp_path / "subject")
+    # of one to three activations: a part of each size is left over, at most
+    documents = [" ".join(f"w{3 + (i * 7 + j * j) % 90}" for j in range(5 + i % 4)) for i in range(30)]
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
+    changes = {
+        "dataset": tmp_path / "text.txt", "max_steps": -1, "num_train_epochs": 1, "stages": "gumbel", "kl_weight": 0,
+        "lm_weight": 0, "mse_weight": 1, "delta_residual": "detached", "per_device_train_batch_size": 2,
+        "positions_together": 3,
+    }  # fmt: skip
+    planned = plan(tmp_path / "subject", tmp_path / "run", **changes)
+    assert main(flags(tmp_path / "subject", tmp_path / "run", **changes)) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert planned.total_steps == plan(tmp_path / "subject", tmp_path / "run", **changes).total_steps
+    assert planned.total_steps == record["steps"] < planned.rows.train // 2
+
+
 def test_nothing_is_loaded_or_written(subject_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = files_below(tmp_path), files_below(subject_folder)

@@ -1,6 +1,6 @@
 """How many rows a source will give, before any activation is read: from the text, or from caches that are there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class ExpectedRows:
         context_tokens: tokens of a context in the mean; None where that would mean reading the cache.
         cache: where the cache is, or will be; None without one of the run's own.
         is_cached: whether it is there already.
+        documents: (train,) the document of each training row; None where that is not known yet, and for a stream.
     """
 
     train: int
@@ -38,6 +39,7 @@ class ExpectedRows:
     context_tokens: float | None = None
     cache: Path | None = None
     is_cached: bool = False
+    documents: np.ndarray | None = field(default=None, repr=False)
 
 
 def expected_rows(args: SourceArguments, reader: Reader, folder: Path, seed: int) -> ExpectedRows:
@@ -80,7 +82,8 @@ def cached_rows(args: SourceArguments, reader: Reader, path: Path, own: bool = F
     for cache in caches.values():
         check_provenance(str(cache.path), cache.provenance, **known_identity(reader))
     parts = caches[WHOLE].split(args.validation_fraction) if WHOLE in caches else [caches[split] for split in SPLITS]
-    return ExpectedRows(len(parts[0]), len(parts[1]), cache=path if own else None, is_cached=own)
+    place = path if own else None
+    return ExpectedRows(len(parts[0]), len(parts[1]), cache=place, is_cached=own, documents=parts[0].documents)
 
 
 def known_identity(reader: Reader) -> dict[str, object]:
@@ -93,7 +96,7 @@ def rows_of_text(args: SourceArguments, reader: Reader, seed: int, own_cache: Pa
     """Of a corpus folder or a text file, which is tokenised for this."""
     config = reader.subject.model.config.get_text_config()
     corpus = read_corpus(str(args.dataset), reader, args.max_length)
-    counts, tokens, context_tokens = {True: 0, False: 0}, 0, 0.0
+    counts, tokens, context_tokens, documents = {True: 0, False: 0}, 0, 0.0, []
     for part, sequences in corpus.parts.items():
         plan = plan_cache(
             sequences,
@@ -110,8 +113,10 @@ def rows_of_text(args: SourceArguments, reader: Reader, seed: int, own_cache: Pa
             held_out = held_out_documents(plan.documents, args.validation_fraction)
         for side in counts:
             counts[side] += int(plan.sequence_rows[held_out == side].sum())
+        documents.append(np.repeat(plan.documents[~held_out], plan.sequence_rows[~held_out]))
         tokens += int(lengths.sum())
         # positions are uniform from min_position to two before the end
         context_tokens += float((plan.sequence_rows * (args.min_position + lengths) / 2).sum())
     rows = sum(counts.values())
-    return ExpectedRows(counts[False], counts[True], True, tokens, context_tokens / rows, own_cache)
+    mean, of_rows = context_tokens / rows, np.concatenate(documents)
+    return ExpectedRows(counts[False], counts[True], True, tokens, mean, own_cache, documents=of_rows)

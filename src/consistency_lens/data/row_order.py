@@ -77,11 +77,7 @@ class MatesSampler(TogetherSampler):
 
     def __init__(self, documents: np.ndarray, together: int, seed: int, groups: LengthGroups | None = None) -> None:
         super().__init__(documents, together, seed, groups)
-        parts = shuffled_parts(documents, together, np.random.default_rng(seed))
-        self.num_rows = 0
-        for size in np.unique(parts.sizes):
-            _, counts = np.unique(parts.documents[parts.sizes == size], return_counts=True)
-            self.num_rows += 2 * int(size) * num_pairs(counts)
+        self.num_rows = num_paired_rows(documents, together)
         if self.num_rows == 0:
             raise ValueError(
                 f"activations: A' must come from another document, but the {len(documents)} rows have none to pair; "
@@ -176,6 +172,16 @@ def shuffled_parts(documents: np.ndarray, together: int, generator: np.random.Ge
     sizes = np.full(num_parts.sum(), together)
     sizes[np.cumsum(num_parts) - 1] = counts - together * (num_parts - 1)
     return Parts(order, np.repeat(names, num_parts), sizes)
+
+
+def num_paired_rows(documents: np.ndarray, together: int) -> int:
+    """How many rows of these documents (N,) an epoch of `MatesSampler` has."""
+    parts = shuffled_parts(documents, together, np.random.default_rng(0))  # the sizes are those of any order
+    rows = 0
+    for size in np.unique(parts.sizes):
+        _, counts = np.unique(parts.documents[parts.sizes == size], return_counts=True)
+        rows += 2 * int(size) * num_pairs(counts)
+    return rows
 
 
 def num_pairs(counts: np.ndarray) -> int:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_
 from ..attention import AUTO
 from ..checkpoints.resuming import checkpoint_to_resume
 from ..data.expected_rows import ExpectedRows, expected_rows
+from ..data.row_order import num_paired_rows
 from ..data.sources import dataset_of
 from ..data.subject_loading import LoadedSubject, load_tokenizer, not_loaded, pinned_revision
 from ..data.text_source import Reader
@@ -143,7 +144,8 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
     rows = expected_rows(args, reader, folder, training_args.seed)
     processes = args.dry_run_processes or training_args.world_size
     rows_per_step = training_args.train_batch_size * processes * training_args.gradient_accumulation_steps
-    steps_per_epoch = steps_in_epoch(rows.train + len(summaries or ()), training_args, processes)
+    rows_read = rows_of_epoch(rows, training_args) + len(summaries or ())
+    steps_per_epoch = steps_in_epoch(rows_read, training_args, processes)
     total = training_args.max_steps
     if total <= 0:
         total = max(1, round_up(training_args.num_train_epochs * steps_per_epoch))
@@ -170,6 +172,13 @@ def dry_run(args: RecipeArguments, training_args: ConsistencyLensTrainingArgumen
         files=list(planned_files(args, training_args, lens, rows, memory[0].optimizer, steps_per_epoch, total)),
         resumes_from=resume,
     )
+
+
+def rows_of_epoch(rows: ExpectedRows, training_args: ConsistencyLensTrainingArguments) -> int:
+    """Training rows of an epoch, without those that find no other row for their A'."""
+    if rows.documents is None or not (training_args.needs_others() and training_args.pair_in_batch):
+        return rows.train
+    return num_paired_rows(rows.documents, training_args.positions_together)
 
 
 def load_empty_subject(model: str, revision: str | None, dtype: str, attention: str | None = None) -> LoadedSubject:
