@@ -4,6 +4,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from flop_count import flops
 from tiny_lenses import INJECTED, PROMPTS, activations, disturb, tiny_lens
 from tiny_models import VOCAB_SIZE, WIDTH
 from torch import nn
@@ -88,6 +89,18 @@ def test_a_backward_pass_that_gives_the_weight_nothing_leaves_nothing_for_the_ne
         torch.autograd.grad(value, inputs, retain_graph=True)
     for gradient, other in zip(torch.autograd.grad(value, wanted), expected, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_its_products_are_counted(half):
+    layer, inputs = nn.Linear(32, 64, bias=False), torch.randn(16, 32, requires_grad=True)
+
+    def work(product):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            outputs = product(inputs)
+        outputs.float().sum().backward()
+
+    assert flops(lambda: work(SummedGradient(layer.weight).linear)) == flops(lambda: work(layer)) > 0
 
 
 def test_the_casts_of_a_step_go_with_it():

@@ -44,7 +44,7 @@ class SummedGradient:
         """Adds `grad.T @ inputs`, of rows (n, V) and (n, d)."""
         total = self._total.buffer()
         if grad.dtype == total.dtype:
-            total.addmm_(grad.T, inputs)
+            torch.addmm(total, grad.T, inputs, out=total)  # torch's counts of FLOPs leave out `addmm_`
         else:
             total.add_(grad.T @ inputs)
 
