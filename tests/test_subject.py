@@ -90,6 +90,13 @@ class TestContext:
         expected = subject.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :num_positions]
         torch.testing.assert_close(context.logits, expected)
 
+    def test_the_self_check_ends_its_pass_early_however_many_blocks_are_above(self):
+        subject, seen = Subject(tiny_model("llama", num_hidden_layers=8), 0), []
+        subject.stream.blocks[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
+        assert subject.check_one_token(10)
+        # the plain pass and the three whole replaced ones; the tokens that are read, as they are and replaced
+        assert seen == [16] * 4 + [3, 3]
+
     def test_freezes_the_model(self):
         model = tiny_model("gpt2").train()
         Subject(model, LAYER)

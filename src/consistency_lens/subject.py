@@ -197,12 +197,13 @@ class Subject:
         positions: Tensor,
         keep_cache: bool,
         with_head: bool = True,
+        always_stop: bool = False,
     ) -> SubjectContext:
         # The replaced pass overwrites the output of block `layer`; of the last block, the mask takes its dtype.
         num_blocks, num_positions = self.stream.num_layers, positions.shape[1]
-        blocks_above = num_blocks - 1 - self.layer
         # The last block gives the context keys and values alone; the tokens at the positions then run once more.
-        stop = self.stream.may_stop and 0 < num_positions * blocks_above < input_ids.shape[1]
+        again = num_positions * (num_blocks - 1 - self.layer)
+        stop = self.stream.may_stop and again > 0 and (always_stop or again < input_ids.shape[1])
         cache = empty_cache(num_blocks, min(self.layer + 1, num_blocks - 1), stop) if keep_cache else None
         logits = None
         try:
@@ -258,7 +259,7 @@ class Subject:
         replacement = reference.activations.roll(1, dims=0)
         expected = self.replaced_logits_full(reference, replacement)
         try:
-            context = self._context(input_ids, attention_mask, positions, keep_cache=True)
+            context = self._context(input_ids, attention_mask, positions, keep_cache=True, always_stop=True)
             logits = self.replaced_logits(context, replacement)
         except torch.OutOfMemoryError:
             raise

@@ -6,6 +6,8 @@ import torch
 from lens_runs import tiny_cache, tiny_lens, tiny_trainer
 from transformers import TrainerCallback
 
+from consistency_lens.data.activation_source import ActivationRows
+
 TERMS = ("ce", "mse", "kl", "lm", "entropy", "tau", "kl_weight", "mse_weight", "samples_per_second")
 
 
@@ -293,6 +295,14 @@ def test_a_lens_that_bf16_trained_says_the_same_when_it_is_loaded_again(tmp_path
 
 
 PAIRED = {"stages": ["gumbel"], "lm_weight": "0", "delta_residual": "detached", "positions_together": 2}
+
+
+def test_other_rows_have_an_order_of_their_own(tmp_path):
+    trainer = tiny_trainer(tmp_path, **PAIRED)
+    part = trainer.train_dataset.source.part(np.arange(48))
+    trainer.train_dataset = ActivationRows(part)
+    rows = [row for batch in trainer.get_train_dataloader() for row in batch["rows"].tolist()]
+    assert sorted(rows) == list(range(48)) and trainer.steps_per_epoch() == 6
 
 
 @pytest.mark.parametrize("settings", [{}, {"dataloader_drop_last": True}, PAIRED], ids=["all", "drop_last", "paired"])

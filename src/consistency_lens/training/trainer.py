@@ -55,10 +55,11 @@ class ConsistencyLensTrainer(ControlledTrainer):
 
     def __init__(self, model: ConsistencyLensModel, args: ConsistencyLensTrainingArguments, **kwargs: Any):
         check_settings(model, args)
-        check_rows(kwargs.get("train_dataset"), args)
+        rows = kwargs.get("train_dataset")
+        check_rows(rows, args)
         if args.eval_strategy != "no":
             check_others("eval_dataset", kwargs.get("eval_dataset"), args)
-        self.order = order_of_rows(kwargs.get("train_dataset"), args)
+        self._ordered = (rows, order_of_rows(rows, args))
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
         self.label_names = []
@@ -157,6 +158,13 @@ class ConsistencyLensTrainer(ControlledTrainer):
         return DecoderReference(self._reference)
 
     # --- the rows
+
+    @property
+    def order(self) -> TogetherSampler | None:
+        """The order of the training rows, where it is one of ours; another data set has another."""
+        if self.train_dataset is not self._ordered[0]:
+            self._ordered = (self.train_dataset, order_of_rows(self.train_dataset, self.args))
+        return self._ordered[1]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
