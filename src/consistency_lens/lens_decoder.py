@@ -19,6 +19,10 @@ from .summed_gradient import SummedGradient, can_be_summed
 from .token_logits import TokenLogits, head_logits
 
 
+# Tokens of a prompt from which on a pass of its own takes less time than its tokens in each row do.
+LONG_PROMPT = 4
+
+
 class SoftText(NamedTuple):
     """A text: `token_ids` (B, T); `predictions`, what each of its B * T tokens was drawn from."""
 
@@ -94,19 +98,24 @@ class LensDecoder(LensClone):
         text_ids: Tensor | None = None,
         with_head: bool = True,
         states: Tensor | None = None,
+        use_cache: bool = True,
     ) -> Tensor:
         """Teacher forcing: logits (B, T, V) of the tokens `text_ids` (B, T), given A (B, d) and the tokens before.
 
         In two halves it is `with_head=False`, which gives the hidden states (B, T, d) before the head, and then
-        `states` (n, d), any of these rows, of which the head makes logits (n, V).
+        `states` (n, d), any of these rows, of which the head makes logits (n, V). Without `use_cache` a long prompt
+        before the slot runs once a row, and not once; the reference for tests.
         """
         if states is not None:
             return head_logits(self.base, states)
         assert activations is not None and text_ids is not None
-        prompt = self.filled_prompt(activations)
+        prompt, slot, cache = self.filled_prompt(activations), len(self.config.prefix_ids), None
         inputs = torch.cat([prompt, self.token_embedding(text_ids[:, :-1]).to(prompt.dtype)], dim=1)
-        with self.injected(activations, slot=len(self.config.prefix_ids)):
-            return self.last_outputs(inputs, text_ids.shape[1], with_head)
+        if use_cache and slot >= LONG_PROMPT and not self.checkpoints_gradients():
+            before = prompt_cache(self.base.get_decoder(), prompt[0, :slot], len(inputs))
+            inputs, cache, slot = inputs[:, slot:] + 0 * before.end, before.cache, 0
+        with self.injected(activations, slot):
+            return self.last_outputs(inputs, text_ids.shape[1], with_head, cache)
 
     def last_outputs(self, inputs: Tensor, count: int, with_head: bool, cache: DynamicCache | None = None) -> Tensor:
         """What the base makes of the last `count` embeddings: logits (B, count, V), or the hidden states before."""

@@ -198,7 +198,7 @@ def test_weights_and_moments_may_lie_in_the_memory_of_the_cpu(tmp_path):
     check_agreement(tmp_path, "zero3_offload", "one")
 
 
-PROMPTS = {"decoder_prompt": "w3 <embed> w4", "encoder_prompt": "w5 <text>", "injection_layers": 1}
+PROMPTS = {"decoder_prompt": "w3 w5 w6 <embed> w4", "encoder_prompt": "w5 <text>", "injection_layers": 1}
 # name -> clones, arguments on one process, what the two processes have beside them
 CASES = {
     "checkpointing": (LORA, {"gradient_checkpointing": True}, {}),
