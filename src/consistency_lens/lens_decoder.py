@@ -18,7 +18,6 @@ from .straight_through import fold_in, sample_tokens
 from .summed_gradient import SummedGradient, can_be_summed
 from .token_logits import TokenLogits, head_logits
 
-
 # Tokens of a prompt from which on a pass of its own takes less time than its tokens in each row do.
 LONG_PROMPT = 4
 
