@@ -2,12 +2,13 @@
 
 The rows are random activations, read by a fresh lens of the embedded model; both sides write the same texts.
 Run with `python tests/benchmarks/explain_batched.py`. It writes `explain_batched`, seconds of 256 explanations against
-batches of one, and `explain_vs_generate`, against `generate(inputs_embeds=...)` alone at batch 256: ours then also
-reads rows, decodes tokens to strings and writes the shard.
+batches of one, and `explain_vs_generate`, of 1,024 against `generate(inputs_embeds=...)` alone at batch 256: ours then
+also reads rows, decodes tokens to strings and writes the shard.
 """
 
 import itertools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,15 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.evaluation.explaining import explain_dataset
 
-ROWS, NUM_TEXT_TOKENS, LAYER, RUNS = 256, 8, 2, 3
+BATCH, ROWS, NUM_TEXT_TOKENS, LAYER, RUNS = 256, 1024, 8, 2, 9
 EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_stories"
 
 
 class Rows(torch.utils.data.Dataset):
     """Random activations with short contexts."""
 
-    def __init__(self, width: int) -> None:
-        self.activations = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0)).numpy()
+    def __init__(self, count: int, width: int) -> None:
+        self.activations = torch.randn(count, width, generator=torch.Generator().manual_seed(0)).numpy()
 
     def __len__(self) -> int:
         return len(self.activations)
@@ -56,29 +57,34 @@ def main() -> None:
     """Checks that all sides write the same, and times them in turn."""
     device = prepare()
     lens = make_lens().to(device)
-    rows = Rows(len(lens.mean))
-    activations = torch.from_numpy(rows.activations).to(device)
+    few, many = (Rows(count, len(lens.mean)) for count in (BATCH, ROWS))
+    batches = torch.from_numpy(many.activations).to(device).split(BATCH)
     with tempfile.TemporaryDirectory() as folder:
         names = itertools.count()
 
-        def explain(batch_size: int) -> list[list[int]]:
+        def explain(rows: Rows, batch_size: int) -> list[list[int]]:
             target = Path(folder) / str(next(names))
             return explain_dataset(lens, rows, target, batch_size=batch_size, measures=(), progress=False)["text_ids"]
 
-        sides = {
-            "batched": lambda: explain(ROWS),
-            "one by one": lambda: explain(1),
-            "generate": lambda: generated(lens, activations),
-        }
-        if not sides["batched"]() == sides["one by one"]() == sides["generate"]().tolist():
-            raise RuntimeError("the sides wrote different texts")
-        medians = interleaved(sides, device, RUNS, warmup=1)
-    what = f"{ROWS} explanations of T={NUM_TEXT_TOKENS} tokens by the embedded model, batches of {ROWS}"
-    ours = medians["batched"]
-    write_result("explain_batched", f"{what} against one by one", "seconds", ours, medians["one by one"], RUNS, device)
-    write_result(
-        "explain_vs_generate", f"{what} against generate()", "seconds", ours, medians["generate"], RUNS, device
-    )
+        def compare(name: str, rows: Rows, against: str, other: Callable[[], list[list[int]]]) -> None:
+            sides = {"ours": lambda: explain(rows, BATCH), "theirs": other}
+            if sides["ours"]() != sides["theirs"]():
+                raise RuntimeError("the sides wrote different texts")
+            medians = interleaved(sides, device, RUNS, warmup=1)
+            what = (
+                f"{len(rows):,} explanations of T={NUM_TEXT_TOKENS} tokens by the embedded model, batches of {BATCH}"
+            )
+            write_result(
+                name, f"{what} against {against}", "seconds", medians["ours"], medians["theirs"], RUNS, device
+            )
+
+        compare("explain_batched", few, "one by one", lambda: explain(few, 1))
+        compare(
+            "explain_vs_generate",
+            many,
+            "generate()",
+            lambda: [ids for batch in batches for ids in generated(lens, batch).tolist()],
+        )
 
 
 if __name__ == "__main__":
