@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from consistency_lens.losses import (
     entropy,
     functional_target,
+    group_advantage,
     k3_divergence,
     kl_divergence,
     normalised_mse,
@@ -196,3 +197,15 @@ def test_k3_is_the_kl_in_the_mean_and_its_gradient_that_of_the_other_direction()
     (got,) = torch.autograd.grad((chances * estimates).sum(), p_logits, retain_graph=True)
     (expected,) = torch.autograd.grad(kl_divergence(q_logits, p_logits), p_logits)
     torch.testing.assert_close(got, expected)
+
+
+def test_group_advantage_is_centred_and_scaled_in_each_group():
+    rewards = torch.tensor([1.0, 2.0, 3.0, 10.0, 30.0, 20.0])
+    advantage = group_advantage(rewards, 3).view(2, 3)
+    assert torch.allclose(advantage.mean(1), torch.zeros(2), atol=1e-6)
+    assert torch.allclose(advantage.std(1), torch.ones(2), atol=1e-3)
+    assert advantage[1].argmax() == 1
+
+
+def test_equal_rewards_give_no_advantage():
+    assert torch.equal(group_advantage(torch.full((4,), -0.3), 4), torch.zeros(4))

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from .straight_through import row_chunks
 
+ADVANTAGE_EPS = 1e-4  # in units of the reward
+
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, chunk_size: int | None = None) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), in nats, of two next-token distributions.
@@ -141,6 +143,17 @@ def normalised_mse(target: Tensor, prediction: Tensor, rms: float | Tensor) -> T
     """
     dtype = _wide_dtype(target, prediction)
     return ((target.to(dtype) - prediction.to(dtype)) / rms).square().mean(dim=-1)
+
+
+def group_advantage(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
+    """(r - mean) / (std + eps) within each group of consecutive rewards (B * G,); 0 where all are equal.
+
+    Without `scale` the rewards are only centred: then the gradient is, in the mean, (G - 1) / G of that of the
+    expected reward (Liu et al. 2025, arXiv:2503.20783, on what the division does).
+    """
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + ADVANTAGE_EPS) if scale else centred).flatten()
 
 
 def functional_target(reconstruction: Tensor, other: Tensor, other_reconstruction: Tensor, detach: bool) -> Tensor:

@@ -214,7 +214,7 @@ class Subject:
             pass
         context = SubjectContext(
             activations=gather_positions(captured.activations, positions),
-            logits=torch.empty(0) if logits is None else logits,
+            logits=torch.empty(0) if logits is None else logits,  # made below, by a pass that does not read them
             cache=None if cache is None else kept(cache),
             input_ids=input_ids,
             attention_mask=attention_mask,

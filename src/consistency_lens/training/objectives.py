@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.evaluated import judged_kl
-from ..losses import functional_target, masked_mean, normalised_mse
+from ..losses import ADVANTAGE_EPS, functional_target, group_advantage, masked_mean, normalised_mse
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..spans import span
 from ..straight_through import fold_in, row_keys
@@ -26,8 +26,6 @@ from .tails import Tails, last_true
 from .token_values import TokenValues
 
 Batch = dict[str, Any]
-
-ADVANTAGE_EPS = 1e-4  # in units of the reward
 
 
 @dataclass
@@ -179,12 +177,7 @@ class Gumbel:
             chunk_size=self.chunk_size,
         )
         settings = {"tau": step.tau, "reader": wanted, "chunk_size": self.chunk_size}
-        own_pass = self.delta_residual != "none" and "mates" not in batch
-        if own_pass and "other_activations" not in batch:
-            raise ValueError(
-                f"delta_residual: {self.delta_residual} takes a second activation A', but the rows of a batch have "
-                "none; make them with a pair_seed"
-            )
+        own_pass = self.takes_own_pass(batch)
         if own_pass and self.delta_residual == "full":
             both = torch.cat([activations, batch["other_activations"]])
             both_keys = torch.cat([keys, step.keys(batch["rows"], draw=1)])
@@ -208,6 +201,17 @@ class Gumbel:
         if self.reference is not None:
             terms["lm"] = masked_mean(output.token_values["divergence"], drawn).mean()
         return Losses(terms | spread) if self.needs_entropy else Losses(terms, spread)
+
+    def takes_own_pass(self, batch: Batch) -> bool:
+        """Whether A' goes through the lens for itself, being no row of the batch; ValueError where there is none."""
+        if self.delta_residual == "none" or "mates" in batch:
+            return False
+        if "other_activations" not in batch:
+            raise ValueError(
+                f"delta_residual: {self.delta_residual} takes a second activation A', but the rows of a batch have "
+                "none; make them with a pair_seed"
+            )
+        return True
 
     @torch.no_grad()
     def other_reconstruction(self, lens: ConsistencyLensModel, batch: Batch, step: Step) -> Tensor:
@@ -334,17 +338,6 @@ class SampledTexts(NamedTuple):
     drawn: Tensor
     read: Tensor | None
     credited: Tensor
-
-
-def group_advantage(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
-    """(r - mean) / (std + eps) within each group of consecutive rewards (B * G,); 0 where all are equal.
-
-    Without `scale` the rewards are only centred: then the gradient is, in the mean, (G - 1) / G of that of the
-    expected reward (Liu et al. 2025, arXiv:2503.20783, on what the division does).
-    """
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + ADVANTAGE_EPS) if scale else centred).flatten()
 
 
 def uniform(keys: Tensor, salt: int) -> Tensor:
