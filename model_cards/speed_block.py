@@ -10,8 +10,9 @@ RESULTS = Path(__file__).resolve().parent.parent / "tests/benchmarks/results"
 # The results of the page, in its order; one that has not been measured is left out.
 OF_A_STEP = (
     "step_flops_vs_reference", "step_flops_vs_cached_reference", "step_flops_vs_reference_k8",
-    "step_flops_vs_cached_reference_k8", "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_k8",
-    "step_memory_vs_reference", "kl_share_of_step",
+    "step_flops_vs_cached_reference_k8", "step_flops_vs_reference_last", "step_flops_vs_cached_reference_last",
+    "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_k8", "step_memory_vs_reference",
+    "kl_share_of_step",
 )  # fmt: skip
 NAMES = (
     *OF_A_STEP, *(f"{name}_tiny_stories" for name in OF_A_STEP),

@@ -4,8 +4,11 @@ When the output of block k is overwritten at every token of a pass, what the blo
 not matter, and neither does the context that they see. So only the blocks above k keep keys and values.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -65,10 +68,34 @@ def empty_cache(num_blocks: int, first: int, stop: bool = False) -> DynamicCache
     return cache
 
 
-def kept(cache: DynamicCache) -> ContextCache:
-    """What a cache of `empty_cache` holds after the pass."""
-    layers: list[Any] = cache.layers
-    return tuple((layer.keys, layer.values) if layer.is_initialized else None for layer in layers)
+def joined(caches: Sequence[DynamicCache], length: int) -> ContextCache:
+    """What caches of `empty_cache` hold after their passes, one behind the other, as of `length` tokens each.
+
+    Of a pass over fewer tokens, zeros fill up the rest. The caches are empty then: both are never there whole.
+    """
+    if len(caches) == 1:
+        return tuple(states_of(layer) for layer in caches[0].layers)
+    blocks = []
+    while caches[0].layers:
+        blocks.append(padded([states_of(cache.layers.pop(0)) for cache in caches], length))
+    return tuple(blocks)
+
+
+def states_of(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Keys and values that a layer of a cache holds."""
+    return (layer.keys, layer.values) if layer.is_initialized else None
+
+
+def padded(parts: Sequence[tuple[Tensor, Tensor] | None], length: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values (B, heads, S, width) of several passes as those of one over `length` tokens."""
+    kept = [states for states in parts if states is not None]
+    if not kept:
+        return None
+    keys, values = (
+        torch.cat([F.pad(part, (0, 0, 0, length - part.shape[2])) for part in states])
+        for states in zip(*kept, strict=True)
+    )
+    return keys, values
 
 
 def reopened(context: ContextCache, length: int) -> DynamicCache:

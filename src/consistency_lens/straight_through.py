@@ -98,7 +98,7 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     Returns:
         (N, V) float32 on the device of `keys`, finite, between -2.9 and 22.2.
     """
-    return _gumbel_noise(keys, _index_words(vocab_size, keys.device))
+    return _negative_noise(keys, _index_words(vocab_size, keys.device)).neg_()
 
 
 def _index_words(vocab_size: int, device: torch.device) -> Tensor:
@@ -107,7 +107,7 @@ def _index_words(vocab_size: int, device: torch.device) -> Tensor:
     return (_mix_64(torch.arange(vocab_size, device=device) + _GOLDEN_RATIO) & _MASK_31).to(torch.int32)
 
 
-def _gumbel_noise(keys: Tensor, words: Tensor) -> Tensor:
+def _negative_noise(keys: Tensor, words: Tensor) -> Tensor:
     keys = _mix_64(keys)  # row_keys mixes them already; this makes any distinct integers good keys
     # Half of the key permutes the index words, the other half is the first multiplier of a multiply-xorshift hash. All
     # numbers are kept below 2^31, where an arithmetic shift is a logical one; each line is one cheap pass over int32.
@@ -119,17 +119,18 @@ def _gumbel_noise(keys: Tensor, words: Tensor) -> Tensor:
     bits.bitwise_xor_(scratch).mul_(_ODD_31).bitwise_and_(_MASK_31)
     torch.bitwise_right_shift(bits, 16, out=scratch)
     bits.bitwise_xor_(scratch)
-    # -log(-log1p(-u)) is exact where it matters: large noise comes from small u, of which float32 has plenty.
+    # -log(-log1p(-u)) is exact where it matters: large noise comes from small u, of which float32 has plenty. Its last
+    # minus is left to whoever adds it to logits.
     noise = scratch.view(torch.float32).copy_(bits)
-    return noise.add_(0.5).mul_(-_TO_UNIT).log1p_().neg_().log_().neg_()
+    return noise.add_(0.5).mul_(-_TO_UNIT).log1p_().neg_().log_()
 
 
 def _noisy(logits: Tensor, keys: Tensor | None, words: Tensor | None, noise_scale: float = 1.0) -> Tensor:
     """`logits + noise_scale * g` of a chunk of rows, in float32 or wider; without keys, the logits."""
     if keys is None or words is None:
         return logits.to(_wide_dtype(logits))
-    noise = _gumbel_noise(keys, words).to(_wide_dtype(logits))
-    return noise.mul_(noise_scale).add_(logits) if noise_scale != 1.0 else noise.add_(logits)
+    negative = _negative_noise(keys, words).to(_wide_dtype(logits))
+    return torch.sub(logits, negative, alpha=noise_scale, out=negative)
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -267,8 +268,7 @@ def _soft_gradient(
         grad_logits = torch.mm((grad / tau).to(logits.dtype), table.to(logits.dtype).T)
     for rows in row_chunks(logits, chunk_size):
         scores = _noisy(logits[rows], None if keys is None else keys[rows], words)
-        soft = torch.softmax(scores / tau, dim=-1)
-        grad_soft = grad_logits[rows]
-        expected = (soft * grad_soft).sum(dim=-1, keepdim=True)
-        torch.mul(grad_soft - expected, soft, out=grad_soft)
+        soft = torch.softmax(scores if tau == 1.0 else scores / tau, dim=-1)
+        product = soft * grad_logits[rows]
+        torch.addcmul(product, soft, product.sum(dim=-1, keepdim=True), value=-1, out=grad_logits[rows])
     return grad_logits

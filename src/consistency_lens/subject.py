@@ -7,15 +7,15 @@ positions alone, each against the cache entries before it and itself.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .attention import attention_with_masks
-from .context_cache import ContextCache, ContextComplete, empty_cache, kept, reopened
+from .context_cache import ContextCache, ContextComplete, empty_cache, joined, reopened
 from .residual_stream import ResidualStream, gather_positions
 from .spans import span
 from .token_logits import head_logits
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 # Random sequences that the self-check runs: the first of full length, the second padded.
 CHECK_ROWS, CHECK_POSITIONS, CHECK_MIN_LENGTH = 2, 3, 16
+
+# In which passes sequences run: the first n of a batch, cut to their first t tokens, are one pass (n, t), and so on.
+Passes = Sequence[tuple[int, int]]
 
 
 class SubjectContext(NamedTuple):
@@ -99,6 +102,7 @@ class Subject:
         positions: Tensor,
         check: bool = True,
         with_head: bool = True,
+        passes: Passes | None = None,
     ) -> SubjectContext:
         """Reads the subject at `positions`: activations, next-token logits and the cache for the replaced pass.
 
@@ -108,6 +112,7 @@ class Subject:
             positions: indices of real tokens, (B, K) int64.
             check: look whether they are, which waits for the device; a collator's batches need it not.
             with_head: if False, hidden states stand for the logits, here and in the replaced pass.
+            passes: which of the sequences run together, if not all; what is cut off is padding.
 
         Raises:
             ValueError: with `check`, if the shapes do not fit, a row is padded on the left or a position is not a real
@@ -117,7 +122,7 @@ class Subject:
             _check_inputs(input_ids, attention_mask, positions)
         one_token = self.check_one_token(input_ids.shape[1] + positions.shape[1])
         with span("context pass"):
-            return self._context(input_ids, attention_mask, positions, one_token, with_head)
+            return self._context(input_ids, attention_mask, positions, one_token, with_head, passes=passes)
 
     def run(self, with_head: bool, **inputs: Any) -> Tensor:
         """The model's logits (B, S, V), or the hidden states (B, S, d) before its head."""
@@ -198,31 +203,43 @@ class Subject:
         keep_cache: bool,
         with_head: bool = True,
         always_stop: bool = False,
+        passes: Passes | None = None,
     ) -> SubjectContext:
-        # The replaced pass overwrites the output of block `layer`; of the last block, the mask takes its dtype.
-        num_blocks, num_positions = self.stream.num_layers, positions.shape[1]
         # The last block gives the context keys and values alone; the tokens at the positions then run once more.
-        again = num_positions * (num_blocks - 1 - self.layer)
-        stop = self.stream.may_stop and again > 0 and (always_stop or again < input_ids.shape[1])
+        again = positions.shape[1] * (self.stream.num_layers - 1 - self.layer)
+        stop = keep_cache and self.stream.may_stop and again > 0 and (always_stop or again < input_ids.shape[1])
+        sequences = (input_ids, attention_mask, positions)
+        read = [self._read(part, keep_cache, with_head, stop) for part in in_passes(passes, *sequences)]
+        activations, logits, caches = zip(*read, strict=True)
+        context = SubjectContext(
+            activations=torch.cat(activations),
+            logits=torch.cat(logits),
+            cache=joined(caches, input_ids.shape[1]) if keep_cache else None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            positions=positions,
+        )
+        if not stop:
+            return context
+        return context._replace(logits=self.replaced_logits(context, context.activations, with_head))
+
+    def _read(
+        self, sequences: tuple[Tensor, ...], keep_cache: bool, with_head: bool, stop: bool
+    ) -> tuple[Tensor, Tensor, DynamicCache | None]:
+        """One pass: activations (B, K, d), logits (B, K, V), of which there are none if it is to `stop` in the last
+        block, and its cache."""
+        input_ids, attention_mask, positions = sequences
+        # The replaced pass overwrites the output of block `layer`; of the last block, the mask takes its dtype.
+        num_blocks = self.stream.num_layers
         cache = empty_cache(num_blocks, min(self.layer + 1, num_blocks - 1), stop) if keep_cache else None
-        logits = None
+        logits = torch.empty(0)
         try:
             with self.stream.capture(self.layer) as captured, self.stream.select_positions(positions):
                 inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
                 logits = self.run(with_head, **inputs, past_key_values=cache, use_cache=keep_cache)
         except ContextComplete:
             pass
-        context = SubjectContext(
-            activations=gather_positions(captured.activations, positions),
-            logits=torch.empty(0) if logits is None else logits,  # made below, by a pass that does not read them
-            cache=None if cache is None else kept(cache),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            positions=positions,
-        )
-        if logits is None:
-            logits = self.replaced_logits(context, context.activations, with_head)
-        return context._replace(logits=logits)
+        return gather_positions(captured.activations, positions), logits, cache
 
     def _attention_mask(self, context: SubjectContext, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Additive masks (B, 1, K, S + K): a query sees the real tokens before its position, and itself.
@@ -301,6 +318,19 @@ class _HandOn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def in_passes(passes: Passes | None, *sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The sequences of each pass: `input_ids` (B, S), `attention_mask` (B, S) and `positions` (B, K), or no positions.
+
+    Without `passes` there is one.
+    """
+    if passes is None:
+        yield sequences
+        return
+    parts = [tensor.split([count for count, _ in passes]) for tensor in sequences]
+    for (_, length), (input_ids, attention_mask, *positions) in zip(passes, zip(*parts, strict=True), strict=True):
+        yield input_ids[:, :length], attention_mask[:, :length], *positions
 
 
 def _keys(cache: ContextCache) -> Iterator[Tensor]:

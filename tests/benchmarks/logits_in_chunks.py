@@ -22,14 +22,14 @@ from live_bytes import peak_bytes  # noqa: E402
 
 from consistency_lens import ConsistencyLensModel  # noqa: E402
 
-CHUNK_SIZE, FLOPS_BATCH, LARGE_VOCABULARY = 64, 2, 128_000
+CHUNK_SIZE, FLOPS_BATCH, MEMORY_BATCH, LARGE_VOCABULARY = 64, 2, 64, 128_000
 SIZES = (CHUNK_SIZE, 0)
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
 def step_of(lens: ConsistencyLensModel, batch_size: int, chunk_size: int) -> Callable[[], None]:
     """A step, forward and backward."""
-    losses = our_losses(lens, make_batch(lens, batch_size, 1), chunk_size=chunk_size)
+    losses = our_losses(lens, make_batch(lens, batch_size, 1, last=True), chunk_size=chunk_size)
 
     def step() -> None:
         terms = losses()
@@ -54,9 +54,9 @@ def measure_memory(setting: Setting, device: torch.device) -> None:
     for parameter in lens.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     known = torch.nn.ModuleList([lens, lens.subject.model])
-    peaks = [peak_bytes(step_of(lens, setting.batch, size), known) for size in SIZES]
+    peaks = [peak_bytes(step_of(lens, MEMORY_BATCH, size), known) for size in SIZES]
     what = (
-        f"what a step holds beside weights and gradients, adapters, {shape_of(lens)} B={setting.batch}, "
+        f"what a step holds beside weights and gradients, adapters, {shape_of(lens)} B={MEMORY_BATCH}, "
         f"{CHUNK_SIZE} rows of logits at a time against all"
     )
     write_result(f"logits_in_chunks_memory{setting.suffix}", what, "bytes", *peaks, 1, device)

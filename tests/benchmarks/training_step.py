@@ -2,13 +2,16 @@
 
 Both sides take a whole step with the same losses (KL and LM, with A' and the residual it leaves), fully trained clones
 and fused AdamW, from the same activations; `tests/test_spec_reference.py` holds that losses and gradients are equal.
+Positions P are drawn as the plan draws them, uniformly between the tenth token and the last but one; a context is the
+tokens up to P, padded to the longest of the batch.
 Two models: the embedded one, and 12 blocks of width 512 with a vocabulary of 32,000 and random weights.
 
 Run with `python tests/benchmarks/training_step.py`. It writes, for the large model (and `<name>_tiny_stories`):
 `step_vs_reference` and `step_vs_reference_k8` (8 activations of a sequence), seconds; `step_vs_cached_reference`,
 where the plan's generation has a key-value cache; `step_memory_vs_reference`, the peak of a process that builds its
-models and takes two steps; `step_flops_vs_reference` and `step_flops_vs_cached_reference`, also for `_k8`, FLOPs of an
-activation; `kl_share_of_step`, what of a step the subject's judgement costs more than a squared error, K=8.
+models and takes two steps; `step_flops_vs_reference` and `step_flops_vs_cached_reference`, also for `_k8` and for
+`_last`, where every P is the last token, so that no context is shorter than another, FLOPs of an activation;
+`kl_share_of_step`, what of a step the subject's judgement costs more than a squared error, K=8.
 """
 
 import functools
@@ -31,6 +34,7 @@ from tiny_lenses import tiny_tokenizer  # noqa: E402
 
 from consistency_lens import ConsistencyLensModel  # noqa: E402
 from consistency_lens.data.on_the_fly import read_activations  # noqa: E402
+from consistency_lens.data.passes_by_length import cost_on, read_by_length  # noqa: E402
 from consistency_lens.data.shared_contexts import share_contexts  # noqa: E402
 from consistency_lens.training.lm_reference import SubjectReference  # noqa: E402
 from consistency_lens.training.objectives import Gumbel, Step  # noqa: E402
@@ -68,23 +72,23 @@ class Setting:
         ).train()
 
 
-# The more activations a step has, the less of it is weights and optimizer, which are alike on both sides.
+# The more activations a step has, the less of it is weights and optimizer, which are alike on both sides, and calls.
 SETTINGS = (
-    Setting(suffix="_tiny_stories", layer=2, batch=64, runs=5),
-    Setting(suffix="", layer=6, batch=64, runs=3),
+    Setting(suffix="_tiny_stories", layer=2, batch=256, runs=5),
+    Setting(suffix="", layer=6, batch=128, runs=3),
 )
+NUM_COUNTED = 32  # activations whose FLOPs are counted, as these are the same for each
 
 
-def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int) -> dict[str, Any]:
-    """Rows of random sequences, one at its last token or K each at random ones, with their activations."""
+def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int, last: bool = False) -> dict[str, Any]:
+    """Rows of random sequences, K of each at random positions or one at its `last` token, with their activations."""
     generator = torch.Generator().manual_seed(0)
     num_sequences, vocabulary = batch // num_positions, lens.subject.model.config.vocab_size
     input_ids = torch.randint(3, vocabulary, (num_sequences, LENGTH), generator=generator)
-    if num_positions == 1:
+    order = torch.rand(num_sequences, LENGTH - 1 - MIN_POSITION, generator=generator).argsort(-1)
+    positions = (MIN_POSITION + order[:, :num_positions]).flatten()
+    if last:
         positions = torch.full((batch,), LENGTH - 1)
-    else:
-        order = torch.rand(num_sequences, LENGTH - MIN_POSITION, generator=generator).argsort(-1)
-        positions = (MIN_POSITION + order[:, :num_positions]).flatten()
     longest = int(positions.max()) + 1
     mask = (torch.arange(longest) <= positions[:, None]).long()
     rows = {
@@ -102,7 +106,7 @@ def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int) -> di
 
 
 def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = True, chunk_size: int = 0) -> Losses:
-    """Of our step: the contexts of a sequence are shared, and read once for activations and KL.
+    """Of our step: the contexts of a sequence are shared, and read once for activations and KL, by length.
 
     `chunk_size`: rows of logits held at a time; 0 holds all of them.
     """
@@ -116,10 +120,10 @@ def our_losses(lens: ConsistencyLensModel, batch: dict[str, Any], kl: bool = Tru
         needs_entropy=False,
         chunk_size=chunk_size,
     )
-    shared = share_contexts(batch)
+    by_length = read_by_length(share_contexts(batch), cost_on(lens.device))
 
     def losses() -> dict[str, torch.Tensor]:
-        read = read_activations(subject, shared, keep_context=kl, with_head=chunk_size == 0)
+        read = read_activations(subject, by_length, keep_context=kl, with_head=chunk_size == 0)
         return objective(lens, lens, read, Step(0, 0)).terms
 
     return losses
@@ -198,12 +202,13 @@ def measure_flops(setting: Setting, device: torch.device) -> None:
     """Writes how many FLOPs of matrix products a step makes for each activation: the same on every machine."""
     lens = setting.make_lens().to(device)
     sides = Sides.of(lens, device)
-    for num_positions, suffix in ((1, ""), (8, "_k8")):
+    for num_positions, suffix in ((1, ""), (8, "_k8"), (1, "_last")):
         lens.subject.check_one_token(2 * LENGTH)
-        size = max(2, num_positions)
-        work = sides.steps(make_batch(lens, size, num_positions))
-        counts = {name: flops(step) / size for name, step in work.items()}
+        work = sides.steps(make_batch(lens, NUM_COUNTED, num_positions, last=suffix == "_last"))
+        counts = {name: flops(step) / NUM_COUNTED for name, step in work.items()}
         what = f"a step's matrix products, layer {setting.layer}, S={LENGTH} T={NUM_TEXT_TOKENS} K={num_positions}"
+        if suffix == "_last":
+            what += ", P the last token,"
         for name, side in (("step_flops_vs_reference", "plan"), ("step_flops_vs_cached_reference", "cached")):
             against = f"{what} against the plan's{', cached' if side == 'cached' else ''}"
             write(f"{name}{suffix}", against, "FLOPs an activation", counts["ours"], counts[side], setting, device)

@@ -60,9 +60,10 @@ def test_datasets_opens_the_folder(explained, tmp_path):
     assert loaded.column_names == found.column_names and loaded["text"] == found["text"]
 
 
-def test_batch_size_and_sharing_change_nothing(setting, explained, tmp_path):
+def test_batch_size_sharing_and_passes_change_nothing(setting, explained, tmp_path):
     _, found = explained
-    other = explain(setting, tmp_path, measures=["fve", "kl"], batch_size=64, share_contexts=False)
+    settings = {"share_contexts": False, "passes_by_length": False}
+    other = explain(setting, tmp_path, measures=["fve", "kl"], batch_size=64, **settings)
     assert other["text"] == found["text"]
     for name in ("fve", "kl"):
         torch.testing.assert_close(torch.tensor(other[name]), torch.tensor(found[name]), rtol=1e-4, atol=1e-5)

@@ -11,6 +11,8 @@ import torch
 from lens_runs import tiny_trainer
 from test_trainer import losses, parameters
 
+from consistency_lens.data import passes_by_length
+
 TERMS = ("loss", "ce", "mse", "kl", "policy", "lm", "entropy")
 RUNS = {
     "warm_start": {"stages": ["warm_start"], "own_share": 0.5},
@@ -54,6 +56,31 @@ def test_rows_read_together_give_the_losses_of_rows_read_alone(tmp_path, source)
         for term in TERMS:
             assert entry.get(term) == pytest.approx(other.get(term), abs=1e-5)
         assert entry.get("grad_norm") == pytest.approx(other.get("grad_norm"), abs=1e-3)
+
+
+@pytest.mark.parametrize("source", ["cache", "on_the_fly"])
+def test_passes_by_length_give_the_losses_of_one_pass(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(passes_by_length, "PASS_COST_ON_CPU", 1)
+    runs, passes = [], []
+    for divide in (True, False):
+        arguments = {"stages": ["warm_start 4s", "gumbel"], "lm_reference": "subject", "passes_by_length": divide}
+        trainer = tiny_trainer(tmp_path / str(divide), source=source, max_steps=8, **arguments)
+        passes.append([len(batch.get("context_passes", [None])) for batch in trainer.get_train_dataloader()])
+        trainer.train()
+        runs.append(trainer.state.log_history)
+    assert min(passes[0]) > 1 and set(passes[1]) == {1}
+    for entry, other in zip(*runs, strict=True):
+        for term in TERMS:
+            assert entry.get(term) == pytest.approx(other.get(term), abs=1e-5)
+        assert entry.get("grad_norm") == pytest.approx(other.get("grad_norm"), abs=1e-3)
+
+
+@pytest.mark.parametrize(("share", "divide"), [(True, True), (True, False), (False, True)])
+def test_processes_that_share_the_weights_make_as_many_passes(tmp_path, monkeypatch, share, divide):
+    monkeypatch.setattr(passes_by_length, "PASS_COST_ON_CPU", 1)
+    trainer = tiny_trainer(tmp_path, source="on_the_fly", share_contexts=share, passes_by_length=divide)
+    monkeypatch.setattr(type(trainer.weights), "spread", True)
+    assert not any("context_passes" in batch for batch in trainer.get_train_dataloader())
 
 
 @pytest.mark.parametrize("source", ["cache", "on_the_fly"])

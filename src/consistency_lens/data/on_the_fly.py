@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from ..residual_stream import gather_positions
-from ..subject import Subject
+from ..subject import Subject, in_passes
 from .activation_reading import ActivationReader
 from .activation_source import BLOCK_ROWS, ActivationSource, SourceRows
 from .cache_plan import CachePlan, ShardPlan, plan_cache
@@ -184,13 +185,16 @@ def read_activations(
         kept; and `other_activations` where the batch has contexts for them.
     """
     places = ReadPlaces.of(batch)
+    inputs = (batch["input_ids"], batch["attention_mask"], places.positions)
     if keep_context:
-        inputs = (batch["input_ids"], batch["attention_mask"], places.positions)
-        context = subject.context(*inputs, check=False, with_head=with_head)
+        context = subject.context(*inputs, check=False, with_head=with_head, passes=places.passes)
         read = {"activations": places.of_rows(context.activations).float(), "context": context}
     else:
-        hidden = subject.activations(batch["input_ids"], batch["attention_mask"])
-        read = {"activations": places.of_rows(gather_positions(hidden, places.positions)).float()}
+        parts = [
+            gather_positions(subject.activations(ids, mask), positions)
+            for ids, mask, positions in in_passes(places.passes, *inputs)
+        ]
+        read = {"activations": places.of_rows(torch.cat(parts)).float()}
     if "other_input_ids" in batch:
         hidden = subject.activations(batch["other_input_ids"], batch["other_attention_mask"])
         last = batch["other_attention_mask"].sum(dim=1, keepdim=True) - 1

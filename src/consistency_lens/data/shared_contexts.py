@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..subject import Passes
+
 Batch = dict[str, Any]
 
 # What a replaced token costs beside a token of a context: it has a gradient, and logits.
@@ -49,13 +51,16 @@ class ReadPlaces(NamedTuple):
     """(B,) int64, the context of each row; None where row i is read in context i alone."""
     slots: Tensor | None
     """(B,) int64, which of the K positions a row is."""
+    passes: Passes | None
+    """Which of the contexts run together; None for all of them."""
 
     @classmethod
     def of(cls, batch: Batch) -> "ReadPlaces":
         """Those of a batch, shared or not."""
         if "read_positions" in batch:
-            return cls(batch["read_positions"], batch["row_contexts"], batch["row_slots"])
-        return cls(batch["positions"][:, None], None, None)
+            rows = (batch["row_contexts"], batch["row_slots"])
+            return cls(batch["read_positions"], *rows, batch.get("context_passes"))
+        return cls(batch["positions"][:, None], None, None, None)
 
     def of_rows(self, values: Tensor) -> Tensor:
         """What each row has of values (N, K, ...): (B, ...)."""

@@ -120,7 +120,7 @@ def judge_places(subject: Subject, batch: Batch, reconstructions: Tensor, with_h
     context = batch.get("context")
     if context is None:
         inputs = (batch["input_ids"], batch["attention_mask"], places.positions)
-        context = subject.context(*inputs, check=False, with_head=with_head)
+        context = subject.context(*inputs, check=False, with_head=with_head, passes=places.passes)
     elif not one_token:
         context = context._replace(cache=None)
     queries = context._replace(positions=places.positions.repeat_interleave(count, dim=1))

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..atomic_write import atomic_file, write_json, write_text
 from ..data.activation_source import Rows
+from ..data.passes_by_length import PassesByLength, cost_on
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..fingerprints import tensors_hash
 from ..lens_decoder import evaluating
@@ -56,6 +58,7 @@ def explain_dataset(
     measures: Sequence[str] = ("fve",),
     num_workers: int = 0,
     share_contexts: bool = True,
+    passes_by_length: bool = True,
     engine: VllmEngine | None = None,
     state: PartialState | None = None,
     progress: bool = True,
@@ -72,6 +75,7 @@ def explain_dataset(
             nats, for which the subject reads the contexts.
         num_workers: processes that load rows meanwhile.
         share_contexts: for the KL, run a context once for all rows of a batch that are read in it.
+        passes_by_length: for the KL, run contexts of similar length in a pass of their own.
         engine: decodes in place of the lens, which still reads the texts for the measures; it takes one process.
         state: its processes share the shards; all of them call this function.
         progress: show a progress bar on the first process.
@@ -97,9 +101,12 @@ def explain_dataset(
     }
     check_engine(engine, settings["lens"], num_ranks)
     claim(folder, settings, write=rank == 0)
-    collator = collator_for(lens)
+    collate: Any = collator_for(lens)
     # only the subject reads contexts
-    collate = SharedContexts(collator) if share_contexts and "kl" in measures else collator
+    if share_contexts and "kl" in measures:
+        collate = SharedContexts(collate)
+    if passes_by_length and "kl" in measures:
+        collate = PassesByLength(collate, cost_on(lens.device))
     left = [index for index in range(rank, num_shards, num_ranks) if not shard_file(folder, index).is_file()]
     chosen = {index: range(len(rows))[index * rows_per_shard :][:rows_per_shard] for index in left}
     count, silent = sum(map(len, chosen.values())), rank > 0 or not progress
@@ -134,7 +141,7 @@ def explained(
     lens: ConsistencyLensModel, batch: dict[str, Any], measures: Sequence[str], engine: VllmEngine | None
 ) -> pa.Table:
     """The explanations of one collated batch."""
-    batch = {name: tensor.to(lens.device, non_blocking=True) for name, tensor in batch.items()}
+    batch = send_to_device(batch, lens.device, non_blocking=True)
     decoded = (lens if engine is None else engine).decode(batch["activations"])
     tokenizer = lens.require_tokenizer()
     places = ReadPlaces.of(batch)

@@ -157,6 +157,10 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         default=True,
         metadata={"help": "Run a context once for all rows of a batch that are read in it; the losses are the same."},
     )
+    passes_by_length: bool = field(
+        default=True,
+        metadata={"help": "Run contexts of similar length in a pass of their own: less padding, and the same losses."},
+    )
     positions_together: int = field(
         default=1,
         metadata={"help": "Rows of one document that follow each other, so that they share its context; 1: mixed."},

@@ -14,6 +14,7 @@ from transformers import ProgressCallback
 
 from ..data.activation_source import rows_at
 from ..data.on_the_fly import read_activations
+from ..data.passes_by_length import PassesByLength, cost_on
 from ..data.row_order import LengthGroups, MatesSampler, TogetherSampler, WithMates
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..data.streaming import StreamedActivations, StreamSampler
@@ -179,14 +180,20 @@ class ConsistencyLensTrainer(ControlledTrainer):
         return self.own_sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; with `share_contexts` the batches hold each context once (`SharedContexts`), and rows that
-        are paired know their mates (`WithMates`)."""
+        """As in `Trainer`; with `share_contexts` the batches hold each context once (`SharedContexts`), with
+        `passes_by_length` those of similar length together (`PassesByLength`), and rows that are paired know their
+        mates (`WithMates`)."""
         given: Any = self.data_collator
         accelerator: Any = self.args.accelerator_config
         # the batches of an iterable may be cut into those of the processes, row by row
         dispatched = isinstance(self.train_dataset, IterableDataset) or accelerator.dispatch_batches
         collator: Any = WithMates(given) if isinstance(self.order, MatesSampler) else given
-        self.data_collator = SharedContexts(collator) if self.args.share_contexts and not dispatched else collator
+        if self.args.share_contexts and not dispatched:
+            collator = SharedContexts(collator)
+        # who shares the weights must make as many passes as the others
+        if self.args.passes_by_length and not dispatched and not self.weights.spread:
+            collator = PassesByLength(collator, cost_on(self.args.device))
+        self.data_collator = collator
         try:
             return super().get_train_dataloader()
         finally:
