@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .summed_gradient import SummedGradient
+from .table_product import table_product
 
 # Elements of a (rows, V) chunk: 4 MiB of float32, so that it stays in cache and every operation is worth its call.
 CHUNK_ELEMENTS = 2**20
@@ -265,7 +266,7 @@ def _soft_gradient(
     # One product for all rows, into the tensor that is returned anyway. Autocast is off so that dtypes are as stated
     # even where backward is called inside it.
     with torch.autocast(logits.device.type, enabled=False):
-        grad_logits = torch.mm((grad / tau).to(logits.dtype), table.to(logits.dtype).T)
+        grad_logits = table_product((grad / tau).to(logits.dtype), table.to(logits.dtype))
     for rows in row_chunks(logits, chunk_size):
         scores = _noisy(logits[rows], None if keys is None else keys[rows], words)
         soft = torch.softmax(scores if tau == 1.0 else scores / tau, dim=-1)

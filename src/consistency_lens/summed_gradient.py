@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .table_product import table_product
 
 
 class SummedGradient:
@@ -140,7 +141,7 @@ class _Linear(torch.autograd.Function):
         inputs = inputs.to(dtype)
         ctx.save_for_backward(inputs, anchor)
         with torch.autocast(device, enabled=False):
-            return F.linear(inputs, summed.cast(dtype))
+            return table_product(inputs.flatten(0, -2), summed.cast(dtype)).unflatten(0, inputs.shape[:-1])
 
     @staticmethod
     @once_differentiable
