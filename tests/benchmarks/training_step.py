@@ -75,7 +75,7 @@ class Setting:
 # The more activations a step has, the less of it is weights and optimizer, which are alike on both sides, and calls.
 SETTINGS = (
     Setting(suffix="_tiny_stories", layer=2, batch=256, runs=5),
-    Setting(suffix="", layer=6, batch=128, runs=3),
+    Setting(suffix="", layer=6, batch=96, runs=3),
 )
 NUM_COUNTED = 32  # activations whose FLOPs are counted, as these are the same for each
 
