@@ -273,7 +273,9 @@ class ConsistencyLensTrainer(ControlledTrainer):
         """Counts the samples and tokens of a batch, for the speed that `log` reports."""
         samples, tokens, since = self._since
         # padding counts: it is what the machine works on, and counting real tokens would sync with the device
-        tokens += inputs["input_ids"].numel() + len(inputs["activations"]) * self.lens.config.num_text_tokens
+        passes = inputs.get("context_passes", [tuple(inputs["input_ids"].shape)])
+        tokens += sum(count * length for count, length in passes)
+        tokens += len(inputs["activations"]) * self.lens.config.num_text_tokens
         self._since = (samples + len(inputs["activations"]), tokens, since)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
