@@ -23,6 +23,7 @@ LAYERS = [
         "offloaded",
         "token_logits",
         "summed_gradient",
+        "table_product",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes", "context_cache"},

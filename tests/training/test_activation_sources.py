@@ -63,8 +63,8 @@ def test_passes_by_length_give_the_losses_of_one_pass(tmp_path, source, monkeypa
     monkeypatch.setattr(passes_by_length, "PASS_COST_ON_CPU", 1)
     runs, passes = [], []
     for divide in (True, False):
-        arguments = {"stages": ["warm_start 4s", "gumbel"], "lm_reference": "subject", "passes_by_length": divide}
-        trainer = tiny_trainer(tmp_path / str(divide), source=source, max_steps=8, **arguments)
+        arguments = {"stages": ["warm_start 2s", "gumbel"], "lm_reference": "subject", "passes_by_length": divide}
+        trainer = tiny_trainer(tmp_path / str(divide), source=source, max_steps=5, **arguments)
         passes.append([len(batch.get("context_passes", [None])) for batch in trainer.get_train_dataloader()])
         trainer.train()
         runs.append(trainer.state.log_history)
