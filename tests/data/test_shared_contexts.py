@@ -1,38 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, tiny_model
+from read_rows import assert_same, collated, judged, rows_of, subject_of
 
-from consistency_lens.data.collator import ActivationCollator
-from consistency_lens.data.on_the_fly import read_activations
 from consistency_lens.data.shared_contexts import SharedContexts, cheapest_group, share_contexts
-from consistency_lens.evaluation.evaluated import judge
-from consistency_lens.subject import Subject
-from consistency_lens.training.objectives import functional_kl
-
-LAYER, LENGTH = 1, 20
-
-
-def rows_of(*positions, seed=0):
-    """Rows read at these positions of some sequences, one tuple of positions a sequence."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for document, read in enumerate(positions):
-        tokens = generator.integers(3, VOCAB_SIZE, LENGTH).astype(np.int32)
-        for position in read:
-            known = {"position": position, "document": document, "row": len(rows)}
-            rows.append({"input_ids": tokens[: position + 1], **known})
-    return [rows[i] for i in generator.permutation(len(rows))]
-
-
-def collated(rows):
-    return ActivationCollator(0, 3)(rows)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def subject(request):
-    overrides = {"sliding_window": 8} if request.param == "gemma3" else {}
-    return Subject(tiny_model(request.param, **overrides), LAYER)
+    return subject_of(request.param)
 
 
 def test_every_row_finds_its_context_and_position():
@@ -73,17 +49,5 @@ def test_one_large_group_among_single_rows_is_read_in_parts():
 @pytest.mark.parametrize("with_context", [False, True])
 def test_losses_and_gradients_are_those_of_rows_read_alone(subject, with_context):
     rows = rows_of((4, 9, 15), (7,), (3, 19))
-    found = []
-    for collate in (collated, SharedContexts(collated)):
-        batch = collate(rows)
-        read = read_activations(subject, batch, keep_context=with_context)
-        assert ("context" in read) == with_context
-        noise = torch.randn(read["activations"].shape, generator=torch.Generator().manual_seed(1))
-        replaced = (read["activations"] + noise).requires_grad_()
-        kl = functional_kl(subject, read, replaced[:, None])[:, 0]
-        (gradient,) = torch.autograd.grad(kl.sum(), replaced)
-        before, after = judge(subject, batch, torch.stack([read["activations"], replaced.detach()], dim=1))
-        found.append((read["activations"], kl, gradient, before, after))
-    assert found[0][1].min() > 1e-2
-    for alone, shared in zip(*found, strict=True):
-        torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+    alone, shared = (judged(subject, collate(rows), with_context) for collate in (collated, SharedContexts(collated)))
+    assert_same(shared, alone)

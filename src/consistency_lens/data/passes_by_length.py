@@ -18,7 +18,7 @@ from .shared_contexts import ReadPlaces
 Batch = dict[str, Any]
 
 # How many tokens take as long as what a pass costs by itself: on other devices than a CPU, it starts hundreds of
-# kernels, which a batch of few tokens does not fill.
+# kernels, which a batch of few tokens does not fill. Only that of a CPU was measured.
 PASS_COST, PASS_COST_ON_CPU = 2048, 32
 
 
