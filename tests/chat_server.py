@@ -95,6 +95,7 @@ class _Listener(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     chat: ChatServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the client waits for each body
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":

@@ -49,8 +49,9 @@ PLACEHOLDERS = {
 }
 TRAINING = (
     "--max_steps 2 --stages 'warm_start 1s' policy_gradient --per_device_train_batch_size 4 --num_documents 20 "
-    "--max_length 32 --positions_per_sequence 4 --validation_fraction 0.3 --eval_rows 4 --interim_eval_rows 2 "
-    "--eval_checks linear_probe best_of_n text_length --num_samples 1 --sample_steps 0 --logging_steps 1"
+    "--max_length 32 --positions_per_sequence 4 --num_text_tokens 5 --validation_fraction 0.3 --eval_rows 4 "
+    "--interim_eval_rows 2 --eval_checks linear_probe best_of_n text_length --num_samples 1 --sample_steps 0 "
+    "--logging_steps 1"
 )
 FIT = (
     "--dataset stories.txt --tokens 4096 --validation_tokens 128 --seq_len 32 --validation_fraction 0.1 "

@@ -201,6 +201,8 @@ class TestJob:
         def start(vllm=SERVE, lens='echo "$@" > generated', **environment):
             program(tmp_path / "vllm", f"#!{sys.executable}\n{STAND_IN}{vllm}")
             program(tmp_path / "consistency-lens", f"#!/bin/sh\n{lens}\n")
+            # the server is asked ten times as often whether it is ready
+            program(tmp_path / "sleep", '#!/bin/sh\n[ "$1" != 1 ] || set -- 0.1\nexec /bin/sleep "$1"\n')
             settings = {
                 "PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": MODEL, "PORT": str(free_port()),
                 "SERVER_LOG": str(tmp_path / "server.log"),

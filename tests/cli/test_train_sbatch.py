@@ -27,6 +27,10 @@ kill -TERM 0
     "squeue": """#!/bin/bash
 echo "$JOB_STATE"
 """,
+    # What is looked at every half second is looked at five times as often.
+    "sleep": """#!/bin/bash
+exec /bin/sleep "${1/#0.5/0.1}"
+""",
     # A launcher that starts two processes, or one process alone. Each has a child that must be left alone, and one
     # that is told twice, or before it listens, does not come to a good end.
     "python": """#!{python}
@@ -54,7 +58,7 @@ if loader == 0:
 (calls / f"listens{{rank}}").touch()
 while not told:
     time.sleep(0.05)
-time.sleep(1.3)
+time.sleep(0.6)
 assert len(told) == 1, told
 os.kill(loader, signal.SIGKILL)
 saved = None if os.environ["BEHAVIOUR"] == "saves nothing" else "checkpoint-3"
@@ -121,7 +125,7 @@ def session_of(pid):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_job_whose_time_is_nearly_up_saves_and_goes_back_into_the_queue(start, tmp_path, processes):
     calls = tmp_path / "calls"
-    job = start(PROCESSES=str(processes), LOADING="1")
+    job = start(PROCESSES=str(processes), LOADING="0.5")
     wait_for(calls / "srun")
     job.send_signal(signal.SIGUSR1)  # before anything listens
     output = job.communicate(timeout=60)[0]

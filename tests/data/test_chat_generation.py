@@ -2,9 +2,7 @@
 
 import json
 import logging
-import signal
-import subprocess
-import sys
+import multiprocessing
 import threading
 
 import pyarrow.parquet as pq
@@ -12,6 +10,7 @@ import pytest
 from chat_server import MODEL, ChatServer, Reply, answer
 from tiny_lenses import tiny_tokenizer
 
+from consistency_lens.cli.main import main
 from consistency_lens.data.chat_client import ServerGoneError
 from consistency_lens.data.chat_generation import ChatGenerationArguments, generate_chat, only_writer, request_seed
 
@@ -273,17 +272,18 @@ class TestResume:
         flags = {
             "prompts": tmp_path / "prompts.txt", "output_dir": tmp_path / "answers", "model": MODEL, "concurrency": 2,
         }  # fmt: skip
-        command = [sys.executable, "-m", "consistency_lens", "generate-chat"]
         with ChatServer(reply) as server:
             flags["base_url"] = server.url
-            command += [part for name, of in flags.items() for part in (f"--{name}", str(of))]
-            process = subprocess.Popen(command)
+            arguments = ["generate-chat", *(part for name, of in flags.items() for part in (f"--{name}", str(of)))]
+            # forked, as this process has imported everything already
+            process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
+            process.start()
             try:
                 while not seventh.wait(0.1):
-                    assert process.poll() is None
+                    assert process.is_alive()
             finally:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                process.kill()
+                process.join()
         log = tmp_path / "answers" / "answers.jsonl"
         assert 5 <= len(log.read_bytes().splitlines()) <= 6 and not (tmp_path / "answers" / "stats.json").exists()
         with open(log, "ab") as file:  # what a crash in the middle of a write leaves

@@ -1,5 +1,8 @@
 """A tiny subject, its activations and a lens, for the tests of training; made the same way in every process."""
 
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,28 @@ def tiny_cache(
     folder: Path, num_documents: int = 24, model: PreTrainedModel | None = None
 ) -> tuple[Subject, PreTrainedTokenizerFast, ActivationCache]:
     tokenizer, subject = tiny_tokenizer(), Subject(model or tiny_model("llama"), LAYER)
-    cache = build_activation_cache(
+    if model is not None:
+        return subject, tokenizer, build_tiny_cache(folder, num_documents, subject, tokenizer)
+    if not (folder / "provenance.json").exists():
+        shutil.copytree(cache_of_tiny_model(num_documents).name, folder, dirs_exist_ok=True)
+    return subject, tokenizer, ActivationCache.open(folder)
+
+
+@functools.cache
+def cache_of_tiny_model(num_documents: int) -> tempfile.TemporaryDirectory:
+    """A folder with the cache of most tests, which a process builds once; it goes when the process ends."""
+    folder = tempfile.TemporaryDirectory()
+    build_tiny_cache(Path(folder.name), num_documents, Subject(tiny_model("llama"), LAYER), tiny_tokenizer())
+    return folder
+
+
+def build_tiny_cache(
+    folder: Path, num_documents: int, subject: Subject, tokenizer: PreTrainedTokenizerFast
+) -> ActivationCache:
+    return build_activation_cache(
         subject, tiny_corpus(num_documents), folder, tokenizer=tokenizer, subject_name="tiny", dataset_name="random",
         dtype="float32", positions_per_sequence=3, min_position=4, progress=False,
     )  # fmt: skip
-    return subject, tokenizer, cache
 
 
 def training_rows(source: str, subject: Subject, cache: ActivationCache, pair_seed: int | None) -> Any:
@@ -70,7 +90,7 @@ def tiny_trainer(
     defaults = {
         "output_dir": str(folder / "run"), "use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 8,
         "learning_rate": 1e-3, "stages": ["warm_start 50%", "gumbel"], "logging_steps": 1, "report_to": "none",
-        "save_strategy": "no", "disable_tqdm": True, "mse_weight": "1",
+        "save_strategy": "no", "disable_tqdm": True, "mse_weight": "1", "per_device_eval_batch_size": 24,
     }  # fmt: skip
     args = ConsistencyLensTrainingArguments(**(defaults | arguments))
     pair_seed = 0 if args.needs_others() else None

@@ -36,8 +36,10 @@ def use(strategy: str, folder: Path) -> dict[str, Any]:
     if strategy == "fsdp2":
         os.environ |= FSDP2
     else:
-        # without thresholds, or tensors as small as these would be left whole
-        zero: dict[str, Any] = {"stage": int(strategy[4]), "stage3_param_persistence_threshold": 0}
+        # without thresholds, or tensors as small as these would be left whole, and all of a step be searched for the
+        # next use of each
+        thresholds = dict.fromkeys(("stage3_param_persistence_threshold", "stage3_max_reuse_distance"), 0)
+        zero: dict[str, Any] = {"stage": int(strategy[4]), **thresholds}
         if strategy.endswith("_offload"):
             zero |= {f"offload_{what}": {"device": "cpu"} for what in ("param", "optimizer")}
         rank = os.environ.get("RANK", "0")  # a file for each process: another may be reading
