@@ -11,15 +11,15 @@ RESULTS = Path(__file__).resolve().parent.parent / "tests/benchmarks/results"
 OF_A_STEP = (
     "step_flops_vs_reference", "step_flops_vs_cached_reference", "step_flops_vs_reference_k8",
     "step_flops_vs_cached_reference_k8", "step_flops_vs_reference_last", "step_flops_vs_cached_reference_last",
-    "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_k8", "step_memory_vs_reference",
-    "kl_share_of_step",
+    "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_k8", "step_vs_reference_equal_memory",
+    "step_vs_reference_equal_memory_k8", "step_memory_vs_reference", "step_memory_of_larger_batch", "kl_share_of_step",
 )  # fmt: skip
 NAMES = (
     *OF_A_STEP, *(f"{name}_tiny_stories" for name in OF_A_STEP),
-    "kl_one_token", "kl_multi_position", "encoder_cut", "straight_through_time", "straight_through_memory",
-    "table_product", "logits_in_chunks_flops", "logits_in_chunks_memory", "logits_in_chunks_flops_tiny_stories",
-    "logits_in_chunks_memory_tiny_stories", "shared_weights_memory", "explain_batched", "explain_vs_generate",
-    "cache_vs_plain_loop", "cache_vs_bare_forward",
+    "kl_one_token", "kl_multi_position", "kl_context_attention", "encoder_cut", "straight_through_time",
+    "straight_through_memory", "table_product", "logits_in_chunks_flops", "logits_in_chunks_memory",
+    "logits_in_chunks_flops_tiny_stories", "logits_in_chunks_memory_tiny_stories", "shared_weights_memory",
+    "explain_batched", "explain_vs_generate", "cache_vs_plain_loop", "cache_vs_bare_forward",
 )  # fmt: skip
 
 

@@ -50,8 +50,9 @@ def test_the_stand_in_refuses_4d_masks(flash_model):
         flash_model(random_tokens(4)[0], attention_mask=torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16))
 
 
-def test_the_one_token_pass_of_a_subject_with_flash_attention(flash_model):
-    subject = Subject(flash_model, 1)
+@pytest.mark.parametrize("context_attention", [False, True])
+def test_the_one_token_pass_of_a_subject_with_flash_attention(flash_model, context_attention):
+    subject = Subject(flash_model, 1, context_attention=context_attention)
     # the self-check pads a row, which the stand-in cannot
     subject._checked_length = float("inf")
     ids, mask = random_tokens(12, 12)

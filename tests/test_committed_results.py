@@ -85,6 +85,7 @@ def test_every_picture_of_the_readme_exists():
     [
         ("kl_one_token", 2.0),
         ("kl_multi_position", 2.0),
+        ("kl_context_attention", 1.0),
         ("encoder_cut", 1.0),
         ("straight_through_time", 1.5),
         ("straight_through_memory", 1.0),

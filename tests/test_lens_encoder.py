@@ -3,10 +3,11 @@
 import pytest
 import torch
 from flop_count import flops
-from tiny_lenses import LAYER, PROMPTS, disturb, tiny_lens, tiny_tokenizer
+from tiny_lenses import LAYER, PROMPTS, activations, disturb, tiny_lens, tiny_tokenizer
 from tiny_models import FAMILIES, NUM_LAYERS, WIDTH, tiny_model
 
 from consistency_lens import ConsistencyLensModel, ResidualStream, Subject
+from consistency_lens.straight_through import row_keys
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 TEXT_IDS = torch.tensor([[9, 10, 11, 12], [20, 21, 22, 23], [5, 6, 7, 8]])
@@ -47,6 +48,25 @@ def test_padding_does_not_change_a_text(family, prompt):
     texts = ["w9 w10", "w11 w12 w13 w14 w15", "", "w16"]
     alone = torch.cat([lens.encode(text) for text in texts])
     torch.testing.assert_close(lens.encode(texts), alone, **CLOSE)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 2])
+@pytest.mark.parametrize(("family", "training"), [("llama", "full"), ("llama", "lora"), ("gemma2", "full")])
+def test_a_text_embedded_for_the_encoder_as_it_is_drawn_is_the_text_embedded_afterwards(family, training, chunk_size):
+    lens, found = disturb(tiny_lens(family, training, **PROMPTS)), {}
+    for reader in (lens.encoder, None):
+        given = activations(3).requires_grad_()
+        keys = row_keys(0, 0, torch.arange(3))
+        text = lens.decoder.generate_soft(given, keys, 4, tau=0.7, chunk_size=chunk_size, reader=reader)
+        assert (text.embeddings is None) == (reader is None)
+        embeddings = lens.encoder.embed_text(text, keys, 0.7) if reader is None else text.embeddings
+        lens.zero_grad()
+        (lens.encoder(embeddings).sin().sum() + text.logits.square().mean()).backward()
+        gradients = {name: p.grad.clone() for name, p in lens.named_parameters() if p.grad is not None}
+        found[reader] = {"embeddings": embeddings, "activations": given.grad} | gradients
+    assert found[None].keys() == found[lens.encoder].keys() and len(found[None]) > 10
+    for name, gradient in found[None].items():
+        torch.testing.assert_close(found[lens.encoder][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_strings_and_token_ids_agree():

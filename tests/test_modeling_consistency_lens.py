@@ -153,8 +153,8 @@ class TestSoftGeneration:
         text = lens.decoder.generate_soft(activations(), keys(), 4)
         flat, logits = text.token_ids.flatten(), text.logits.flatten(0, 1)
         looked_up = lens.decoder.base.get_input_embeddings()(flat)
-        torch.testing.assert_close(embed_sampled(lens.decoder, logits, flat, None, TAU), looked_up)
-        assert embed_sampled(lens.decoder, logits, flat, None, TAU).requires_grad
+        torch.testing.assert_close(embed_sampled([lens.decoder], logits, flat, None, TAU)[0], looked_up)
+        assert embed_sampled([lens.decoder], logits, flat, None, TAU)[0].requires_grad
         soft = lens.encoder.embed_text(text, keys(), TAU)
         torch.testing.assert_close(soft, lens.encoder.embed_ids(text.token_ids))
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from flop_count import flops
 
 from consistency_lens.straight_through import (
     fold_in,
@@ -10,6 +11,7 @@ from consistency_lens.straight_through import (
     row_keys,
     sample_tokens,
     straight_through_embedding,
+    straight_through_embeddings,
 )
 
 
@@ -48,6 +50,36 @@ def test_value_and_gradients_equal_the_one_hot_reference(problem, tau, chunk_siz
     got = embedding_and_gradients(straight_through_embedding, *problem, tau, chunk_size=chunk_size)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("read", [(0,), (1,), (0, 1)])
+def test_several_tables_have_the_gradients_of_one_after_the_other(problem, shared, read):
+    logits, token_ids, keys, first = problem
+    first = first.clone().requires_grad_()
+    tables = [first, first if shared else (first.detach() + 1).requires_grad_()]
+    weights = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def results(embed_all):
+        given = logits.clone().requires_grad_()
+        embedded = embed_all(given)
+        loss = sum((embedded[i] * weights[i]).sum() for i in read)
+        return *embedded, *torch.autograd.grad(loss, [given, *(tables[i] for i in read)])
+
+    together = results(lambda given: straight_through_embeddings(given, token_ids, keys, tables, 0.7))
+    apart = results(lambda given: [straight_through_embedding(given, token_ids, keys, table, 0.7) for table in tables])
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_table_that_is_given_twice_is_multiplied_once(problem):
+    logits, token_ids, keys, table = problem
+    counts = []
+    for tables in ([table], [table, table], [table, table + 1]):
+        given = logits.clone().requires_grad_()
+        embedded = straight_through_embeddings(given, token_ids, keys, tables, 0.7)
+        counts.append(flops(lambda embedded=embedded: sum(embedded).sum().backward()))
+    assert counts == [counts[0], counts[0], 2 * counts[0]]
 
 
 def test_without_keys_the_gradient_is_that_of_the_plain_softmax(problem):

@@ -148,9 +148,10 @@ class TestOneToken:
         subject = Subject(tiny_model("llama"), layer)
         context = subject.context(*ragged_inputs(3))
         last = NUM_LAYERS - 1  # says which dtype attention runs in
-        assert [states is not None for states in context.cache] == [b > layer or b == last for b in range(NUM_LAYERS)]
+        [kept] = context.cache
+        assert [states is not None for states in kept] == [b > layer or b == last for b in range(NUM_LAYERS)]
         length = context.input_ids.shape[1]
-        assert all(keys.shape[2] == values.shape[2] == length for keys, values in filter(None, context.cache))
+        assert all(keys.shape[2] == values.shape[2] == length for keys, values in filter(None, kept))
 
     def test_context_serves_more_than_once(self):
         subject = Subject(tiny_model("llama"), LAYER)

@@ -25,7 +25,7 @@ def steps_of(layer, table, inputs, summed):
             logits = layer(inputs)
         keys = row_keys(0, step, torch.arange(len(inputs)))
         ids = logits.argmax(-1)
-        inputs = straight_through_embedding(logits, ids, keys, table, TAU, summed=rows) + 0.1 * inputs
+        inputs = straight_through_embedding(logits, ids, keys, rows, TAU) + 0.1 * inputs
         total = total + logits.square().mean() + inputs.sin().sum()
     return total + rows.rows(torch.tensor([1, 1, 4])).cos().sum()
 

@@ -17,6 +17,10 @@ def test_it_is_the_product_with_the_whole_table(count, vocab_size, width, dtype)
     assert found.dtype == dtype and found.is_contiguous()
     torch.testing.assert_close(found, expected)
     assert flops(lambda: table_product(rows, table)) == 2 * count * vocab_size * width
+    other = torch.randn(expected.shape, generator=generator).to(dtype)
+    total = other.clone()
+    assert table_product(rows, table, add_to=total) is total
+    torch.testing.assert_close(total, torch.addmm(other, rows, table.T))
 
 
 def test_a_width_beyond_a_block_takes_row_by_row():

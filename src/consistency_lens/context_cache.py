@@ -13,12 +13,20 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# Keys and values (B, heads, S, width of a head) of each block; None for a block that keeps none.
-ContextCache = tuple[tuple[Tensor, Tensor] | None, ...]
+# Of each pass over some of the sequences, and of each block: keys and values (n, heads, S, width of a head), or None
+# for a block that keeps none.
+ContextCache = tuple[tuple[tuple[Tensor, Tensor] | None, ...], ...]
 
 
 class _NotKept(DynamicLayer):
-    """Hands on the keys and values of a pass without a past, and keeps nothing."""
+    """Hands on the keys and values of a pass, and keeps nothing; `length` tokens are said to stand before it."""
+
+    def __init__(self, length: int = 0) -> None:
+        super().__init__()
+        self.length = length
+
+    def get_seq_length(self) -> int:
+        return self.length
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -30,23 +38,26 @@ class ContextComplete(Exception):
     """Ends a pass over a context once its last block has handed in keys and values, which are all that it is for."""
 
 
-class _LastKept(DynamicLayer):
-    """Keeps keys and values, and ends the pass."""
+class _Kept(DynamicLayer):
+    """Keeps the keys and values of one pass, each in one piece; with `stop` it ends the pass."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, stop: bool = False) -> None:
+        super().__init__()
+        self.stop = stop
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        super().update(key_states, value_states, *args, **kwargs)
-        raise ContextComplete
+        self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+        self.is_initialized = True
+        if self.stop:
+            raise ContextComplete
+        return self.keys, self.values
 
 
-class _NotRead(DynamicLayer):
-    """Stands for `length` tokens whose keys and values do not matter: those of the pass, repeated without a copy."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-
-    def get_seq_length(self) -> int:
-        return self.length
+class _NotRead(_NotKept):
+    """Keys and values of the tokens before do not matter: they are those of the pass, repeated without a copy."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -62,46 +73,50 @@ def empty_cache(num_blocks: int, first: int, stop: bool = False) -> DynamicCache
     """
     # Built without a config, it keeps sliding-window layers at full length, which one shared mask needs.
     cache = DynamicCache()
-    cache.layers.extend(_NotKept() if block < first else DynamicLayer() for block in range(num_blocks))
-    if stop:
-        cache.layers[-1] = _LastKept()
+    for block in range(num_blocks):
+        cache.layers.append(_NotKept() if block < first else _Kept(stop and block == num_blocks - 1))
     return cache
 
 
-def joined(caches: Sequence[DynamicCache], length: int) -> ContextCache:
-    """What caches of `empty_cache` hold after their passes, one behind the other, as of `length` tokens each.
-
-    Of a pass over fewer tokens, zeros fill up the rest. The caches are empty then: both are never there whole.
-    """
-    if len(caches) == 1:
-        return tuple(states_of(layer) for layer in caches[0].layers)
-    blocks = []
-    while caches[0].layers:
-        blocks.append(padded([states_of(cache.layers.pop(0)) for cache in caches], length))
-    return tuple(blocks)
+def kept(caches: Sequence[DynamicCache]) -> ContextCache:
+    """What caches of `empty_cache` hold after their passes."""
+    return tuple(
+        tuple((layer.keys, layer.values) if isinstance(layer, _Kept) else None for layer in cache.layers)
+        for cache in caches
+    )
 
 
-def states_of(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """Keys and values that a layer of a cache holds."""
-    return (layer.keys, layer.values) if layer.is_initialized else None
+def joined(context: ContextCache, length: int) -> ContextCache:
+    """Several passes as one over `length` tokens; zeros fill up shorter ones."""
+    if len(context) == 1:
+        return context
+    return (tuple(_padded(states, length) for states in zip(*context, strict=True)),)
 
 
-def padded(parts: Sequence[tuple[Tensor, Tensor] | None], length: int) -> tuple[Tensor, Tensor] | None:
-    """Keys and values (B, heads, S, width) of several passes as those of one over `length` tokens."""
-    kept = [states for states in parts if states is not None]
-    if not kept:
+def _padded(parts: Sequence[tuple[Tensor, Tensor] | None], length: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of one block in several passes, one behind the other."""
+    of_passes = [states for states in parts if states is not None]
+    if not of_passes:
         return None
     keys, values = (
         torch.cat([F.pad(part, (0, 0, 0, length - part.shape[2])) for part in states])
-        for states in zip(*kept, strict=True)
+        for states in zip(*of_passes, strict=True)
     )
     return keys, values
 
 
-def reopened(context: ContextCache, length: int) -> DynamicCache:
-    """A cache over the kept keys and values of `length` tokens; what is appended leaves them as they are."""
+def beside(num_blocks: int, length: int) -> DynamicCache:
+    """A cache for tokens that stand behind `length` others, and find these elsewhere (`context_attention`)."""
     cache = DynamicCache()
-    for states in context:
+    cache.layers.extend(_NotKept(length) for _ in range(num_blocks))
+    return cache
+
+
+def reopened(context: ContextCache, length: int) -> DynamicCache:
+    """A cache over the kept keys and values of one pass; what is appended leaves them as they are."""
+    cache = DynamicCache()
+    [one_pass] = context
+    for states in one_pass:
         if states is None:
             cache.layers.append(_NotRead(length))
             continue

@@ -1,7 +1,9 @@
 """What decoder and encoder share: clones of the subject that copy no frozen weights, their prompts and statistics."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -13,7 +15,7 @@ from .cached_passes import checkpointed_modules
 from .lens_artifact import TrainedTensorsModel
 from .optional_packages import require
 from .quantised import is_quantised, state_beside_weights
-from .straight_through import straight_through_embedding
+from .straight_through import straight_through_embeddings
 from .summed_gradient import SummedGradient
 
 
@@ -187,19 +189,19 @@ def lookup(embedding: nn.Embedding, token_ids: list[int]) -> Tensor:
 
 
 def embed_sampled(
-    clone: LensClone,
+    clones: Sequence[LensClone],
     logits: Tensor,
     ids: Tensor,
     keys: Tensor | None,
     tau: float,
-    summed: SummedGradient | None = None,
-) -> Tensor:
-    """Embeddings (N, d) of sampled tokens in a clone's table, straight-through where gradients are wanted.
+    sums: Mapping[LensClone, SummedGradient] = MappingProxyType({}),
+) -> list[Tensor]:
+    """Embeddings (N, d) of sampled tokens in the tables of some clones, straight-through where gradients are wanted.
 
-    `summed`: of the table, to which its gradient is added.
+    `sums`: of tables to whose sum the gradient is added.
     """
-    embedding = clone.token_embedding
     if not torch.is_grad_enabled():
-        return embedding(ids)
-    embeddings = straight_through_embedding(logits, ids, keys, embedding.weight, tau, summed=summed)
-    return embeddings * clone.embedding_scale
+        return [clone.token_embedding(ids) for clone in clones]
+    tables = [sums.get(clone, clone.token_embedding.weight) for clone in clones]
+    embeddings = straight_through_embeddings(logits, ids, keys, tables, tau)
+    return [rows * clone.embedding_scale for rows, clone in zip(embeddings, clones, strict=True)]

@@ -1,6 +1,6 @@
 """The decoder: activation to text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -23,10 +23,17 @@ LONG_PROMPT = 4
 
 
 class SoftText(NamedTuple):
-    """A text: `token_ids` (B, T); `predictions`, what each of its B * T tokens was drawn from."""
+    """A text.
+
+    Attributes:
+        token_ids: (B, T).
+        predictions: what each of its B * T tokens was drawn from.
+        embeddings: (B, T, d) in the table of the clone that is to read it, if any.
+    """
 
     token_ids: Tensor
     predictions: TokenLogits
+    embeddings: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -145,6 +152,7 @@ class LensDecoder(LensClone):
         temperature: float = 1.0,
         use_cache: bool = True,
         chunk_size: int = 0,
+        reader: LensClone | None = None,
     ) -> SoftText:
         """Generates T tokens, each drawn by Gumbel-max, with straight-through gradients through all steps.
 
@@ -156,13 +164,21 @@ class LensDecoder(LensClone):
             temperature: temperature of the sample.
             use_cache: False runs the whole sequence anew at every step, the reference for tests.
             chunk_size: rows of logits held at a time (`token_logits`); 0 holds all of them.
+            reader: the clone that will read the text, which gets its embeddings: in the backward pass, noise and
+                softmax of a token are then made once for its gradients in both tables.
 
         Raises:
             ValueError: if T is less than one.
         """
-        tokens = self.generated_tokens(activations, keys, num_text_tokens, tau, temperature, use_cache, chunk_size)
-        ids, states = zip(*tokens, strict=True)
-        return SoftText(torch.stack(ids, dim=1), self.predictions(torch.stack(states, dim=1), chunk_size))
+        tokens = self.generated_tokens(
+            activations, keys, num_text_tokens, tau, temperature, use_cache, chunk_size, reader
+        )
+        ids, states, read = zip(*tokens, strict=True)
+        return SoftText(
+            torch.stack(ids, dim=1),
+            self.predictions(torch.stack(states, dim=1), chunk_size),
+            None if reader is None else torch.stack(read, dim=1),
+        )
 
     @torch.no_grad()
     def generate_ids(
@@ -177,7 +193,7 @@ class LensDecoder(LensClone):
         tokens = self.generated_tokens(
             activations, keys, num_text_tokens, temperature=temperature, chunk_size=chunk_size
         )
-        return torch.stack([ids for ids, _ in tokens], dim=1)
+        return torch.stack([ids for ids, *_ in tokens], dim=1)
 
     def generated_tokens(
         self,
@@ -188,9 +204,10 @@ class LensDecoder(LensClone):
         temperature: float = 1.0,
         use_cache: bool = True,
         chunk_size: int = 0,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The text token by token: ids (B,), and what they were drawn from: logits (B, V), or with a `chunk_size`
-        the hidden states (B, d) that these were made of; see `generate_soft`."""
+        reader: LensClone | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The text token by token: ids (B,); what they were drawn from, logits (B, V), or with a `chunk_size` the
+        hidden states (B, d) that these were made of; embeddings (B, d) for a `reader`. See `generate_soft`."""
         if num_text_tokens < 1:
             raise ValueError(f"num_text_tokens must be at least 1, got {num_text_tokens}; 8 is a good start")
         dtype = self.token_embedding.weight.dtype
@@ -224,32 +241,42 @@ class LensDecoder(LensClone):
             else:
                 with self.injected(activations, slot):
                     states = last_output(chunk, None)
-            step_keys = None if keys is None else fold_in(keys, step)
             is_last = step == num_text_tokens - 1
+            embed_for: dict[str, LensClone] = {} if is_last else {"next": self}
+            if reader is not None:
+                embed_for["read"] = reader
             draw = partial(
-                self.drawn, keys=step_keys, temperature=temperature, tau=None if is_last else tau, table=table
+                self.drawn,
+                keys=None if keys is None else fold_in(keys, step),
+                temperature=temperature,
+                tau=tau,
+                embed_for=embed_for,
+                sums={} if table is None else {self: table},
             )
             drawn = self.predictions(states, chunk_size).read(draw)
-            yield drawn["ids"], states
+            yield drawn["ids"], states, drawn.get("read")
             if not is_last:
-                token = drawn["embeddings"][:, None].to(dtype)
+                token = drawn["next"][:, None].to(dtype)
                 chunk = token if use_cache else torch.cat([chunk, token], dim=1)
 
+    @staticmethod
     def drawn(
-        self,
         logits: Tensor,
         rows: slice,
         keys: Tensor | None,
         temperature: float,
-        tau: float | None,
-        table: SummedGradient | None = None,
+        tau: float,
+        embed_for: Mapping[str, LensClone],
+        sums: Mapping[LensClone, SummedGradient],
     ) -> dict[str, Tensor]:
-        """Tokens drawn from logits (n, V) of some rows of a batch: `ids` (n,), and with `tau` their `embeddings`."""
+        """Tokens drawn from logits (n, V) of some rows of a batch: `ids` (n,), and their embeddings (n, d) in the
+        table of each clone, by its name; `sums`: see `embed_sampled`."""
         row_keys = None if keys is None else keys[rows]
         ids = sample_tokens(logits, row_keys, temperature)
-        if tau is None:
+        if not embed_for:
             return {"ids": ids}
-        return {"ids": ids, "embeddings": embed_sampled(self, logits, ids, row_keys, tau, table)}
+        embeddings = embed_sampled(list(embed_for.values()), logits, ids, row_keys, tau, sums)
+        return {"ids": ids} | dict(zip(embed_for, embeddings, strict=True))
 
     def summed_gradients(self) -> tuple[SummedGradient | None, SummedGradient | None]:
         """Of the unembedding and of the embedding table, one and the same where these are tied; None for what has

@@ -109,7 +109,8 @@ class LensEncoder(LensClone):
         flat_keys = None if keys is None else torch.stack([fold_in(keys, t) for t in range(length)], dim=1).flatten()
 
         def embed(logits: Tensor, rows: slice) -> Tensor:
-            return embed_sampled(self, logits, flat_ids[rows], None if flat_keys is None else flat_keys[rows], tau)
+            row_keys = None if flat_keys is None else flat_keys[rows]
+            return embed_sampled([self], logits, flat_ids[rows], row_keys, tau)[0]
 
         return embed
 

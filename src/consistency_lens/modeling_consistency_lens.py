@@ -235,9 +235,12 @@ class ConsistencyLensModel(TrainedTensorsModel):
                 text = self.decoder.score(activations, text_ids, chunk_size)
         else:
             with span("generation"):
-                text = self.decoder.generate_soft(activations, noise_keys, length, tau, chunk_size=chunk_size)
-        is_soft = text_ids is None or straight_through
-        values, embeddings = self.read_tokens(activations, text, noise_keys, tau if is_soft else None, reader)
+                text = self.decoder.generate_soft(
+                    activations, noise_keys, length, tau, chunk_size=chunk_size, reader=self.encoder
+                )
+        embed_tau = tau if straight_through and text_ids is not None else None
+        values, embeddings = self.read_tokens(activations, text, noise_keys, embed_tau, reader)
+        embeddings = text.embeddings if embeddings is None else embeddings
         logits = text.logits if reader is None else None
         if embeddings is not None:
             with span("encoder"):

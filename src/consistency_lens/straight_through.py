@@ -9,7 +9,7 @@ and the vocabulary index, never of a generator's state, so a row draws the same 
 Shapes: B batch, N rows, V vocabulary, d width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -174,10 +174,9 @@ def straight_through_embedding(
     logits: Tensor,
     token_ids: Tensor,
     keys: Tensor | None,
-    table: Tensor,
+    table: Tensor | SummedGradient,
     tau: float,
     chunk_size: int | None = None,
-    summed: SummedGradient | None = None,
 ) -> Tensor:
     """The embeddings of sampled tokens, with the gradient of a Gumbel-softmax at temperature `tau`.
 
@@ -189,10 +188,10 @@ def straight_through_embedding(
         logits: (N, V), any floating dtype; the only large tensor that is kept for the backward pass.
         token_ids: (N,) int64, as `sample_tokens(logits, keys)` drew them.
         keys: (N,) int64, the keys of that draw; None for no noise.
-        table: (V, d) embeddings; its gradient is dense, with non-zero rows at `token_ids` only.
+        table: (V, d) embeddings; its gradient is dense, with non-zero rows at `token_ids` only. Or the sum of a
+            table, to which the gradient is added.
         tau: temperature of the soft distribution.
         chunk_size: rows worked on at a time in the backward pass.
-        summed: of the table, to which its gradient is added; without it, it is one of its own.
 
     Returns:
         (N, d) in the dtype of the table.
@@ -200,22 +199,35 @@ def straight_through_embedding(
     Raises:
         ValueError: if tau is not positive, or the shapes do not agree.
     """
+    return straight_through_embeddings(logits, token_ids, keys, [table], tau, chunk_size)[0]
+
+
+def straight_through_embeddings(
+    logits: Tensor,
+    token_ids: Tensor,
+    keys: Tensor | None,
+    tables: Sequence[Tensor | SummedGradient],
+    tau: float,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`straight_through_embedding` in several tables, whose backward pass makes noise and softmax once for all."""
     _check(logits, keys)
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}; a usual range is 0.1 to 2")
-    if table.dim() != 2 or table.shape[0] != logits.shape[-1]:
-        raise ValueError(
-            f"table must have one row for each of the {logits.shape[-1]} logits, got shape {tuple(table.shape)}; "
-            "pass the input embeddings of the model that made the logits"
-        )
+    sums = [table if isinstance(table, SummedGradient) else None for table in tables]
+    weights = [table.weight if isinstance(table, SummedGradient) else table for table in tables]
+    for weight in weights:
+        if weight.dim() != 2 or weight.shape[0] != logits.shape[-1]:
+            raise ValueError(
+                f"table must have one row for each of the {logits.shape[-1]} logits, got shape "
+                f"{tuple(weight.shape)}; pass the input embeddings of the model that made the logits"
+            )
     if token_ids.shape != logits.shape[:1]:
         raise ValueError(
             f"token_ids must be of shape ({len(logits)},), got {tuple(token_ids.shape)}; flatten the batch"
         )
-    anchor = None
-    if summed is not None:
-        table, anchor = summed.weight, summed.anchor
-    return _StraightThroughEmbedding.apply(logits, token_ids, keys, table, tau, chunk_size, anchor, summed)
+    anchors = [None if summed is None else summed.anchor for summed in sums]
+    return _StraightThroughEmbeddings.apply(logits, token_ids, keys, tau, chunk_size, sums, *weights, *anchors)
 
 
 def _check(logits: Tensor, keys: Tensor | None) -> None:
@@ -225,48 +237,70 @@ def _check(logits: Tensor, keys: Tensor | None) -> None:
         raise ValueError(f"keys must be of shape ({len(logits)},), got {tuple(keys.shape)}; make them with row_keys")
 
 
-class _StraightThroughEmbedding(torch.autograd.Function):
+class _StraightThroughEmbeddings(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
         token_ids: Tensor,
         keys: Tensor | None,
-        table: Tensor,
         tau: float,
         chunk_size: int | None,
-        anchor: Tensor | None,
-        summed: SummedGradient | None,
-    ) -> Tensor:
-        ctx.save_for_backward(logits, token_ids, keys, table, anchor)
-        ctx.tau, ctx.chunk_size, ctx.summed = tau, chunk_size, summed
-        return table[token_ids]
+        sums: list[SummedGradient | None],
+        *weights_and_anchors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        weights = weights_and_anchors[: len(sums)]
+        ctx.save_for_backward(logits, token_ids, keys, *weights_and_anchors)
+        ctx.tau, ctx.chunk_size, ctx.sums = tau, chunk_size, sums
+        ctx.set_materialize_grads(False)
+        return tuple(weight[token_ids] for weight in weights if weight is not None)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, keys, table, anchor = ctx.saved_tensors
-        grad_logits = grad_table = grad_anchor = None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, token_ids, keys, *saved = ctx.saved_tensors
+        weights, anchors = saved[: len(grads)], saved[len(grads) :]
+        grad_logits = None
         if ctx.needs_input_grad[0]:
-            grad_logits = _soft_gradient(logits, keys, grad, table, ctx.tau, ctx.chunk_size)
-        if ctx.needs_input_grad[3]:
-            grad_table = torch.zeros_like(table).index_add_(0, token_ids, grad)
-        if ctx.summed is not None:
-            ctx.summed.add_rows(token_ids, grad)
-            grad_anchor = torch.zeros_like(anchor)
-        return grad_logits, None, None, grad_table, None, None, grad_anchor, None
+            uses = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if grad is not None]
+            grad_logits = _soft_gradient(logits, keys, uses, ctx.tau, ctx.chunk_size)
+        first = len(ctx.needs_input_grad) - len(saved)
+        of_weights: list[Tensor | None] = [None] * len(grads)
+        of_anchors: list[Tensor | None] = [None] * len(grads)
+        for i, (grad, summed) in enumerate(zip(grads, ctx.sums, strict=True)):
+            if grad is None:
+                continue
+            if summed is not None:
+                summed.add_rows(token_ids, grad)
+                of_anchors[i] = torch.zeros_like(anchors[i])
+            elif ctx.needs_input_grad[first + i]:
+                of_weights[i] = torch.zeros_like(weights[i]).index_add_(0, token_ids, grad)
+        return grad_logits, None, None, None, None, None, *of_weights, *of_anchors
 
 
 def _soft_gradient(
-    logits: Tensor, keys: Tensor | None, grad: Tensor, table: Tensor, tau: float, chunk_size: int | None
+    logits: Tensor,
+    keys: Tensor | None,
+    uses: list[tuple[Tensor, Tensor]],
+    tau: float,
+    chunk_size: int | None,
 ) -> Tensor:
-    """(N, V): `p * (grad W^T - sum(p * grad W^T)) / tau` with `p = softmax((logits + g) / tau)`."""
+    """(N, V): `p * (h - sum(p * h)) / tau` with `p = softmax((logits + g) / tau)` and h the sum of `grad W^T` over
+    `uses`, gradients (N, d) of embeddings in tables W."""
     words = None if keys is None else _index_words(logits.shape[-1], logits.device)
     keys = None if keys is None else keys.to(logits.device)
+    # clones may share a table
+    of_table: dict[int, tuple[Tensor, Tensor]] = {}
+    for grad, table in uses:
+        before = of_table.get(table.data_ptr())
+        of_table[table.data_ptr()] = (grad if before is None else before[0] + grad, table)
+    grad_logits: Tensor | None = None
     # One product for all rows, into the tensor that is returned anyway. Autocast is off so that dtypes are as stated
     # even where backward is called inside it.
     with torch.autocast(logits.device.type, enabled=False):
-        grad_logits = table_product((grad / tau).to(logits.dtype), table.to(logits.dtype))
+        for grad, table in of_table.values():
+            grad_logits = table_product((grad / tau).to(logits.dtype), table.to(logits.dtype), grad_logits)
+    assert grad_logits is not None
     for rows in row_chunks(logits, chunk_size):
         scores = _noisy(logits[rows], None if keys is None else keys[rows], words)
         soft = torch.softmax(scores if tau == 1.0 else scores / tau, dim=-1)

@@ -8,6 +8,7 @@ positions alone, each against the cache entries before it and itself.
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .attention import attention_with_masks
-from .context_cache import ContextCache, ContextComplete, empty_cache, joined, reopened
+from .context_attention import attending_to
+from .context_cache import ContextCache, ContextComplete, beside, empty_cache, joined, kept, reopened
 from .residual_stream import ResidualStream, gather_positions
 from .spans import span
 from .token_logits import head_logits
@@ -38,8 +40,7 @@ class SubjectContext(NamedTuple):
     """Next-token logits at the positions, (B, K, V); or the hidden states (B, K, d) that `Subject.head` makes them of,
     where these were asked for."""
     cache: ContextCache | None
-    """Keys and values over the whole sequence of the blocks above `layer`; None where the one-token pass is not in
-    use."""
+    """Keys and values of the blocks above `layer`, pass by pass; None where the one-token pass is not in use."""
     input_ids: Tensor
     """(B, S) int64, right-padded."""
     attention_mask: Tensor
@@ -57,6 +58,8 @@ class Subject:
         blocks, final_norm: see `ResidualStream`.
         one_token: use the one-token pass where the architecture allows it. Where it does not, as a self-check finds
             out, the plain pass over the whole sequence is used and the log says so once.
+        context_attention: in the one-token pass, use an attention that leaves the context where it is
+            (`context_attention`), again where the architecture allows it; if not, new keys and values are appended.
 
     Raises:
         ValueError: if the model has no such layer.
@@ -69,11 +72,12 @@ class Subject:
         one_token: bool = True,
         blocks: str | None = None,
         final_norm: str | None = None,
+        context_attention: bool = True,
     ) -> None:
         self._paths = {"blocks": blocks, "final_norm": final_norm}
         self.layer = layer
         self.change_model(model)
-        self._one_token = one_token
+        self._one_token, self._context_attention = one_token, context_attention
         self._checked_length: float = 0
 
     def change_model(self, model: PreTrainedModel) -> None:
@@ -152,15 +156,27 @@ class Subject:
             return self.replaced_logits_full(context, activations, with_head)
         batch_size, num_positions = context.positions.shape
         queries = torch.arange(num_positions, device=context.positions.device).expand(batch_size, -1)
-        with self.stream.replace(self.layer, queries, activations), attention_with_masks(self.model):
+        with self.stream.replace(self.layer, queries, activations), self._reading(context) as past:
             return self.run(
                 with_head,
                 input_ids=context.input_ids.gather(1, context.positions),
-                attention_mask=self._attention_mask(context, dtype=next(iter(_keys(context.cache))).dtype),
+                attention_mask=self._attention_mask(context, dtype=next(_keys(context.cache)).dtype),
                 position_ids=context.positions,
-                past_key_values=reopened(context.cache, context.input_ids.shape[1]),
+                past_key_values=past,
                 use_cache=True,
             )
+
+    @contextmanager
+    def _reading(self, context: SubjectContext) -> Iterator[DynamicCache]:
+        """A cache with which tokens at the positions, run inside the `with` block, attend to the context."""
+        assert context.cache is not None
+        length = context.input_ids.shape[1]
+        if self._context_attention:
+            with attending_to(self.model, context.cache):
+                yield beside(self.stream.num_layers, length)
+        else:
+            with attention_with_masks(self.model):
+                yield reopened(context.cache, length)
 
     def replaced_logits_full(self, context: SubjectContext, activations: Tensor, with_head: bool = True) -> Tensor:
         """As `replaced_logits`, by K passes over the whole sequence: the reference, right for any architecture."""
@@ -184,6 +200,10 @@ class Subject:
             limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
             tested_length = int(min(max(CHECK_MIN_LENGTH, 1 << (length - 1).bit_length()), limit))
             reason = self._failure_of_one_token(tested_length)
+            if reason is not None and self._context_attention:
+                logger.debug("%s: keys and values are appended to a context: %s", type(self.model).__name__, reason)
+                self._context_attention = False
+                reason = self._failure_of_one_token(tested_length)
             # A model cannot be tried beyond its positions: the answer there is the answer for good.
             self._checked_length = math.inf if tested_length == limit else tested_length
             if reason is not None:
@@ -214,7 +234,7 @@ class Subject:
         context = SubjectContext(
             activations=torch.cat(activations),
             logits=torch.cat(logits),
-            cache=joined(caches, input_ids.shape[1]) if keep_cache else None,
+            cache=self._kept(caches, input_ids.shape[1]) if keep_cache else None,
             input_ids=input_ids,
             attention_mask=attention_mask,
             positions=positions,
@@ -222,6 +242,9 @@ class Subject:
         if not stop:
             return context
         return context._replace(logits=self.replaced_logits(context, context.activations, with_head))
+
+    def _kept(self, caches: Sequence[DynamicCache], length: int) -> ContextCache:
+        return kept(caches) if self._context_attention else joined(kept(caches), length)
 
     def _read(
         self, sequences: tuple[Tensor, ...], keep_cache: bool, with_head: bool, stop: bool
@@ -337,8 +360,8 @@ def in_passes(passes: Passes | None, *sequences: Tensor) -> Iterator[tuple[Tenso
 
 
 def _keys(cache: ContextCache) -> Iterator[Tensor]:
-    """The keys of the blocks that keep them."""
-    return (states[0] for states in cache if states is not None)
+    """The keys of all passes and of the blocks that keep them."""
+    return (states[0] for one_pass in cache for states in one_pass if states is not None)
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> None:

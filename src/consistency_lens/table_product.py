@@ -12,12 +12,18 @@ BLOCK_ELEMENTS = 2**18
 """Elements of the table in a block: 1 MiB of float32."""
 
 
-def table_product(rows: Tensor, table: Tensor) -> Tensor:
-    """`rows @ table.T` for rows (n, d) and a table (V, d) of one dtype: (n, V). It has no gradient."""
+def table_product(rows: Tensor, table: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """`rows @ table.T` for rows (n, d) and a table (V, d) of one dtype: (n, V). It has no gradient.
+
+    Given `add_to` (n, V), the product is added to it in place, and it is what is returned.
+    """
     if rows.device.type != "cpu" or rows.dtype != torch.float32:
-        return torch.mm(rows, table.T)
-    product = rows.new_empty(len(rows), len(table))
+        return torch.mm(rows, table.T) if add_to is None else torch.addmm(add_to, rows, table.T, out=add_to)
+    product = rows.new_empty(len(rows), len(table)) if add_to is None else add_to
     size = max(1, BLOCK_ELEMENTS // table.shape[1])
     for block, columns in zip(table.split(size), product.split(size, dim=1), strict=True):
-        torch.mm(rows, block.T, out=columns)
+        if add_to is None:
+            torch.mm(rows, block.T, out=columns)
+        else:
+            torch.addmm(columns, rows, block.T, out=columns)
     return product

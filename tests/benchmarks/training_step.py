@@ -9,8 +9,10 @@ Two models: the embedded one, and 12 blocks of width 512 with a vocabulary of 32
 Run with `python tests/benchmarks/training_step.py`. It writes, for the large model (and `<name>_tiny_stories`):
 `step_vs_reference` and `step_vs_reference_k8` (8 activations of a sequence), seconds; `step_vs_cached_reference`,
 where the plan's generation has a key-value cache; `step_memory_vs_reference`, the peak of a process that builds its
-models and takes two steps; `step_flops_vs_reference` and `step_flops_vs_cached_reference`, also for `_k8` and for
-`_last`, where every P is the last token, so that no context is shorter than another, FLOPs of an activation;
+models and takes two steps; `step_vs_reference_equal_memory` and `_k8`, seconds an activation where our step takes more
+activations at a time, in no more memory than the plan's, as `step_memory_of_larger_batch` shows;
+`step_flops_vs_reference` and `step_flops_vs_cached_reference`, also for `_k8` and for `_last`, where every P is the
+last token, so that no context is shorter than another, FLOPs of an activation;
 `kl_share_of_step`, what of a step the subject's judgement costs more than a squared error, K=8.
 """
 
@@ -48,11 +50,12 @@ EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_stories"
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and how many activations a step has."""
+    """A model and how many activations a step has: as many on both sides, or the `larger` batch on ours."""
 
     suffix: str
     layer: int
     batch: int
+    larger: int
     runs: int
 
     def make_lens(self, vocabulary: int = 32_000, **clones: Any) -> ConsistencyLensModel:
@@ -74,8 +77,8 @@ class Setting:
 
 # The more activations a step has, the less of it is weights and optimizer, which are alike on both sides, and calls.
 SETTINGS = (
-    Setting(suffix="_tiny_stories", layer=2, batch=256, runs=5),
-    Setting(suffix="", layer=6, batch=96, runs=3),
+    Setting(suffix="_tiny_stories", layer=2, batch=256, larger=1024, runs=5),
+    Setting(suffix="", layer=6, batch=96, larger=256, runs=3),
 )
 NUM_COUNTED = 32  # activations whose FLOPs are counted, as these are the same for each
 
@@ -172,13 +175,35 @@ def measure_times(setting: Setting, device: torch.device) -> None:
     model = f"{type(lens.subject.model).__name__} of {lens.subject.model.num_parameters() / 1e6:.1f}M parameters"
     what = f"training step, {model}, layer {setting.layer}, B={setting.batch} S={LENGTH} T={NUM_TEXT_TOKENS}"
     sides = Sides.of(lens, device)
-    medians = interleaved(sides.steps(make_batch(lens, setting.batch, 1)), device, setting.runs, warmup=1)
-    for name, side in (("step_vs_reference", "plan"), ("step_vs_cached_reference", "cached")):
-        write(name, f"{what} K=1 against the plan's", "seconds", medians["ours"], medians[side], setting, device)
-    del sides.plans["cached"]
-    medians = interleaved(sides.steps(make_batch(lens, setting.batch, 8)), device, setting.runs, warmup=1)
-    of_eight = f"{what} K=8 against the plan's"
-    write("step_vs_reference_k8", of_eight, "seconds", medians["ours"], medians["plan"], setting, device)
+    for num_positions, suffix in ((1, ""), (8, "_k8")):
+        work = sides.steps(make_batch(lens, setting.batch, num_positions))
+        larger = our_losses(lens, make_batch(lens, setting.larger, num_positions))
+        work["larger"] = functools.partial(take_step, larger, sides.optimizers["ours"])
+        if suffix:
+            del work["cached"]
+        medians = interleaved(work, device, setting.runs, warmup=1)
+        of = f"{what} K={num_positions}"
+        for name, side in (("step_vs_reference", "plan"), ("step_vs_cached_reference", "cached")):
+            if side in medians:
+                plan = "the plan's" if side == "plan" else "the plan's, cached"
+                write(
+                    f"{name}{suffix}",
+                    f"{of} against {plan}",
+                    "seconds",
+                    medians["ours"],
+                    medians[side],
+                    setting,
+                    device,
+                )
+        write(
+            f"step_vs_reference_equal_memory{suffix}",
+            f"{of} against the plan's, ours B={setting.larger}",
+            "seconds an activation",
+            medians["larger"] / setting.larger,
+            medians["plan"] / setting.batch,
+            setting,
+            device,
+        )
 
 
 def measure_share(setting: Setting, device: torch.device) -> None:
@@ -214,13 +239,13 @@ def measure_flops(setting: Setting, device: torch.device) -> None:
             write(f"{name}{suffix}", against, "FLOPs an activation", counts["ours"], counts[side], setting, device)
 
 
-def peak_bytes(setting: Setting, side: str) -> int:
+def peak_bytes(setting: Setting, side: str, batch: int) -> int:
     """By how much the memory of this process, which has done nothing yet, rises at most; on a GPU, what it takes."""
     device = prepare()
     before = memory("VmRSS", device)
     lens = setting.make_lens().to(device)
     # the first step makes the states of the optimizer, which are there during the second
-    batches = [make_batch(lens, size, 1) for size in (2, setting.batch)]
+    batches = [make_batch(lens, size, 1) for size in (2, batch)]
     if side == "ours":
         optimizer, losses = make_optimizer(lens), [our_losses(lens, batch) for batch in batches]
     else:
@@ -243,18 +268,21 @@ def memory(field: str, device: torch.device) -> int:
 def measure_memory(setting: Setting, device: torch.device) -> None:
     """Writes what a step holds at most, weights and optimizer included."""
     peaks = {}
-    for side in ("ours", "plan"):
+    for side, batch in (("ours", setting.batch), ("ours", setting.larger), ("plan", setting.batch)):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            peaks[side] = pool.submit(peak_bytes, setting, side).result()
+            peaks[side, batch] = pool.submit(peak_bytes, setting, side, batch).result()
+    plan = peaks["plan", setting.batch]
     what = (
         f"peak memory of models, optimizer and two training steps, layer {setting.layer}, "
         f"B={setting.batch} S={LENGTH} T={NUM_TEXT_TOKENS} K=1 against the plan's"
     )
-    write("step_memory_vs_reference", what, "bytes", peaks["ours"], peaks["plan"], setting, device)
+    write("step_memory_vs_reference", what, "bytes", peaks["ours", setting.batch], plan, setting, device)
+    of_larger = f"{what}, ours B={setting.larger}"
+    write("step_memory_of_larger_batch", of_larger, "bytes", peaks["ours", setting.larger], plan, setting, device)
 
 
 def write(name: str, what: str, unit: str, mine: float, other: float, setting: Setting, device: torch.device) -> None:
-    runs = setting.runs if unit in ("seconds", "of a step") else 1
+    runs = setting.runs if unit in ("seconds", "seconds an activation", "of a step") else 1
     write_result(f"{name}{setting.suffix}", what, unit, mine, other, runs, device)
 
 

@@ -29,9 +29,9 @@ def collated(rows):
     return ActivationCollator(0, 3)(rows)
 
 
-def subject_of(family):
+def subject_of(family, **settings):
     """A tiny subject; gemma3 has blocks with a window that is shorter than the sequences."""
-    return Subject(tiny_model(family, **({"sliding_window": 8} if family == "gemma3" else {})), LAYER)
+    return Subject(tiny_model(family, **({"sliding_window": 8} if family == "gemma3" else {})), LAYER, **settings)
 
 
 def judged(subject, batch, with_context):

@@ -100,7 +100,7 @@ def test_what_is_kept_of_the_context_is_what_the_subject_would_read_again(subjec
     kept = read_activations(subject, batch, keep_context=True)["context"]
     again = subject.context(batch["input_ids"], batch["attention_mask"], batch["positions"][:, None])
     assert torch.equal(kept.logits, again.logits)
-    assert kept.cache is not None and torch.equal(kept.cache[-1][0], again.cache[-1][0])
+    assert kept.cache is not None and torch.equal(kept.cache[0][-1][0], again.cache[0][-1][0])
 
 
 @pytest.mark.parametrize("keep_context", [False, True])

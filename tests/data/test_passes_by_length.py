@@ -23,9 +23,10 @@ from consistency_lens.subject import Subject, in_passes
 POSITIONS = ((4, 9), (19,), (3,), (12, 18), (6,), (9,))
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=[("llama", True), ("llama", False), ("gemma3", True), ("gemma3", False)])
 def subject(request):
-    return subject_of(request.param)
+    family, context_attention = request.param
+    return subject_of(family, context_attention=context_attention)
 
 
 def cost_of(passes, pass_cost):
