@@ -122,7 +122,7 @@ def step_peak(name, vocabulary, chunk_size):
 
 @pytest.mark.parametrize("name", WIDE_OBJECTIVES)
 def test_memory_of_a_step_grows_with_the_vocabulary_by_one_chunk_of_rows(name):
-    vocabularies = (4_096, 16_384, 65_536)
+    vocabularies = (8_192, 32_768, 131_072)
     peaks = [step_peak(name, vocabulary, CHUNK) for vocabulary in vocabularies]
     for vocabulary, peak in zip(vocabularies[1:], peaks[1:], strict=True):
         chunk = 4 * CHUNK * (vocabulary - vocabularies[0])
