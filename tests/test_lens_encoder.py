@@ -6,7 +6,7 @@ from flop_count import flops
 from tiny_lenses import LAYER, PROMPTS, activations, disturb, tiny_lens, tiny_tokenizer
 from tiny_models import FAMILIES, NUM_LAYERS, WIDTH, tiny_model
 
-from consistency_lens import ConsistencyLensModel, ResidualStream, Subject
+from consistency_lens import ConsistencyLensModel, ResidualStream, Subject, cached_passes
 from consistency_lens.straight_through import row_keys
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -116,6 +116,38 @@ def test_a_prompt_that_runs_once_gives_the_same(family, prompt, mask):
         grads = torch.autograd.grad(reconstruction.square().mean(), list(parts.values()), allow_unused=True)
         found.append((reconstruction, dict(zip(parts, grads, strict=True))))
     torch.testing.assert_close(found[0], found[1], **CLOSE)
+
+
+@pytest.mark.parametrize("prompt", ["<text>", "w7 w8 <text> w9"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_block_finishes_the_last_token_alone(family, prompt, monkeypatch):
+    monkeypatch.setattr(cached_passes, "PASS_COST_ON_CPU", 1)
+    model = {"sliding_window": 3} if family.startswith("gemma") else {}
+    lens, found = disturb(tiny_lens(family, "full", model, encoder_prompt=prompt)), []
+    finished = []
+    last = ResidualStream(lens.encoder.base).blocks[-1]
+    last.register_forward_hook(lambda *args: finished.append(args[2][0].shape[-2]))
+    for stops_early in (True, False):
+        lens.encoder.stops_early = stops_early
+        embeddings = lens.encoder.embed_ids(TEXT_IDS)
+        reconstruction = lens.encoder(embeddings)
+        parts = {name: p for name, p in lens.encoder.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(reconstruction.square().mean(), list(parts.values()), allow_unused=True)
+        found.append((reconstruction, dict(zip(parts, grads, strict=True))))
+    before, behind = (len(part.split()) for part in prompt.split("<text>"))
+    # what stands before the text, BOS included, runs whole either way
+    assert finished == [1 + before, 1, 1 + before, TEXT_IDS.shape[1] + behind]
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
+
+
+@pytest.mark.parametrize(("rows", "stops"), [(64, True), (16, False)])
+def test_a_pass_ends_early_where_that_is_less_work(rows, stops):
+    lens, finished = tiny_lens(), []
+    lens.encoder.base.layers[-1].mlp.register_forward_hook(lambda *args: finished.append(args[2].shape[1]))
+    ids = TEXT_IDS[:1].repeat(rows, 2)
+    assert (len(ids) * (ids.shape[1] - 1) > 2 * 2 * cached_passes.PASS_COST_ON_CPU) == stops
+    lens.encoder(lens.encoder.embed_ids(ids))
+    assert finished[-1] == (1 if stops else ids.shape[1])
 
 
 def test_a_prompt_is_run_once_a_batch():

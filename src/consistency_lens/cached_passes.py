@@ -11,8 +11,17 @@ from transformers import DynamicCache, PreTrainedModel
 
 # The keys and values of each block, (B, heads, tokens, width of a head), for the tokens of one pass.
 KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
+# How many tokens take as long as what a pass costs by itself: on other devices than a CPU, it starts hundreds of
+# kernels, which a batch of few tokens does not fill. Only that of a CPU was measured.
+PASS_COST, PASS_COST_ON_CPU = 2048, 32
+
 # embeddings (B, C, d) and a cache that grows by them -> what is wanted of the last of them, (B, ...)
 Pass = Callable[[Tensor, DynamicCache], Tensor]
+
+
+def cost_on(device: torch.device) -> int:
+    """What a pass costs there by itself, in tokens."""
+    return PASS_COST_ON_CPU if device.type == "cpu" else PASS_COST
 
 
 class CachedPasses:

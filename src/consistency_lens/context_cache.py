@@ -1,7 +1,8 @@
-"""The key-value cache of a context for a pass that starts anew at some block.
+"""The key-value cache of tokens of which keys and values are all that is wanted.
 
 When the output of block k is overwritten at every token of a pass, what the blocks up to k make of these tokens does
-not matter, and neither does the context that they see. So only the blocks above k keep keys and values.
+not matter, and neither does the context that they see. So only the blocks above k keep keys and values. And of tokens
+whose own output nobody reads, the last block gives keys and values alone: a pass over them ends there.
 """
 
 from collections.abc import Sequence
@@ -54,6 +55,19 @@ class _Kept(DynamicLayer):
         if self.stop:
             raise ContextComplete
         return self.keys, self.values
+
+
+class _EndsOnce(DynamicLayer):
+    """Appends keys and values as any layer does; the first pass ends with that."""
+
+    ends = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        states = super().update(key_states, value_states, *args, **kwargs)
+        if self.ends:
+            self.ends = False
+            raise ContextComplete
+        return states
 
 
 class _NotRead(_NotKept):
@@ -120,9 +134,23 @@ def reopened(context: ContextCache, length: int) -> DynamicCache:
         if states is None:
             cache.layers.append(_NotRead(length))
             continue
-        layer = DynamicLayer()
-        # Set directly, as `update` would copy the whole context once more.
-        layer.lazy_initialization(*states)
-        layer.keys, layer.values = states
-        cache.layers.append(layer)
+        cache.layers.append(_holding(DynamicLayer(), states))
     return cache
+
+
+def ending(cache: DynamicCache, num_blocks: int) -> DynamicCache:
+    """A cache that goes on from another one, and whose first pass ends in the last block, by `ContextComplete`."""
+    layers = [DynamicLayer() for _ in range(num_blocks - 1)] + [_EndsOnce()]
+    # before any pass, a cache has no layers yet
+    for layer, (keys, values, *_) in zip(layers, cache, strict=False):
+        _holding(layer, (keys, values))
+    going_on = DynamicCache()
+    going_on.layers.extend(layers)
+    return going_on
+
+
+def _holding(layer: DynamicLayer, states: tuple[Tensor, Tensor]) -> DynamicLayer:
+    """The layer, with keys and values set directly, as `update` would copy them once more."""
+    layer.lazy_initialization(*states)
+    layer.keys, layer.values = states
+    return layer

@@ -1,15 +1,17 @@
 """The encoder: text to activation."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .artifact_subject import base_from_config, load_subject
-from .cached_passes import PromptCache, prompt_cache
+from .cached_passes import PromptCache, cost_on, prompt_cache
 from .configuration_consistency_lens import LensEncoderConfig
+from .context_cache import ContextComplete, ending
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .lens_decoder import SoftText
 from .residual_stream import ResidualStream, truncated
@@ -23,6 +25,8 @@ class LensEncoder(LensClone):
 
     config_class = LensEncoderConfig
     artifact_kind = "Encoder of a consistency lens (text to activation)"
+    stops_early = True
+    """Whether a pass over a text may end in the last block, where that is less work."""
 
     def __init__(self, config: LensEncoderConfig, base: PreTrainedModel | None = None):
         """`base` is a whole clone of the subject; what the encoder does not need is cut from it here."""
@@ -30,7 +34,9 @@ class LensEncoder(LensClone):
         paths = {"blocks": config.blocks, "final_norm": config.final_norm}
         stream = ResidualStream(base, **paths)
         width, scale, embedding = stream.width, stream.embedding_scale, stream.input_embedding
-        super().__init__(config, truncated(base, num_encoder_blocks(config, stream.num_layers), **paths))
+        num_blocks = num_encoder_blocks(config, stream.num_layers)
+        super().__init__(config, truncated(base, num_blocks, **paths))
+        self.num_blocks = num_blocks
         self.embedding_scale = scale
         device = embedding.get_parameter("weight").device
         self.normaliser = Normaliser(width, device)
@@ -65,16 +71,30 @@ class LensEncoder(LensClone):
         else:
             rows = torch.cat([prefix.expand(batch, -1, -1), rows], dim=1)
         if text_mask is None or bool(text_mask.all()):
-            hidden = self.run(rows, before)[:, -1]
+            hidden = self.last_state(rows, None if before is None else before.cache)
         else:
             left, right = text_mask.new_ones(batch, len(prefix)), text_mask.new_ones(batch, len(suffix))
             hidden = self.last_hidden(rows, torch.cat([left, text_mask, right], dim=1).long(), before)
         normalised = self.normaliser.normalise(hidden).to(self.output_map.weight.dtype)
         return self.normaliser.denormalise(self.output_map(normalised))
 
-    def run(self, rows: Tensor, before: PromptCache | None, **kwargs: Tensor) -> Tensor:
-        """The base's output (B, C, d) for the embeddings of `rows` (B, C, d), behind what ran before them."""
-        cache = None if before is None else before.cache
+    def last_state(self, rows: Tensor, cache: DynamicCache | None) -> Tensor:
+        """The base's output (B, d) at the last of the embeddings of `rows` (B, C, d), behind those of a cache.
+
+        Of the tokens before it the last block gives keys and values alone, in a pass that ends there, if that is less
+        work than another pass.
+        """
+        num_before, another_pass = len(rows) * (rows.shape[1] - 1), 2 * self.num_blocks * cost_on(rows.device)
+        may_stop = self.stops_early and self.base._compiled_call_impl is None
+        if cache is not None and may_stop and num_before > another_pass:
+            cache = ending(cache, self.num_blocks)
+            with suppress(ContextComplete):
+                self.run(rows[:, :-1], cache)
+            rows = rows[:, -1:]
+        return self.run(rows, cache)[:, -1]
+
+    def run(self, rows: Tensor, cache: DynamicCache | None, **kwargs: Tensor) -> Tensor:
+        """The base's output (B, C, d) for the embeddings of `rows` (B, C, d), behind those of a cache."""
         output = self.base(inputs_embeds=rows, past_key_values=cache, use_cache=cache is not None, **kwargs)
         return cast(Tensor, output.last_hidden_state)
 
@@ -87,7 +107,9 @@ class LensEncoder(LensClone):
             raise ValueError(NOTHING_TO_READ)
         start = mask.shape[1] - rows.shape[1]
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
-        hidden = self.run(rows, before, attention_mask=mask, position_ids=position_ids)
+        hidden = self.run(
+            rows, None if before is None else before.cache, attention_mask=mask, position_ids=position_ids
+        )
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1) - start
         found = hidden[torch.arange(len(hidden), device=hidden.device), last.clamp(min=0)]
         return found if before is None else torch.where(last[:, None] < 0, before.end, found)

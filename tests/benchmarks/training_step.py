@@ -35,8 +35,9 @@ from flop_count import flops  # noqa: E402
 from tiny_lenses import tiny_tokenizer  # noqa: E402
 
 from consistency_lens import ConsistencyLensModel  # noqa: E402
+from consistency_lens.cached_passes import cost_on  # noqa: E402
 from consistency_lens.data.on_the_fly import read_activations  # noqa: E402
-from consistency_lens.data.passes_by_length import cost_on, read_by_length  # noqa: E402
+from consistency_lens.data.passes_by_length import read_by_length  # noqa: E402
 from consistency_lens.data.shared_contexts import share_contexts  # noqa: E402
 from consistency_lens.training.lm_reference import SubjectReference  # noqa: E402
 from consistency_lens.training.objectives import Gumbel, Step  # noqa: E402

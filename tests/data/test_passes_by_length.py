@@ -7,13 +7,11 @@ from flop_count import flops
 from read_rows import LAYER, LENGTH, assert_same, collated, judged, rows_of, subject_of
 from tiny_models import tiny_model
 
+from consistency_lens.cached_passes import PASS_COST, PASS_COST_ON_CPU, cost_on
 from consistency_lens.data.on_the_fly import read_activations
 from consistency_lens.data.passes_by_length import (
-    PASS_COST,
-    PASS_COST_ON_CPU,
     PassesByLength,
     cheapest_passes,
-    cost_on,
     read_by_length,
 )
 from consistency_lens.data.shared_contexts import ReadPlaces, share_contexts

@@ -11,7 +11,7 @@ import torch
 from lens_runs import tiny_trainer
 from test_trainer import losses, parameters
 
-from consistency_lens.data import passes_by_length
+from consistency_lens import cached_passes
 
 TERMS = ("loss", "ce", "mse", "kl", "policy", "lm", "entropy")
 RUNS = {
@@ -60,7 +60,7 @@ def test_rows_read_together_give_the_losses_of_rows_read_alone(tmp_path, source)
 
 @pytest.mark.parametrize("source", ["cache", "on_the_fly"])
 def test_passes_by_length_give_the_losses_of_one_pass(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(passes_by_length, "PASS_COST_ON_CPU", 1)
+    monkeypatch.setattr(cached_passes, "PASS_COST_ON_CPU", 1)
     runs, passes = [], []
     for divide in (True, False):
         arguments = {"stages": ["warm_start 2s", "gumbel"], "lm_reference": "subject", "passes_by_length": divide}
@@ -77,7 +77,7 @@ def test_passes_by_length_give_the_losses_of_one_pass(tmp_path, source, monkeypa
 
 @pytest.mark.parametrize(("share", "divide"), [(True, True), (True, False), (False, True)])
 def test_processes_that_share_the_weights_make_as_many_passes(tmp_path, monkeypatch, share, divide):
-    monkeypatch.setattr(passes_by_length, "PASS_COST_ON_CPU", 1)
+    monkeypatch.setattr(cached_passes, "PASS_COST_ON_CPU", 1)
     trainer = tiny_trainer(tmp_path, source="on_the_fly", share_contexts=share, passes_by_length=divide)
     monkeypatch.setattr(type(trainer.weights), "spread", True)
     assert not any("context_passes" in batch for batch in trainer.get_train_dataloader())

@@ -17,10 +17,6 @@ from .shared_contexts import ReadPlaces
 
 Batch = dict[str, Any]
 
-# How many tokens take as long as what a pass costs by itself: on other devices than a CPU, it starts hundreds of
-# kernels, which a batch of few tokens does not fill. Only that of a CPU was measured.
-PASS_COST, PASS_COST_ON_CPU = 2048, 32
-
 
 @dataclass(frozen=True)
 class PassesByLength:
@@ -39,11 +35,6 @@ class PassesByLength:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return read_by_length(self.collator(rows), self.pass_cost)
-
-
-def cost_on(device: torch.device) -> int:
-    """What a pass costs there by itself, in tokens."""
-    return PASS_COST_ON_CPU if device.type == "cpu" else PASS_COST
 
 
 def read_by_length(batch: Batch, pass_cost: int) -> Batch:

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..atomic_write import atomic_file, write_json, write_text
+from ..cached_passes import cost_on
 from ..data.activation_source import Rows
-from ..data.passes_by_length import PassesByLength, cost_on
+from ..data.passes_by_length import PassesByLength
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..fingerprints import tensors_hash
 from ..lens_decoder import evaluating

@@ -106,6 +106,8 @@ class SpreadWeights(WholeWeights):
         give_own_tensors(lens)
         # a gradient is divided over the processes when a module's backward pass ends, and sums would come after that
         lens.decoder.sums_gradients = False
+        # the hooks have to see the end of every module whose start they saw
+        lens.encoder.stops_early = False
         if keep_reference:
             self._reference = copy.deepcopy(lens.decoder).requires_grad_(False).eval()
             self.spread_frozen(self._reference, self._reference.residual_stream())

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ProgressCallback
 
+from ..cached_passes import cost_on
 from ..data.activation_source import rows_at
 from ..data.on_the_fly import read_activations
-from ..data.passes_by_length import PassesByLength, cost_on
+from ..data.passes_by_length import PassesByLength
 from ..data.row_order import LengthGroups, MatesSampler, TogetherSampler, WithMates
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..data.streaming import StreamedActivations, StreamSampler
