@@ -1,11 +1,14 @@
 """Attention to a context that stays where it is, against new keys and values that are appended to it."""
 
+import importlib.util
+
 import pytest
 import torch
 from test_subject import LAYER, ONE_TOKEN_CASES, kl_and_gradient, new_activations, ragged_inputs
 from tiny_models import FAMILIES, random_tokens, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from consistency_lens import context_attention
 from consistency_lens.context_attention import NAME
 from consistency_lens.subject import Subject
 
@@ -85,3 +88,11 @@ def test_the_attention_of_the_model_is_its_own_again_afterwards():
     with pytest.raises(ZeroDivisionError):
         subject.replaced_logits(context, context.activations)
     assert subject.model.config._attn_implementation == usual != NAME
+
+
+def test_another_copy_of_the_code_takes_nothing_away():
+    """As loading a published lens with the code beside it makes one."""
+    spec = importlib.util.spec_from_file_location(f"{NAME}_of_an_artifact", context_attention.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    subject = Subject(tiny_model("llama"), LAYER)
+    assert is_in_use(subject, subject.context(*ragged_inputs(1)))

@@ -17,7 +17,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from .context_cache import ContextCache
 
-NAME = "consistency_lens_context"
+# Code that came with an artifact may run beside the installed package, and each has a context of its own.
+NAME = __name__
 
 _context: ContextVar[ContextCache] = ContextVar("context")
 
