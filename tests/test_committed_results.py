@@ -102,6 +102,7 @@ def test_every_picture_of_the_readme_exists():
         ("table_product", 1.0),
         ("step_vs_reference_equal_memory", 5.0),
         ("step_vs_reference_equal_memory_tiny_stories", 5.0),
+        ("step_vs_reference_equal_memory_k8", 8.0),
         ("step_memory_vs_reference", 1 / 0.45),
         ("step_memory_vs_reference_tiny_stories", 1 / 0.45),
         ("step_memory_of_larger_batch", 1.0),
