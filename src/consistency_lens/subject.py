@@ -244,6 +244,7 @@ class Subject:
         return context._replace(logits=self.replaced_logits(context, context.activations, with_head))
 
     def _kept(self, caches: Sequence[DynamicCache], length: int) -> ContextCache:
+        """What the passes of a context keep, in the form that the replaced pass reads."""
         return kept(caches) if self._context_attention else joined(kept(caches), length)
 
     def _read(

@@ -81,7 +81,7 @@ SETTINGS = (
     Setting(suffix="_tiny_stories", layer=2, batch=256, larger=1024, runs=5),
     Setting(suffix="", layer=6, batch=96, larger=512, runs=3),
 )
-NUM_COUNTED = 32  # activations whose FLOPs are counted, as these are the same for each
+NUM_COUNTED = 32  # activations whose FLOPs are counted; of more, each takes as many or fewer
 
 
 def make_batch(lens: ConsistencyLensModel, batch: int, num_positions: int, last: bool = False) -> dict[str, Any]:
