@@ -11,8 +11,9 @@ RESULTS = Path(__file__).resolve().parent.parent / "tests/benchmarks/results"
 OF_A_STEP = (
     "step_flops_vs_reference", "step_flops_vs_cached_reference", "step_flops_vs_reference_k8",
     "step_flops_vs_cached_reference_k8", "step_flops_vs_reference_last", "step_flops_vs_cached_reference_last",
-    "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_k8", "step_vs_reference_equal_memory",
-    "step_vs_reference_equal_memory_k8", "step_memory_vs_reference", "step_memory_of_larger_batch", "kl_share_of_step",
+    "step_vs_reference", "step_vs_cached_reference", "step_vs_reference_larger_batch", "step_vs_reference_k8",
+    "step_vs_reference_larger_batch_k8", "step_memory_vs_reference", "step_memory_of_larger_batch",
+    "step_memory_vs_reference_k8", "step_memory_of_larger_batch_k8", "kl_share_of_step",
 )  # fmt: skip
 NAMES = (
     *OF_A_STEP, *(f"{name}_tiny_stories" for name in OF_A_STEP),

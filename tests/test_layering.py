@@ -26,7 +26,7 @@ LAYERS = [
         "table_product",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
-    {"subject", "cached_passes", "context_cache", "context_attention"},
+    {"subject", "cached_passes", "context_cache", "context_attention", "text_attention"},
     {"artifact_subject", "lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
     | {"modeling_consistency_lens", "activation_to_text_pipeline"},
     {"data"},

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from flop_count import flops
 
+from consistency_lens import straight_through
 from consistency_lens.straight_through import (
     fold_in,
     gumbel_noise,
+    room_for_noise,
     row_keys,
     sample_tokens,
     straight_through_embedding,
@@ -121,6 +123,32 @@ def test_nothing_of_the_logits_size_is_kept_but_the_logits(problem):
         straight_through_embedding(logits, token_ids, keys, table, 1.0)
     large = [tensor for tensor in kept if tensor.numel() >= logits.numel()]
     assert [tensor.data_ptr() for tensor in large] == [logits.data_ptr()]
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+def test_noise_that_is_kept_is_not_made_again_and_takes_the_place_of_the_logits(problem, tau, monkeypatch):
+    logits, keys, table = problem[0].float().requires_grad_(), problem[2], problem[3].float()
+    noisy = room_for_noise(logits, keys, temperature=1.0)
+    token_ids = sample_tokens(logits, keys, noisy=noisy)
+    assert torch.equal(token_ids, sample_tokens(logits, keys))
+    expected = embedding_and_gradients(straight_through_embedding, logits.detach(), token_ids, keys, table, tau)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        got, _ = straight_through_embeddings(logits, token_ids, keys, [table, table], tau, noisy=noisy)
+    large = [tensor for tensor in kept if tensor.numel() >= logits.numel()]
+    assert [tensor.data_ptr() for tensor in large] == [noisy.data_ptr()]
+    monkeypatch.setattr(straight_through, "_negative_noise", None)
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.autograd.grad((got * weights).sum(), logits)[0], expected[1])
+
+
+def test_noise_is_kept_only_where_that_takes_no_more_memory():
+    logits, keys = torch.zeros(2, 5), keys_of(2)
+    assert room_for_noise(logits, keys, 1.0).shape == (2, 5)
+    assert room_for_noise(logits, None, 1.0) is room_for_noise(logits, keys, 0.7) is None
+    assert room_for_noise(logits.bfloat16(), keys, 1.0) is None
+    with torch.no_grad():
+        assert room_for_noise(logits, keys, 1.0) is None
 
 
 @pytest.mark.parametrize("backward_inside", [False, True])

@@ -49,3 +49,16 @@ def attention_with_masks(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if model.config._attn_implementation != usual:
             model.set_attn_implementation(usual)
+
+
+@contextmanager
+def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Has the model run an attention of `AttentionInterface` inside the `with` block, where transformers exchanges its
+    own; its weights and its other settings are not looked at again."""
+    config = model.config.get_text_config()
+    usual = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual

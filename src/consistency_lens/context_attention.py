@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from .attention import attending_by
 from .context_cache import ContextCache
 
 # Code that came with an artifact may run beside the installed package, and each has a context of its own.
@@ -29,13 +30,11 @@ def attending_to(model: PreTrainedModel, context: ContextCache) -> Iterator[None
 
     Its cache is then `context_cache.beside`, and its 4-D mask that of the context with the new tokens behind it.
     """
-    config = model.config.get_text_config()
-    usual, token = config._attn_implementation, _context.set(context)
-    config._attn_implementation = NAME
+    token = _context.set(context)
     try:
-        yield
+        with attending_by(model, NAME):
+            yield
     finally:
-        config._attn_implementation = usual
         _context.reset(token)
 
 

@@ -195,13 +195,14 @@ def embed_sampled(
     keys: Tensor | None,
     tau: float,
     sums: Mapping[LensClone, SummedGradient] = MappingProxyType({}),
+    noisy: Tensor | None = None,
 ) -> list[Tensor]:
     """Embeddings (N, d) of sampled tokens in the tables of some clones, straight-through where gradients are wanted.
 
-    `sums`: of tables to whose sum the gradient is added.
+    `sums`: of tables to whose sum the gradient is added; `noisy`: of the draw (`straight_through.room_for_noise`).
     """
     if not torch.is_grad_enabled():
         return [clone.token_embedding(ids) for clone in clones]
     tables = [sums.get(clone, clone.token_embedding.weight) for clone in clones]
-    embeddings = straight_through_embeddings(logits, ids, keys, tables, tau)
+    embeddings = straight_through_embeddings(logits, ids, keys, tables, tau, noisy=noisy)
     return [rows * clone.embedding_scale for rows, clone in zip(embeddings, clones, strict=True)]

@@ -14,8 +14,9 @@ from .cached_passes import CachedPasses, prompt_cache, without_checkpoints
 from .configuration_consistency_lens import LensDecoderConfig
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .residual_stream import ResidualStream
-from .straight_through import fold_in, sample_tokens
+from .straight_through import fold_in, room_for_noise, sample_tokens
 from .summed_gradient import SummedGradient, can_be_summed
+from .text_attention import TextPasses, can_attend
 from .token_logits import TokenLogits, head_logits
 
 # Tokens of a prompt from which on a pass of its own takes less time than its tokens in each row do.
@@ -48,6 +49,8 @@ class LensDecoder(LensClone):
     artifact_kind = "Decoder of a consistency lens (activation to text)"
     sums_gradients = True
     """Whether the steps of a text share one gradient of the unembedding, and one of the embedding table."""
+    attends_in_place = True
+    """Whether they share one buffer of keys and values, in training on a CPU and where the architecture allows it."""
 
     def __init__(self, config: LensDecoderConfig, base: PreTrainedModel | None = None):
         super().__init__(config, base if base is not None else base_from_config(config.base_config))
@@ -226,7 +229,8 @@ class LensDecoder(LensClone):
         if use_cache:
             before = prompt_cache(self.base.get_decoder(), prefix, batch)
             chunk, slot = chunk + 0 * before.end, 0
-            passes = CachedPasses(last_output, before.cache, recompute)
+            passes: CachedPasses | TextPasses = CachedPasses(last_output, before.cache, recompute)
+            in_place = not recompute and self.may_attend_in_place(len(prefix) + chunk.shape[1] + num_text_tokens)
         else:
             chunk, slot = torch.cat([prefix.expand(batch, -1, -1), chunk], dim=1), len(prefix)
 
@@ -237,6 +241,8 @@ class LensDecoder(LensClone):
 
         for step in range(num_text_tokens):
             if use_cache:
+                if step == 1 and in_place:
+                    passes = TextPasses(last_output, self.base, before.cache, room=num_text_tokens - 1)
                 states = passes(chunk, injected if step == 0 else partial(without_checkpoints, self.base))
             else:
                 with self.injected(activations, slot):
@@ -272,11 +278,19 @@ class LensDecoder(LensClone):
         """Tokens drawn from logits (n, V) of some rows of a batch: `ids` (n,), and their embeddings (n, d) in the
         table of each clone, by its name; `sums`: see `embed_sampled`."""
         row_keys = None if keys is None else keys[rows]
-        ids = sample_tokens(logits, row_keys, temperature)
+        noisy = room_for_noise(logits, row_keys, temperature) if embed_for else None
+        ids = sample_tokens(logits, row_keys, temperature, noisy=noisy)
         if not embed_for:
             return {"ids": ids}
-        embeddings = embed_sampled(list(embed_for.values()), logits, ids, row_keys, tau, sums)
+        embeddings = embed_sampled(list(embed_for.values()), logits, ids, row_keys, tau, sums, noisy)
         return {"ids": ids} | dict(zip(embed_for, embeddings, strict=True))
+
+    def may_attend_in_place(self, length: int) -> bool:
+        """Whether the tokens of a text, `length` with the prompt, share one buffer of keys and values."""
+        # Without gradients nothing is kept anyway, and a text may be decoded in several threads.
+        wanted = self.attends_in_place and torch.is_grad_enabled() and self.base._compiled_call_impl is None
+        on_cpu = self.projection.weight.device.type == "cpu"  # nowhere else has it been measured
+        return wanted and on_cpu and can_attend(self.base, length)
 
     def summed_gradients(self) -> tuple[SummedGradient | None, SummedGradient | None]:
         """Of the unembedding and of the embedding table, one and the same where these are tied; None for what has

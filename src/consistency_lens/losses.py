@@ -1,14 +1,14 @@
 """Losses: pure functions, tensors in, one number a row out; arithmetic in float32 or wider, logarithms natural.
 
-The losses over the vocabulary walk through the rows in chunks and recompute the softmax in the backward pass, so a
-float32 copy of (B, T, V) logits never exists as a whole: what is held is the logits themselves and their gradient, in
-the dtype they came in.
+The losses over the vocabulary walk through the rows in chunks, and make the gradient along with the loss, while the
+softmax is at hand. A float32 copy of (B, T, V) logits never exists as a whole: what is held of the logits is their
+gradient, in the dtype they came in.
 
 Shapes: B batch, T text tokens, V vocabulary, d width.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, chunk_size: int | None = N
             "compare the same positions and vocabulary"
         )
     vocab_size = p_logits.shape[-1]
-    rows = _RowLoss.apply(_KL, chunk_size, p_logits.reshape(-1, vocab_size), q_logits.reshape(-1, vocab_size))
+    rows = _row_losses(_kl, chunk_size, p_logits.reshape(-1, vocab_size), q_logits.reshape(-1, vocab_size))
     return rows.view(p_logits.shape[:-1])
 
 
@@ -70,7 +70,7 @@ def entropy(logits: Tensor, chunk_size: int | None = None) -> Tensor:
     Returns:
         (...) float32, or float64 for such inputs.
     """
-    return _RowLoss.apply(_ENTROPY, chunk_size, logits.reshape(-1, logits.shape[-1])).view(logits.shape[:-1])
+    return _row_losses(_entropy, chunk_size, logits.reshape(-1, logits.shape[-1])).view(logits.shape[:-1])
 
 
 def token_log_probabilities(logits: Tensor, ids: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -92,7 +92,7 @@ def token_log_probabilities(logits: Tensor, ids: Tensor, chunk_size: int | None 
             f"token losses need ids and mask of shape {tuple(logits.shape[:-1])}, got {tuple(ids.shape)}; "
             "drop the prompt's positions from the logits first"
         )
-    losses = _RowLoss.apply(_CROSS_ENTROPY, chunk_size, logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, 1))
+    losses = _row_losses(_cross_entropy, chunk_size, logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, 1))
     return -losses.view(ids.shape)
 
 
@@ -172,37 +172,51 @@ def functional_target(reconstruction: Tensor, other: Tensor, other_reconstructio
     return reconstruction + (delta.detach() if detach else delta)
 
 
-class _Formula(NamedTuple):
-    """A loss of rows and its gradients, written for a chunk of rows that are already float32 or wider."""
-
-    value: Callable[..., Tensor]  # rows -> (n,)
-    # grad (n, 1), which inputs need a gradient, rows -> a gradient for each input
-    gradients: Callable[..., tuple[Tensor | None, ...]]
+# whether each of the inputs needs a gradient, chunks of rows that are already float32 or wider -> losses (n,), and for
+# each input that needs it the gradient of the sum of these
+Formula = Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
 
 
 class _RowLoss(torch.autograd.Function):
-    """Applies a formula chunk by chunk; the backward pass goes through them again and fills the gradients."""
+    """Applies a formula chunk by chunk, which makes losses and gradients in one go, of one softmax.
+
+    What waits for the backward pass is the gradient, in the dtype of the logits, and not the logits.
+    """
 
     @staticmethod
-    def forward(ctx: Any, formula: _Formula, chunk_size: int | None, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        ctx.formula, ctx.chunk_size = formula, chunk_size
+    def forward(ctx: Any, formula: Formula, chunk_size: int | None, has_backward: bool, *inputs: Tensor) -> Tensor:
+        needed = tuple(has_backward and needs for needs in ctx.needs_input_grad[3:])
         losses = torch.empty(len(inputs[0]), dtype=_wide_dtype(*inputs), device=inputs[0].device)
+        gradients = [torch.empty_like(tensor) if needs else None for tensor, needs in zip(inputs, needed, strict=True)]
         for rows in row_chunks(inputs[0], chunk_size):
-            losses[rows] = formula.value(*(_wide(tensor[rows]) for tensor in inputs))
+            of_rows, parts = formula(needed, *(_wide(tensor[rows]) for tensor in inputs))
+            losses[rows] = of_rows
+            for gradient, part in zip(gradients, parts, strict=True):
+                if gradient is not None:
+                    gradient[rows] = part
+        ctx.save_for_backward(*gradients)
+        ctx.chunk_size = chunk_size
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        results = [torch.empty_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True)]
-        for rows in row_chunks(inputs[0], ctx.chunk_size):
-            chunk = (_wide(tensor[rows]) for tensor in inputs)
-            for result, part in zip(results, ctx.formula.gradients(grad[rows, None], needed, *chunk), strict=True):
-                if result is not None:
-                    result[rows] = part
-        return None, None, *results
+        gradients, size = ctx.saved_tensors, ctx.chunk_size
+        weighted = [None if gradient is None else _weighted_rows(gradient, grad, size) for gradient in gradients]
+        return None, None, None, *weighted
+
+
+def _weighted_rows(matrix: Tensor, weights: Tensor, chunk_size: int | None) -> Tensor:
+    """The rows of a matrix (N, V) times one weight (N,) each, rounded to the dtype of the matrix once."""
+    weighted = torch.empty_like(matrix)
+    for rows in row_chunks(matrix, chunk_size):
+        torch.mul(matrix[rows], weights[rows, None], out=weighted[rows])
+    return weighted
+
+
+def _row_losses(formula: Formula, chunk_size: int | None, *inputs: Tensor) -> Tensor:
+    """The losses (N,) of all rows of inputs (N, ...)."""
+    return _RowLoss.apply(formula, chunk_size, torch.is_grad_enabled(), *inputs)
 
 
 def _wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -213,54 +227,36 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(_wide_dtype(tensor)) if tensor.is_floating_point() else tensor
 
 
-def _log_probability_gap(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = p_logits.log_softmax(dim=-1)
+def _weighted_(values: Tensor, p: Tensor) -> Tensor:
+    """`values * p`, in place of the values; 0 where p is 0 and the value infinite or not a number."""
+    return values.mul_(p).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _kl(
+    needed: tuple[bool, bool], p_logits: Tensor, q_logits: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    log_p, log_q = p_logits.log_softmax(dim=-1), q_logits.log_softmax(dim=-1)
     p = log_p.exp()
-    # where p is 0 the gap may be -inf - -inf; such tokens count nothing
-    return p, log_p.sub_(q_logits.log_softmax(dim=-1)).masked_fill_(p == 0, 0)
+    terms = _weighted_(log_p.sub_(log_q), p)
+    # a row with a logit that is not a number has no probability that is one
+    kl = terms.sum(dim=-1, keepdim=True) + 0 * (p[:, :1] + log_q[:, :1].exp())
+    return kl.squeeze(1), (
+        terms.addcmul_(p, kl, value=-1) if needed[0] else None,
+        log_q.exp_().sub_(p) if needed[1] else None,
+    )
 
 
-def _kl_value(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    p, gap = _log_probability_gap(p_logits, q_logits)
-    return gap.mul_(p).sum(dim=-1)
-
-
-def _kl_gradients(
-    grad: Tensor, needed: tuple[bool, bool], p_logits: Tensor, q_logits: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    grad_p = None
-    if needed[0]:
-        p, gap = _log_probability_gap(p_logits, q_logits)
-        kl = (p * gap).sum(dim=-1, keepdim=True)
-        grad_p = gap.sub_(kl).mul_(p).mul_(grad)
-    grad_q = q_logits.softmax(dim=-1).sub_(p_logits.softmax(dim=-1)).mul_(grad) if needed[1] else None
-    return grad_p, grad_q
-
-
-def _entropy_value(logits: Tensor) -> Tensor:
+def _entropy(needed: tuple[bool], logits: Tensor) -> tuple[Tensor, tuple[Tensor | None]]:
     log_p = logits.log_softmax(dim=-1)
     p = log_p.exp()
-    return -log_p.masked_fill_(p == 0, 0).mul_(p).sum(dim=-1)
+    terms = _weighted_(log_p, p)
+    negative = terms.sum(dim=-1, keepdim=True) + 0 * p[:, :1]
+    return -negative.squeeze(1), (terms.addcmul_(p, negative, value=-1).neg_() if needed[0] else None,)
 
 
-def _entropy_gradients(grad: Tensor, needed: tuple[bool], logits: Tensor) -> tuple[Tensor]:
+def _cross_entropy(
+    needed: tuple[bool, bool], logits: Tensor, ids: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, None]]:
     log_p = logits.log_softmax(dim=-1)
-    p = log_p.exp()
-    log_p.masked_fill_(p == 0, 0)
-    negative_entropy = (log_p * p).sum(dim=-1, keepdim=True)
-    return (log_p.sub_(negative_entropy).mul_(p).mul_(-grad),)
-
-
-def _cross_entropy_value(logits: Tensor, ids: Tensor) -> Tensor:
-    return (logits.logsumexp(dim=-1, keepdim=True) - logits.gather(1, ids)).squeeze(1)
-
-
-def _cross_entropy_gradients(
-    grad: Tensor, needed: tuple[bool, bool], logits: Tensor, ids: Tensor
-) -> tuple[Tensor, None]:
-    return logits.softmax(dim=-1).scatter_add_(1, ids, logits.new_full(ids.shape, -1.0)).mul_(grad), None
-
-
-_KL = _Formula(_kl_value, _kl_gradients)
-_ENTROPY = _Formula(_entropy_value, _entropy_gradients)
-_CROSS_ENTROPY = _Formula(_cross_entropy_value, _cross_entropy_gradients)
+    losses = -log_p.gather(1, ids).squeeze(1)
+    return losses, (log_p.exp_().scatter_add_(1, ids, logits.new_full(ids.shape, -1.0)) if needed[0] else None, None)

@@ -126,12 +126,14 @@ def _negative_noise(keys: Tensor, words: Tensor) -> Tensor:
     return noise.add_(0.5).mul_(-_TO_UNIT).log1p_().neg_().log_()
 
 
-def _noisy(logits: Tensor, keys: Tensor | None, words: Tensor | None, noise_scale: float = 1.0) -> Tensor:
+def _noisy(
+    logits: Tensor, keys: Tensor | None, words: Tensor | None, noise_scale: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """`logits + noise_scale * g` of a chunk of rows, in float32 or wider; without keys, the logits."""
     if keys is None or words is None:
         return logits.to(_wide_dtype(logits))
     negative = _negative_noise(keys, words).to(_wide_dtype(logits))
-    return torch.sub(logits, negative, alpha=noise_scale, out=negative)
+    return torch.sub(logits, negative, alpha=noise_scale, out=negative if out is None else out)
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -140,7 +142,11 @@ def _wide_dtype(tensor: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def sample_tokens(
-    logits: Tensor, keys: Tensor | None, temperature: float = 1.0, chunk_size: int | None = None
+    logits: Tensor,
+    keys: Tensor | None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    noisy: Tensor | None = None,
 ) -> Tensor:
     """Samples one token a row from `softmax(logits / temperature)` by the Gumbel-max rule.
 
@@ -149,6 +155,7 @@ def sample_tokens(
         keys: (N,) int64 noise keys, or None for the most likely token.
         temperature: of the distribution that is sampled; without keys it changes nothing.
         chunk_size: rows worked on at a time.
+        noisy: (N, V), from `room_for_noise`, which receives what the tokens are the greatest of.
 
     Returns:
         (N,) int64 token ids.
@@ -166,8 +173,16 @@ def sample_tokens(
     token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for rows in row_chunks(logits, chunk_size):
         # argmax(logits / T + g) = argmax(logits + T g)
-        token_ids[rows] = _noisy(logits[rows], keys[rows], words, temperature).argmax(dim=-1)
+        out = None if noisy is None else noisy[rows]
+        token_ids[rows] = _noisy(logits[rows], keys[rows], words, temperature, out).argmax(dim=-1)
     return token_ids
+
+
+def room_for_noise(logits: Tensor, keys: Tensor | None, temperature: float) -> Tensor | None:
+    """Room for the noisy logits of a draw, where the backward pass can have them in place of the logits at no cost in
+    memory, and so does not make the noise again: in float32, at temperature 1."""
+    pays = torch.is_grad_enabled() and keys is not None and temperature == 1.0 and logits.dtype == torch.float32
+    return torch.empty_like(logits, requires_grad=False) if pays else None
 
 
 def straight_through_embedding(
@@ -209,8 +224,12 @@ def straight_through_embeddings(
     tables: Sequence[Tensor | SummedGradient],
     tau: float,
     chunk_size: int | None = None,
+    noisy: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """`straight_through_embedding` in several tables, whose backward pass makes noise and softmax once for all."""
+    """`straight_through_embedding` in several tables, whose backward pass makes noise and softmax once for all.
+
+    `noisy`: what `sample_tokens` has put there; it is kept in place of the logits.
+    """
     _check(logits, keys)
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}; a usual range is 0.1 to 2")
@@ -227,7 +246,7 @@ def straight_through_embeddings(
             f"token_ids must be of shape ({len(logits)},), got {tuple(token_ids.shape)}; flatten the batch"
         )
     anchors = [None if summed is None else summed.anchor for summed in sums]
-    return _StraightThroughEmbeddings.apply(logits, token_ids, keys, tau, chunk_size, sums, *weights, *anchors)
+    return _StraightThroughEmbeddings.apply(logits, noisy, token_ids, keys, tau, chunk_size, sums, *weights, *anchors)
 
 
 def _check(logits: Tensor, keys: Tensor | None) -> None:
@@ -242,6 +261,7 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
+        noisy: Tensor | None,
         token_ids: Tensor,
         keys: Tensor | None,
         tau: float,
@@ -250,7 +270,8 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
         *weights_and_anchors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights = weights_and_anchors[: len(sums)]
-        ctx.save_for_backward(logits, token_ids, keys, *weights_and_anchors)
+        scores, keys = (logits, keys) if noisy is None else (noisy, None)
+        ctx.save_for_backward(scores, token_ids, keys, *weights_and_anchors)
         ctx.tau, ctx.chunk_size, ctx.sums = tau, chunk_size, sums
         ctx.set_materialize_grads(False)
         return tuple(weight[token_ids] for weight in weights if weight is not None)
@@ -275,7 +296,7 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
                 of_anchors[i] = torch.zeros_like(anchors[i])
             elif ctx.needs_input_grad[first + i]:
                 of_weights[i] = torch.zeros_like(weights[i]).index_add_(0, token_ids, grad)
-        return grad_logits, None, None, None, None, None, *of_weights, *of_anchors
+        return grad_logits, None, None, None, None, None, None, *of_weights, *of_anchors
 
 
 def _soft_gradient(

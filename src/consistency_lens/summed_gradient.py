@@ -27,7 +27,7 @@ class SummedGradient:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.detach()
-        self._total = _Total(self.weight)
+        self._total = BackwardSum(self.weight)
         self._casts: dict[torch.dtype, Tensor] = {}
         # Every use hangs on it, so autograd comes to it after all of them: there the weight gets its gradient. It
         # knows the sum alone: if it knew this object, the casts would stay until Python looks for cycles.
@@ -81,14 +81,14 @@ def can_be_summed(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and weight.requires_grad
 
 
-class _Total:
-    """What the uses have added in the running backward pass.
+class BackwardSum:
+    """What the uses of a tensor have added to its gradient in the running backward pass.
 
-    A pass that broke off, or that did not ask for the gradient of the weight, leaves a sum that nobody takes.
+    A pass that broke off, or that did not ask for the gradient, leaves a sum that nobody takes.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
         self._pass = -1
         self._sum: Tensor | None = None
 
@@ -96,7 +96,7 @@ class _Total:
         """The sum, to be added to; a backward pass begins with zeros."""
         running = torch._C._current_graph_task_id()
         if self._sum is None or running != self._pass:
-            self._sum, self._pass = torch.zeros_like(self.weight), running
+            self._sum, self._pass = torch.zeros_like(self.tensor), running
         return self._sum
 
     def take(self) -> Tensor | None:
@@ -107,7 +107,7 @@ class _Total:
 
 class _Anchor(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, total: _Total) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, total: BackwardSum) -> Tensor:
         ctx.total = total
         return weight.new_zeros(())
 

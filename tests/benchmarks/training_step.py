@@ -9,8 +9,8 @@ Two models: the embedded one, and 12 blocks of width 512 with a vocabulary of 32
 Run with `python tests/benchmarks/training_step.py`. It writes, for the large model (and `<name>_tiny_stories`):
 `step_vs_reference` and `step_vs_reference_k8` (8 activations of a sequence), seconds; `step_vs_cached_reference`,
 where the plan's generation has a key-value cache; `step_memory_vs_reference`, the peak of a process that builds its
-models and takes two steps; `step_vs_reference_equal_memory` and `_k8`, seconds an activation where our step takes more
-activations at a time, in no more memory than the plan's, as `step_memory_of_larger_batch` shows;
+models and takes two steps; `step_vs_reference_larger_batch` and `_k8`, seconds an activation where our step takes more
+activations at a time, still in less memory than the plan's, as `step_memory_of_larger_batch` and `_k8` show;
 `step_flops_vs_reference` and `step_flops_vs_cached_reference`, also for `_k8` and for `_last`, where every P is the
 last token, so that no context is shorter than another, FLOPs of an activation;
 `kl_share_of_step`, what of a step the subject's judgement costs more than a squared error, K=8.
@@ -51,12 +51,12 @@ EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_stories"
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and how many activations a step has: as many on both sides, or the `larger` batch on ours."""
+    """A model and how many activations a step has: as many on both sides, or on ours the larger batch of each K."""
 
     suffix: str
     layer: int
     batch: int
-    larger: int
+    larger: dict[int, int]
     runs: int
 
     def make_lens(self, vocabulary: int = 32_000, **clones: Any) -> ConsistencyLensModel:
@@ -77,9 +77,10 @@ class Setting:
 
 
 # The more activations a step has, the less of it is weights and optimizer, which are alike on both sides, and calls.
+# The larger batches take less memory than the plan's step; that of the large model with K=1 less than 0.45 of it.
 SETTINGS = (
-    Setting(suffix="_tiny_stories", layer=2, batch=256, larger=1024, runs=5),
-    Setting(suffix="", layer=6, batch=96, larger=512, runs=3),
+    Setting(suffix="_tiny_stories", layer=2, batch=256, larger={1: 1024, 8: 1024}, runs=5),
+    Setting(suffix="", layer=6, batch=96, larger={1: 256, 8: 512}, runs=3),
 )
 NUM_COUNTED = 32  # activations whose FLOPs are counted; of more, each takes as many or fewer
 
@@ -182,9 +183,9 @@ def measure_times(setting: Setting, device: torch.device, num_positions: int = 1
     sides = Sides.of(lens, device)
     if suffix:
         del sides.plans["cached"]
-    work = sides.steps(make_batch(lens, setting.batch, num_positions))
-    larger = our_losses(lens, make_batch(lens, setting.larger, num_positions))
-    work["larger"] = functools.partial(take_step, larger, sides.optimizers["ours"])
+    work, larger = sides.steps(make_batch(lens, setting.batch, num_positions)), setting.larger[num_positions]
+    of_larger = our_losses(lens, make_batch(lens, larger, num_positions))
+    work["larger"] = functools.partial(take_step, of_larger, sides.optimizers["ours"])
     medians = interleaved(work, device, setting.runs, warmup=1)
     ours, plan = medians["ours"], medians["plan"]
     write(f"step_vs_reference{suffix}", what, "seconds", ours, plan, setting, device)
@@ -192,10 +193,10 @@ def measure_times(setting: Setting, device: torch.device, num_positions: int = 1
         cached = medians["cached"]
         write(f"step_vs_cached_reference{suffix}", f"{what}, cached", "seconds", ours, cached, setting, device)
     write(
-        f"step_vs_reference_equal_memory{suffix}",
-        f"{what}, ours B={setting.larger}",
+        f"step_vs_reference_larger_batch{suffix}",
+        f"{what}, ours B={larger}",
         "seconds an activation",
-        medians["larger"] / setting.larger,
+        medians["larger"] / larger,
         plan / setting.batch,
         setting,
         device,
@@ -235,13 +236,13 @@ def measure_flops(setting: Setting, device: torch.device) -> None:
             write(f"{name}{suffix}", against, "FLOPs an activation", counts["ours"], counts[side], setting, device)
 
 
-def peak_bytes(setting: Setting, side: str, batch: int) -> int:
+def peak_bytes(setting: Setting, side: str, batch: int, num_positions: int) -> int:
     """By how much the memory of this process, which has done nothing yet, rises at most; on a GPU, what it takes."""
     device = prepare()
     before = memory("VmRSS", device)
     lens = setting.make_lens().to(device)
     # the first step makes the states of the optimizer, which are there during the second
-    batches = [make_batch(lens, size, 1) for size in (2, batch)]
+    batches = [make_batch(lens, num_positions * size, num_positions) for size in (2, batch // num_positions)]
     if side == "ours":
         optimizer, losses = make_optimizer(lens), [our_losses(lens, batch) for batch in batches]
     else:
@@ -263,18 +264,24 @@ def memory(field: str, device: torch.device) -> int:
 
 def measure_memory(setting: Setting, device: torch.device) -> None:
     """Writes what a step holds at most, weights and optimizer included."""
-    peaks = {}
-    for side, batch in (("ours", setting.batch), ("ours", setting.larger), ("plan", setting.batch)):
+
+    def peak(side: str, batch: int, num_positions: int) -> int:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            peaks[side, batch] = pool.submit(peak_bytes, setting, side, batch).result()
-    plan = peaks["plan", setting.batch]
-    what = (
-        f"peak memory of models, optimizer and two training steps, layer {setting.layer}, "
-        f"B={setting.batch} S={LENGTH} T={NUM_TEXT_TOKENS} K=1 against the plan's"
-    )
-    write("step_memory_vs_reference", what, "bytes", peaks["ours", setting.batch], plan, setting, device)
-    of_larger = f"{what}, ours B={setting.larger}"
-    write("step_memory_of_larger_batch", of_larger, "bytes", peaks["ours", setting.larger], plan, setting, device)
+            return pool.submit(peak_bytes, setting, side, batch, num_positions).result()
+
+    for num_positions, larger in setting.larger.items():
+        plan = peak("plan", setting.batch, num_positions)
+        what = (
+            f"peak memory of models, optimizer and two training steps, layer {setting.layer}, "
+            f"B={setting.batch} S={LENGTH} T={NUM_TEXT_TOKENS} K={num_positions} against the plan's"
+        )
+        suffix = "" if num_positions == 1 else f"_k{num_positions}"
+        mine = {
+            f"step_memory_vs_reference{suffix}": (what, peak("ours", setting.batch, num_positions)),
+            f"step_memory_of_larger_batch{suffix}": (f"{what}, ours B={larger}", peak("ours", larger, num_positions)),
+        }
+        for name, (of, ours) in mine.items():
+            write(name, of, "bytes", ours, plan, setting, device)
 
 
 def write(name: str, what: str, unit: str, mine: float, other: float, setting: Setting, device: torch.device) -> None:

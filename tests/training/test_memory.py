@@ -59,7 +59,8 @@ def test_checkpointing_changes_no_gradient(tmp_path, objective, clones):
 
 @pytest.mark.parametrize("clones", CLONES)
 def test_bf16_has_masters_and_moments_in_float32_and_losses_near_those_of_float32(tmp_path, clones):
-    settings = {"max_steps": 6, "stages": ALL_STAGES}
+    # another rounding draws another word now and then, so there are many of them
+    settings = {"max_steps": 6, "stages": ALL_STAGES, "per_device_train_batch_size": 96}
     exact, _ = trained(tmp_path / "exact", clones, **settings)
     half, gradients = trained(tmp_path / "half", clones, bf16=True, model=tiny_model("llama").bfloat16(), **settings)
     assert half.lens.subject.model.dtype == torch.bfloat16
@@ -67,9 +68,7 @@ def test_bf16_has_masters_and_moments_in_float32_and_losses_near_those_of_float3
     moments = [moment for state in half.optimizer.state.values() for moment in state.values() if moment.ndim > 0]
     assert moments and {moment.dtype for moment in moments} == {torch.float32}
     assert all(grad is not None and grad.isfinite().all() for step in gradients for grad in step.values())
-    # another rounding draws another word now and then, and the policy's loss hangs on those
-    assert losses(half)[:4] == pytest.approx(losses(exact)[:4], rel=0.05)
-    assert losses(half)[4:] == pytest.approx(losses(exact)[4:], rel=0.2)
+    assert losses(half) == pytest.approx(losses(exact), rel=0.05)
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

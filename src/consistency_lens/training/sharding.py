@@ -108,6 +108,8 @@ class SpreadWeights(WholeWeights):
         lens.decoder.sums_gradients = False
         # the hooks have to see the end of every module whose start they saw
         lens.encoder.stops_early = False
+        # its check of the model would run the decoder without the hooks of the whole
+        lens.decoder.attends_in_place = False
         if keep_reference:
             self._reference = copy.deepcopy(lens.decoder).requires_grad_(False).eval()
             self.spread_frozen(self._reference, self._reference.residual_stream())
