@@ -82,6 +82,20 @@ def test_kl_is_infinite_where_q_excludes_what_p_allows():
     assert q.grad.isfinite().all()
 
 
+def test_a_token_too_unlikely_for_its_number_adds_nothing_where_q_excludes_it():
+    p, q = torch.tensor([0.0, -200.0, 0.0]), torch.tensor([1.0, -torch.inf, 1.0])
+    assert kl_divergence(p, q).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_logit_that_is_not_a_number_shows(side, place):
+    pair = [torch.zeros(2, 3), torch.zeros(2, 3)]
+    pair[side][1, place] = torch.nan
+    assert kl_divergence(*pair).isnan().tolist() == [False, True]
+    assert entropy(pair[side]).isnan().tolist() == [False, True]
+
+
 @pytest.mark.parametrize("loss", [kl_divergence, lambda p, q: entropy(p) + entropy(q)])
 def test_bfloat16_logits_are_computed_in_float32(loss):
     p, q = (random_logits(6, 500, seed=seed).bfloat16() for seed in range(2))

@@ -141,18 +141,18 @@ def test_a_backward_pass_that_broke_off_leaves_nothing_for_the_next():
 
 def test_keys_and_values_do_not_grow_with_the_square_of_the_tokens():
     # one head, so that a token's weights, of which each token has more than the one before, are few beside its keys
-    one_head = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    one_head = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 256}
     lens = tiny_lens("llama", "full", one_head, **PROMPTS).train()
     kept = {}
     for in_place in (True, False):
         lens.decoder.attends_in_place = in_place
-        for length in (4, 16, 64, 256):
+        for length in (8, 32, 128):
             with LiveBytes(lens) as live:
                 text = lens.decoder.generate_soft(activations(), keys(), length)
             kept[in_place, length] = live.now
             del text
-    grown = {used: (kept[used, 256] - kept[used, 64]) / (kept[used, 64] - kept[used, 16]) for used in (True, False)}
-    assert grown[True] < 5 < 12 < grown[False]
+    grown = {used: (kept[used, 128] - kept[used, 32]) / (kept[used, 32] - kept[used, 8]) for used in (True, False)}
+    assert grown[True] < 4.5 < 10 < grown[False]
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])

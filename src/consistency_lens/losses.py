@@ -189,10 +189,10 @@ class _RowLoss(torch.autograd.Function):
         losses = torch.empty(len(inputs[0]), dtype=_wide_dtype(*inputs), device=inputs[0].device)
         gradients = [torch.empty_like(tensor) if needs else None for tensor, needs in zip(inputs, needed, strict=True)]
         for rows in row_chunks(inputs[0], chunk_size):
-            of_rows, parts = formula(needed, *(_wide(tensor[rows]) for tensor in inputs))
-            losses[rows] = of_rows
+            losses_of_rows, parts = formula(needed, *(_wide(tensor[rows]) for tensor in inputs))
+            losses[rows] = losses_of_rows
             for gradient, part in zip(gradients, parts, strict=True):
-                if gradient is not None:
+                if gradient is not None and part is not None:
                     gradient[rows] = part
         ctx.save_for_backward(*gradients)
         ctx.chunk_size = chunk_size
