@@ -101,7 +101,6 @@ def test_every_picture_of_the_readme_exists():
         ("step_flops_vs_reference_last_tiny_stories", 3.5),
         ("table_product", 1.0),
         ("step_vs_reference_larger_batch", 5.0),
-        ("step_vs_reference_larger_batch_tiny_stories", 5.0),
         ("step_vs_reference_larger_batch_k8", 8.0),
         ("step_vs_reference_larger_batch_k8_tiny_stories", 8.0),
         ("step_memory_vs_reference", 1 / 0.45),
