@@ -65,6 +65,15 @@ class TestSoftGeneration:
         assert all(gradient is not None for gradient in plain_gradients.values())
         torch.testing.assert_close(cached_gradients, plain_gradients, **CLOSE)
 
+    def test_noise_that_is_kept_changes_no_gradient(self):
+        lens = disturb(tiny_lens("llama", "full", **PROMPTS))
+        kept = gradients(soft_loss(lens), lens)
+        with pytest.MonkeyPatch.context() as patch:
+            lens.decoder.keeps_noise = False
+            patch.setattr("consistency_lens.lens_decoder.room_for_noise", None)  # it is not even asked
+            made_again = gradients(soft_loss(lens), lens)
+        torch.testing.assert_close(kept, made_again, rtol=0, atol=0)
+
     def test_without_a_prefix_cached_equals_uncached(self):
         lens = tiny_lens()
         lens.decoder.config.prefix_ids = []

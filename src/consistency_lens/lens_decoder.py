@@ -51,6 +51,8 @@ class LensDecoder(LensClone):
     """Whether the steps of a text share one gradient of the unembedding, and one of the embedding table."""
     attends_in_place = True
     """Whether they share one buffer of keys and values, in training on a CPU and where the architecture allows it."""
+    keeps_noise = True
+    """Whether a draw keeps its noise for the backward pass, where that takes no more memory."""
 
     def __init__(self, config: LensDecoderConfig, base: PreTrainedModel | None = None):
         super().__init__(config, base if base is not None else base_from_config(config.base_config))
@@ -258,6 +260,7 @@ class LensDecoder(LensClone):
                 tau=tau,
                 embed_for=embed_for,
                 sums={} if table is None else {self: table},
+                keeps_noise=self.keeps_noise,
             )
             drawn = self.predictions(states, chunk_size).read(draw)
             yield drawn["ids"], states, drawn.get("read")
@@ -274,11 +277,12 @@ class LensDecoder(LensClone):
         tau: float,
         embed_for: Mapping[str, LensClone],
         sums: Mapping[LensClone, SummedGradient],
+        keeps_noise: bool,
     ) -> dict[str, Tensor]:
         """Tokens drawn from logits (n, V) of some rows of a batch: `ids` (n,), and their embeddings (n, d) in the
         table of each clone, by its name; `sums`: see `embed_sampled`."""
         row_keys = None if keys is None else keys[rows]
-        noisy = room_for_noise(logits, row_keys, temperature) if embed_for else None
+        noisy = room_for_noise(logits, row_keys, temperature) if embed_for and keeps_noise else None
         ids = sample_tokens(logits, row_keys, temperature, noisy=noisy)
         if not embed_for:
             return {"ids": ids}

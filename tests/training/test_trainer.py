@@ -272,6 +272,12 @@ def test_evaluate_gives_a_loss(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_the_reference_is_at_first_the_decoder_itself(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, stages=["warm_start 1s", "gumbel"])
+    trainer.train()
+    assert trainer.state.log_history[1]["lm"] == pytest.approx(0, abs=1e-6)
+
+
 def test_bf16_trains_in_full_precision_weights(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, max_steps=3, bf16=True, stages=["warm_start 1s", "gumbel 1s", "policy_gradient"])
     computed_in, judged_in, score = set(), set(), LensDecoder.score
