@@ -66,7 +66,8 @@ LEFT = {
         "lenses/tiny_stories/model.safetensors",
     ),
     "docs/publishing.md": ("lenses/tiny_stories/model.safetensors",),
-    "docs/speed.md": ("outputs/tiny_stories/profile.json",),
+    "docs/howto/from_python.md": ("outputs/from_python/model.safetensors",),
+    "docs/speed.md": ("outputs/profile/profile.json",),
     "docs/tuned_lens.md": ("lenses/gpt2/model.safetensors", "outputs/story_model_7m/model.safetensors"),
 }  # fmt: skip
 # What is in a command -> the flags that go behind it, of which the last ones win.

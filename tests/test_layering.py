@@ -24,6 +24,7 @@ LAYERS = [
         "token_logits",
         "summed_gradient",
         "table_product",
+        "plain_arithmetic",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes", "context_cache", "context_attention", "text_attention"},

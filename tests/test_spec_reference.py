@@ -1,5 +1,6 @@
 """The opponent of the speed benchmarks does the same work: its losses and gradients are those of the lens."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from tiny_lenses import PROMPTS, activations, disturb, tiny_lens
 from tiny_models import random_tokens
 
+from consistency_lens.plain_arithmetic import plain_arithmetic
 from consistency_lens.residual_stream import gather_positions
 from consistency_lens.straight_through import fold_in, gumbel_noise
+from consistency_lens.subject import Subject
 from consistency_lens.training.lm_reference import SubjectReference
 from consistency_lens.training.objectives import Gumbel, Step
 
@@ -46,9 +49,19 @@ def noise_of(keys):
     return lambda step, logits: gumbel_noise(fold_in(keys, step), logits.shape[-1])
 
 
+def turn_off(lens):
+    """Every fast way that is off by a switch of its own; a subject that runs whole sequences is returned."""
+    lens.decoder.sums_gradients = lens.decoder.attends_in_place = lens.decoder.keeps_noise = False
+    lens.encoder.stops_early = False
+    subject = Subject(lens.subject.model, lens.subject.layer, one_token=False, context_attention=False)
+    subject.stream.may_stop = False
+    return subject
+
+
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_plans_step_and_ours_have_the_same_losses_and_gradients(spec_reference, cached, paired):
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_plans_step_and_ours_have_the_same_losses_and_gradients(spec_reference, fast, cached, paired):
     lens = disturb(tiny_lens(training="full", **PROMPTS), scale=0.01)
     # clones that differ from the subject and from each other
     plan = spec_reference.SpecStep(lens, cached=cached)
@@ -56,15 +69,16 @@ def test_the_plans_step_and_ours_have_the_same_losses_and_gradients(spec_referen
     plan.encoder.get_decoder().load_state_dict(lens.encoder.base.state_dict(), strict=False)
 
     step = Step(seed=0, number=5, tau=TAU)
-    subject, batch = lens.subject, batch_of(lens.subject)
+    subject, batch = lens.subject if fast else turn_off(lens), batch_of(lens.subject)
     objective = Gumbel(subject, SubjectReference(subject), lm_direction="forward", delta_residual="detached")
     keys = [step.keys(batch["rows"], draw) for draw in (0, 1)]
     if paired:  # A' and Â' are those of another row of the batch
         mates = torch.tensor([2, 3, 0, 1])
         batch |= {"mates": mates, "other_activations": batch["activations"][mates]}
         keys[1] = keys[0][mates]
-    ours = objective(lens, lens, batch, step).terms
-    loss_of(ours).backward()
+    with nullcontext() if fast else plain_arithmetic():
+        ours = objective(lens, lens, batch, step).terms
+        loss_of(ours).backward()
     theirs = plan(batch, TAU, *(noise_of(k) for k in keys))
     loss_of(theirs).backward()
 

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .plain_arithmetic import is_plain
 from .straight_through import row_chunks
 
 ADVANTAGE_EPS = 1e-4  # in units of the reward
@@ -216,6 +218,8 @@ def _weighted_rows(matrix: Tensor, weights: Tensor, chunk_size: int | None) -> T
 
 def _row_losses(formula: Formula, chunk_size: int | None, *inputs: Tensor) -> Tensor:
     """The losses (N,) of all rows of inputs (N, ...)."""
+    if is_plain():
+        return PLAIN[formula](*(_wide(tensor) for tensor in inputs))
     return _RowLoss.apply(formula, chunk_size, torch.is_grad_enabled(), *inputs)
 
 
@@ -260,3 +264,27 @@ def _cross_entropy(
     log_p = logits.log_softmax(dim=-1)
     losses = -log_p.gather(1, ids).squeeze(1)
     return losses, (log_p.exp_().scatter_add_(1, ids, logits.new_full(ids.shape, -1.0)) if needed[0] else None, None)
+
+
+def _plain_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    log_p, log_q = p_logits.log_softmax(dim=-1), q_logits.log_softmax(dim=-1)
+    p = log_p.exp()
+    nothing = p == 0
+    return (p * (log_p.masked_fill(nothing, 0) - log_q.masked_fill(nothing, 0))).sum(dim=-1)
+
+
+def _plain_entropy(logits: Tensor) -> Tensor:
+    log_p = logits.log_softmax(dim=-1)
+    p = log_p.exp()
+    return -(p * log_p.masked_fill(p == 0, 0)).sum(dim=-1)
+
+
+def _plain_cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits, ids.squeeze(1), reduction="none")
+
+
+PLAIN: dict[Formula, Callable[..., Tensor]] = {
+    _kl: _plain_kl,
+    _entropy: _plain_entropy,
+    _cross_entropy: _plain_cross_entropy,
+}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .plain_arithmetic import is_plain
 from .summed_gradient import SummedGradient
 from .table_product import table_product
 
@@ -245,8 +246,34 @@ def straight_through_embeddings(
         raise ValueError(
             f"token_ids must be of shape ({len(logits)},), got {tuple(token_ids.shape)}; flatten the batch"
         )
+    if is_plain():
+        return _plain_embeddings(logits, token_ids, keys, tables, tau)
     anchors = [None if summed is None else summed.anchor for summed in sums]
     return _StraightThroughEmbeddings.apply(logits, noisy, token_ids, keys, tau, chunk_size, sums, *weights, *anchors)
+
+
+def _plain_embeddings(
+    logits: Tensor,
+    token_ids: Tensor,
+    keys: Tensor | None,
+    tables: Sequence[Tensor | SummedGradient],
+    tau: float,
+) -> tuple[Tensor, ...]:
+    """The same by autograd, with the softmax of all rows."""
+    scores = logits.to(_wide_dtype(logits))
+    if keys is not None:
+        scores = scores + gumbel_noise(keys.to(logits.device), logits.shape[-1])
+    soft = torch.softmax(scores / tau, dim=-1)
+    nothing = (soft - soft.detach()).to(logits.dtype)  # but for its gradient
+    embeddings = []
+    for table in tables:
+        rows, weight = (
+            (table.rows(token_ids), table.weight)
+            if isinstance(table, SummedGradient)
+            else (table[token_ids], table.detach())
+        )
+        embeddings.append(rows + (nothing @ weight.to(logits.dtype)).to(rows.dtype))
+    return tuple(embeddings)
 
 
 def _check(logits: Tensor, keys: Tensor | None) -> None:

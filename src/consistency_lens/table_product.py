@@ -8,6 +8,8 @@ Shapes: n rows, V vocabulary, d width.
 import torch
 from torch import Tensor
 
+from .plain_arithmetic import is_plain
+
 BLOCK_ELEMENTS = 2**18
 """Elements of the table in a block: 1 MiB of float32."""
 
@@ -17,7 +19,7 @@ def table_product(rows: Tensor, table: Tensor, add_to: Tensor | None = None) -> 
 
     Given `add_to` (n, V), the product is added to it in place, and it is what is returned.
     """
-    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+    if rows.device.type != "cpu" or rows.dtype != torch.float32 or is_plain():
         return torch.mm(rows, table.T) if add_to is None else torch.addmm(add_to, rows, table.T, out=add_to)
     product = rows.new_empty(len(rows), len(table)) if add_to is None else add_to
     size = max(1, BLOCK_ELEMENTS // table.shape[1])

@@ -17,7 +17,7 @@ FEATURES = {
     "lora": "adapters in place of trained clones (--clones lora)",
     "quant": "8-bit and 4-bit subjects (--quantization)",
     "deepspeed": "examples/accelerate/zero*.yaml",
-    "flash": "--attn_implementation flash_attention_2",
+    "flash": "--attention flash_attention_2",
     "plots": "plots of lenses, runs and sweeps; interactive ones by plotly",
     "metrics": "modules of Hugging Face evaluate",
     "serve": "the page of `serve`, and a server of transformers for generate-chat",
