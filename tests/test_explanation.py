@@ -109,6 +109,9 @@ def test_to_dict_is_plain_data(explanation):
         (TEXT, [1, 6], r"position 6 lies outside the text's 0\.\.5"),
         (TEXT, [-7], r"position -7 lies outside the text's 0\.\.5"),
         (TEXT, [], "explain: got no positions"),
+        (TEXT, 1, "explain: positions must be a list, got 1; for one token, a list of one"),
+        (TEXT, [1, 0.5], r"explain: a position must be a whole number, got 0\.5; count tokens from 0"),
+        (TEXT, "1", "explain: a position must be a whole number, got '1'"),
     ],
 )
 def test_bad_input_is_a_one_line_error(lens, text, positions, message):

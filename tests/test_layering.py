@@ -25,6 +25,7 @@ LAYERS = [
         "summed_gradient",
         "table_product",
         "plain_arithmetic",
+        "turns",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
     {"subject", "cached_passes", "context_cache", "context_attention", "text_attention"},

@@ -104,6 +104,7 @@ class TestErrors:
             ({"edit": lambda words: words}, "the edit leaves the explanation as it is"),
             ({"position": 6}, r"position 6 lies outside the prompt's 0\.\.5"),
             ({"position": -7}, r"position -7 lies outside the prompt's 0\.\.5"),
+            ({"position": 0.5}, r"steer: a position must be a whole number, got 0\.5"),
             ({"scale": float("nan")}, "scale must be a finite number, got nan"),
             ({"prompt": ""}, "got an empty text"),
         ],

@@ -1,13 +1,18 @@
 """The one-token pass against the plain one: logits and gradients, over architectures, windows and padding."""
 
+import copy
 import logging
+import pickle
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from at_once import at_once
 from tiny_models import FAMILIES, NUM_LAYERS, WIDTH, random_tokens, tiny_model
 
 from consistency_lens.subject import Subject
+from consistency_lens.token_logits import TokenLogits
 
 LAYER = 1
 # Sequences are longer than the windows.
@@ -258,3 +263,46 @@ class TestFallback:
         before = torch.get_rng_state()
         subject.check_one_token(20)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestThreads:
+    @pytest.mark.parametrize("context_attention", [True, False])
+    def test_several_get_what_one_gets(self, context_attention):
+        def works(model):
+            """What reads the model at one layer, and at another, where whole sequences are run."""
+            low = Subject(model, LAYER, context_attention=context_attention)
+            high = Subject(model, LAYER + 1, one_token=False)
+
+            def read(subject, with_head):
+                context = subject.context(*ragged_inputs(3), with_head=with_head)
+                replaced = subject.replaced_logits(context, new_activations(context), with_head)
+                logits = replaced if with_head else subject.head(replaced.flatten(0, 1))
+                return logits, context.activations, subject.activations(*random_tokens(9, 5))
+
+            return [lambda: read(low, True), lambda: read(high, False), lambda: read(low, False)]
+
+        model = tiny_model("llama")
+        usual = model.config._attn_implementation
+        expected = [work() for work in works(tiny_model("llama"))]
+        for found, wanted in zip(at_once(*works(model), times=4), expected, strict=True):
+            for tensors in found:
+                torch.testing.assert_close(tensors, wanted)
+        assert model.config._attn_implementation == usual
+
+    def test_a_backward_pass_may_run_in_another(self):
+        """As it does on GPUs, where what was checkpointed then wants the model once more."""
+        subject = Subject(tiny_model("llama"), LAYER)
+        context = subject.context(*ragged_inputs(3), with_head=False)
+        activations = new_activations(context).requires_grad_()
+        states = subject.replaced_logits(context, activations, with_head=False)
+        logits = TokenLogits.of(states, subject.head, 2).read(lambda logits, _rows: {"logits": logits})["logits"]
+        thread = threading.Thread(target=logits.square().sum().backward, daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+        assert activations.grad is not None and activations.grad.abs().min() > 0
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda subject: pickle.loads(pickle.dumps(subject))])
+    def test_one_that_was_used_can_be_copied(self, copied):
+        subject = Subject(tiny_model("llama"), LAYER)
+        expected = subject.activations(*random_tokens(9, 5))
+        torch.testing.assert_close(copied(subject).activations(*random_tokens(9, 5)), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,6 +148,28 @@ def text_ids(lens: ConsistencyLensModel, text: str) -> tuple[list[int], int]:
     return ids, len(bos)
 
 
+def from_start(position: int, length: int, task: str, of: str) -> int:
+    """The index of a token of `length`, counted from the start, where `position` may be negative.
+
+    Args:
+        position: the token, from the end if negative.
+        length: tokens.
+        task, of: who asks, and for a token of what; for the error.
+
+    Raises:
+        ValueError: if it lies outside, or is no whole number.
+    """
+    try:
+        index = operator.index(position)
+    except TypeError as error:
+        raise ValueError(
+            f"{task}: a position must be a whole number, got {position!r}; count tokens from 0"
+        ) from error
+    if not -length <= index < length:
+        raise ValueError(f"{task}: position {position} lies outside the {of}'s 0..{length - 1}")
+    return index % length
+
+
 @torch.no_grad()
 def explain_text(lens: ConsistencyLensModel, text: str, positions: list[int] | None = None) -> Explanation:
     """Reads the activations of a text with `lens`; the work behind `ConsistencyLensModel.explain`.
@@ -158,17 +181,19 @@ def explain_text(lens: ConsistencyLensModel, text: str, positions: list[int] | N
 
     Raises:
         ValueError: if the text is empty or longer than the subject's context, or if there are no positions or one lies
-            outside it.
+            outside it or is no whole number.
     """
     tokenizer = lens.require_tokenizer()
     ids, start = text_ids(lens, text)
-    positions = list(range(start, len(ids))) if positions is None else positions
+    try:
+        positions = list(range(start, len(ids)) if positions is None else positions)
+    except TypeError as error:
+        raise ValueError(
+            f"explain: positions must be a list, got {positions!r}; for one token, a list of one"
+        ) from error
     if not positions:
         raise ValueError("explain: got no positions; leave them out to read every token")
-    outside = [p for p in positions if not -len(ids) <= p < len(ids)]
-    if outside:
-        raise ValueError(f"explain: position {outside[0]} lies outside the text's 0..{len(ids) - 1}")
-    positions = [p % len(ids) for p in positions]
+    positions = [from_start(position, len(ids), "explain", "text") for position in positions]
 
     reading = read_tokens(lens, ids, positions)
     columns = (

@@ -18,7 +18,9 @@ from .straight_through import fold_in, room_for_noise, sample_tokens
 from .summed_gradient import SummedGradient, can_be_summed
 from .text_attention import TextPasses, can_attend
 from .token_logits import TokenLogits, head_logits
+from .turns import in_turn
 
+NO_ACTIVATIONS = "decode: got no activations; pass at least one"
 # Tokens of a prompt from which on a pass of its own takes less time than its tokens in each row do.
 LONG_PROMPT = 4
 
@@ -43,7 +45,10 @@ class SoftText(NamedTuple):
 
 
 class LensDecoder(LensClone):
-    """Activation to text: the subject's clone, prompted with a projection of the activation."""
+    """Activation to text: the subject's clone, prompted with a projection of the activation.
+
+    Several threads may run it at once, each `in_turn`; but not a backward pass in which checkpoints run again.
+    """
 
     config_class = LensDecoderConfig
     artifact_kind = "Decoder of a consistency lens (activation to text)"
@@ -116,10 +121,21 @@ class LensDecoder(LensClone):
         In two halves it is `with_head=False`, which gives the hidden states (B, T, d) before the head, and then
         `states` (n, d), any of these rows, of which the head makes logits (n, V). Without `use_cache` a long prompt
         before the slot runs once a row, and not once; the reference for tests.
+
+        Raises:
+            ValueError: if there are no activations.
         """
         if states is not None:
-            return head_logits(self.base, states)
+            with in_turn(self):
+                return head_logits(self.base, states)
         assert activations is not None and text_ids is not None
+        if len(activations) == 0:
+            raise ValueError(NO_ACTIVATIONS)
+        with in_turn(self):
+            return self.forced(activations, text_ids, with_head, use_cache)
+
+    def forced(self, activations: Tensor, text_ids: Tensor, with_head: bool, use_cache: bool) -> Tensor:
+        """The first half of `forward`, or both."""
         prompt, slot, cache = self.filled_prompt(activations), len(self.config.prefix_ids), None
         inputs = torch.cat([prompt, self.token_embedding(text_ids[:, :-1]).to(prompt.dtype)], dim=1)
         if use_cache and slot >= LONG_PROMPT and not self.checkpoints_gradients():
@@ -173,12 +189,13 @@ class LensDecoder(LensClone):
                 softmax of a token are then made once for its gradients in both tables.
 
         Raises:
-            ValueError: if T is less than one.
+            ValueError: if T is less than one, or there are no activations.
         """
         tokens = self.generated_tokens(
             activations, keys, num_text_tokens, tau, temperature, use_cache, chunk_size, reader
         )
-        ids, states, read = zip(*tokens, strict=True)
+        with in_turn(self):
+            ids, states, read = zip(*tokens, strict=True)
         return SoftText(
             torch.stack(ids, dim=1),
             self.predictions(torch.stack(states, dim=1), chunk_size),
@@ -198,7 +215,8 @@ class LensDecoder(LensClone):
         tokens = self.generated_tokens(
             activations, keys, num_text_tokens, temperature=temperature, chunk_size=chunk_size
         )
-        return torch.stack([ids for ids, *_ in tokens], dim=1)
+        with in_turn(self):
+            return torch.stack([ids for ids, *_ in tokens], dim=1)
 
     def generated_tokens(
         self,
@@ -217,6 +235,8 @@ class LensDecoder(LensClone):
             raise ValueError(f"num_text_tokens must be at least 1, got {num_text_tokens}; 8 is a good start")
         dtype = self.token_embedding.weight.dtype
         batch = len(activations)
+        if batch == 0:
+            raise ValueError(NO_ACTIVATIONS)
 
         recompute = use_cache and self.checkpoints_gradients() and torch.is_grad_enabled()
         # what is computed again, or only then, has a graph of its own, whose end the sums would not see
@@ -291,7 +311,7 @@ class LensDecoder(LensClone):
 
     def may_attend_in_place(self, length: int) -> bool:
         """Whether the tokens of a text, `length` with the prompt, share one buffer of keys and values."""
-        # Without gradients nothing is kept anyway, and a text may be decoded in several threads.
+        # Without gradients nothing is kept anyway.
         wanted = self.attends_in_place and torch.is_grad_enabled() and self.base._compiled_call_impl is None
         on_cpu = self.projection.weight.device.type == "cpu"  # nowhere else has it been measured
         return wanted and on_cpu and can_attend(self.base, length)

@@ -17,6 +17,7 @@ from .lens_decoder import SoftText
 from .residual_stream import ResidualStream, truncated
 from .straight_through import fold_in
 
+NO_TEXTS = "encode: got no texts; pass at least one"
 NOTHING_TO_READ = "encode: got an empty text, and the encoder has neither BOS nor prompt; pass at least one word"
 
 
@@ -56,9 +57,11 @@ class LensEncoder(LensClone):
             use_cache: False runs the prompt before the text once a row, and not once; the reference for tests.
 
         Raises:
-            ValueError: if there is nothing to read: an empty text without BOS and prompt.
+            ValueError: if there is nothing to read: no text, or an empty one without BOS and prompt.
         """
         batch, dtype = len(text_embeddings), self.token_embedding.weight.dtype
+        if batch == 0:
+            raise ValueError(NO_TEXTS)
         prefix, suffix = (piece.to(dtype) for piece in self.prompt())
         rows = torch.cat([text_embeddings.to(dtype), suffix.expand(batch, -1, -1)], dim=1)
         if len(prefix) + rows.shape[1] == 0:

@@ -27,6 +27,7 @@ from .spans import span
 from .steering import Steering, steer_text, text_direction
 from .subject import Subject
 from .token_logits import RowReader
+from .turns import in_turn
 
 # activations (B, d) and text ids (B, T) -> what reads the logits of the B * T tokens, row by row
 TokenReader = Callable[[Tensor, Tensor], RowReader]
@@ -162,10 +163,11 @@ class ConsistencyLensModel(TrainedTensorsModel):
     @property
     def subject(self) -> Subject:
         """The frozen model being read, loaded at its pinned revision when first asked for."""
-        if not self._subject:
-            model = load_subject(self.config, None, self.base_kwargs)
-            self.attach_subject(model.to(self.device))  # type: ignore[arg-type]
-        return self._subject[0]
+        with in_turn(self):  # one is loaded, however many threads ask for it
+            if not self._subject:
+                model = load_subject(self.config, None, self.base_kwargs)
+                self.attach_subject(model.to(self.device))  # type: ignore[arg-type]
+            return self._subject[0]
 
     @property
     def mean(self) -> Tensor:
@@ -293,8 +295,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
 
     def read_ids(self, text_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the encoder makes of texts (B, T): Â, (B, d). `mask` (B, T) says what is read; `text_mask` if None."""
-        reconstruction = self(text_ids=text_ids, encoder_text_mask=mask).reconstruction
-        return cast(Tensor, reconstruction)
+        return cast(Tensor, self(text_ids=text_ids, encoder_text_mask=mask).reconstruction)
 
     def reconstruct(self, text_ids: Tensor, mask: Tensor | None) -> Tensor:
         """What `read_ids` returns, from inside `forward`."""
@@ -322,7 +323,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
     ) -> Tensor:
         """The token ids (B, T) that `decode` turns into strings; `chunk_size`: rows of logits held at a time."""
         settings = {"num_text_tokens": num_text_tokens, "noise_keys": keys, "temperature": temperature}
-        with evaluating(self.decoder):  # in train mode gradient checkpointing would cost the cache
+        # in train mode gradient checkpointing would cost the cache
+        with in_turn(self.decoder), evaluating(self.decoder):
             return cast(Tensor, self(activations, sample=True, chunk_size=chunk_size, **settings).text_ids)
 
     @torch.no_grad()
@@ -355,8 +357,6 @@ class ConsistencyLensModel(TrainedTensorsModel):
         Raises:
             ValueError: if there is no text, or an empty one that neither BOS nor prompt precedes.
         """
-        if len(texts) == 0 and not isinstance(texts, str):
-            raise ValueError("encode: got no texts; pass at least one")
         if isinstance(texts, Tensor):
             return self.read_ids(texts.to(self.device))
         texts = [texts] if isinstance(texts, str) else texts

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .explanation import format_top, printed, text_ids, top_tokens
+from .explanation import format_top, from_start, printed, text_ids, top_tokens
 from .lens_decoder import evaluating
 from .losses import kl_divergence
 
@@ -97,16 +97,14 @@ def steer_text(
         scale: the length of the step along E(edited) - E(explanation); 0 changes nothing, -1 steers away.
 
     Raises:
-        ValueError: if the prompt is empty or longer than the subject's context, the position lies outside it, the
-            scale is not finite, or the edited explanation is empty or the same as the lens's.
+        ValueError: if the prompt is empty or longer than the subject's context, the position lies outside it or
+            is no whole number, the scale is not finite, or the edited explanation is empty or the same as the lens's.
     """
     tokenizer, subject = lens.require_tokenizer(), lens.subject
     ids, _ = text_ids(lens, prompt)
-    if not -len(ids) <= position < len(ids):
-        raise ValueError(f"steer: position {position} lies outside the prompt's 0..{len(ids) - 1}")
+    position = from_start(position, len(ids), "steer", "prompt")
     if not math.isfinite(scale):
         raise ValueError(f"steer: scale must be a finite number, got {scale}")
-    position %= len(ids)
 
     input_ids = torch.tensor([ids], device=lens.device)
     context = subject.context(input_ids, torch.ones_like(input_ids), torch.tensor([[position]], device=lens.device))

@@ -21,6 +21,7 @@ from .context_cache import ContextCache, ContextComplete, beside, empty_cache, j
 from .residual_stream import ResidualStream, gather_positions
 from .spans import span
 from .token_logits import head_logits
+from .turns import in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class SubjectContext(NamedTuple):
 
 class Subject:
     """The frozen model being read: its activations, its logits, and its logits after one residual was replaced.
+
+    Several threads may use it at once: whatever runs the model does so `in_turn`.
 
     Args:
         model: a causal language model; it is frozen and put in evaluation mode.
@@ -94,7 +97,7 @@ class Subject:
             input_ids: right-padded tokens, (B, S) int64.
             attention_mask: 1 for real tokens, (B, S).
         """
-        with span("context pass"), self.stream.capture(self.layer, stop=True) as captured:
+        with in_turn(self.model), span("context pass"), self.stream.capture(self.layer, stop=True) as captured:
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return captured.activations
 
@@ -124,21 +127,24 @@ class Subject:
         """
         if check:
             _check_inputs(input_ids, attention_mask, positions)
-        one_token = self.check_one_token(input_ids.shape[1] + positions.shape[1])
-        with span("context pass"):
-            return self._context(input_ids, attention_mask, positions, one_token, with_head, passes=passes)
+        with in_turn(self.model):
+            one_token = self.check_one_token(input_ids.shape[1] + positions.shape[1])
+            with span("context pass"):
+                return self._context(input_ids, attention_mask, positions, one_token, with_head, passes=passes)
 
     def run(self, with_head: bool, **inputs: Any) -> Tensor:
         """The model's logits (B, S, V), or the hidden states (B, S, d) before its head."""
-        if with_head:
-            return self.model(**inputs).logits
-        with self.stream.capture_last_states() as captured:
-            output = self.model(**inputs)
+        with in_turn(self.model):
+            if with_head:
+                return self.model(**inputs).logits
+            with self.stream.capture_last_states() as captured:
+                output = self.model(**inputs)
         return _HandOn.apply(captured.activations, output.logits)
 
     def head(self, states: Tensor) -> Tensor:
         """Logits (n, V) of hidden states (n, d) before the head; gradient flows to them."""
-        return head_logits(self.model, states)
+        with in_turn(self.model):
+            return head_logits(self.model, states)
 
     def replaced_logits(self, context: SubjectContext, activations: Tensor, with_head: bool = True) -> Tensor:
         """Next-token logits at each position after its residual alone was replaced; gradient flows to `activations`.
@@ -156,7 +162,8 @@ class Subject:
             return self.replaced_logits_full(context, activations, with_head)
         batch_size, num_positions = context.positions.shape
         queries = torch.arange(num_positions, device=context.positions.device).expand(batch_size, -1)
-        with self.stream.replace(self.layer, queries, activations), self._reading(context) as past:
+        replaced = self.stream.replace(self.layer, queries, activations)
+        with in_turn(self.model), replaced, self._reading(context) as past:
             return self.run(
                 with_head,
                 input_ids=context.input_ids.gather(1, context.positions),
@@ -182,7 +189,8 @@ class Subject:
         """As `replaced_logits`, by K passes over the whole sequence: the reference, right for any architecture."""
         logits = []
         for position, activation in zip(context.positions.split(1, dim=1), activations.split(1, dim=1), strict=True):
-            with self.stream.replace(self.layer, position, activation), self.stream.select_positions(position):
+            replaced = self.stream.replace(self.layer, position, activation)
+            with in_turn(self.model), replaced, self.stream.select_positions(position):
                 inputs = {"input_ids": context.input_ids, "attention_mask": context.attention_mask}
                 logits.append(self.run(with_head, **inputs, use_cache=False))
         return torch.cat(logits, dim=1)
@@ -196,24 +204,29 @@ class Subject:
         Args:
             length: tokens of the sequence plus the number of positions.
         """
-        if self._one_token and length > self._checked_length:
-            limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-            tested_length = int(min(max(CHECK_MIN_LENGTH, 1 << (length - 1).bit_length()), limit))
+        with in_turn(self.model):
+            if self._one_token and length > self._checked_length:
+                self._try_one_token(length)
+            return self._one_token
+
+    def _try_one_token(self, length: int) -> None:
+        """Tries the one-token pass, in one way and the other, at the length of which `check_one_token` has to know."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        tested_length = int(min(max(CHECK_MIN_LENGTH, 1 << (length - 1).bit_length()), limit))
+        reason = self._failure_of_one_token(tested_length)
+        if reason is not None and self._context_attention:
+            logger.debug("%s: keys and values are appended to a context: %s", type(self.model).__name__, reason)
+            self._context_attention = False
             reason = self._failure_of_one_token(tested_length)
-            if reason is not None and self._context_attention:
-                logger.debug("%s: keys and values are appended to a context: %s", type(self.model).__name__, reason)
-                self._context_attention = False
-                reason = self._failure_of_one_token(tested_length)
-            # A model cannot be tried beyond its positions: the answer there is the answer for good.
-            self._checked_length = math.inf if tested_length == limit else tested_length
-            if reason is not None:
-                self._one_token = False
-                logger.warning(
-                    "%s: the one-token pass is off, whole sequences are run instead: %s",
-                    type(self.model).__name__,
-                    reason,
-                )
-        return self._one_token
+        # A model cannot be tried beyond its positions: the answer there is the answer for good.
+        self._checked_length = math.inf if tested_length == limit else tested_length
+        if reason is not None:
+            self._one_token = False
+            logger.warning(
+                "%s: the one-token pass is off, whole sequences are run instead: %s",
+                type(self.model).__name__,
+                reason,
+            )
 
     def _context(
         self,

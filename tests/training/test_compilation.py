@@ -70,6 +70,20 @@ def test_the_trainer_compiles_the_bases_alone(tmp_path):
     assert all(module._compiled_call_impl is None for module in plain.lens.modules())
 
 
+@pytest.mark.parametrize("training", ["frozen", "lora", "full"])
+def test_weights_that_are_not_shared_are_compiled_too(tmp_path, training):
+    """And the decoder as warm start left it, to which text is held close, is as little compiled as any copy."""
+    pytest.importorskip("peft")
+    trainer = tiny_trainer(
+        tmp_path, {"training": training}, torch_compile=True, torch_compile_backend="eager", share_weights="false",
+        lm_weight="0.1", lm_reference="warm_start",
+    )  # fmt: skip
+    compiled = [name for name, module in trainer.lens.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == ["decoder.base", "encoder.base"]
+    reference = trainer.lm_reference().decoder
+    assert all(module._compiled_call_impl is None for module in reference.modules())
+
+
 @pytest.mark.slow
 def test_losses_are_those_without(tmp_path, compiled_graphs):
     stages = ["warm_start 2s", "gumbel 3s", "policy_gradient"]

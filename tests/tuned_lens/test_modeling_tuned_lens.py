@@ -1,5 +1,6 @@
 import pytest
 import torch
+from at_once import at_once
 from tiny_lenses import tiny_tokenizer
 from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, WIDTH, random_tokens, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
@@ -216,3 +217,13 @@ def test_a_lens_without_a_tokenizer_takes_that_of_its_model(tmp_path):
     assert found.input_ids.tolist() == tiny_tokenizer()("once")["input_ids"]
     with pytest.raises(ValueError, match="tokenizer: this lens has none; set lens.tokenizer"):
         TunedLens.for_model(tiny_model("llama")).trajectory("once")
+
+
+def test_several_threads_get_the_residuals_that_one_gets():
+    lens = lens_with_noise(rank=4)
+    ids, mask = random_tokens(9, 5)
+    expected = lens.residuals(ids, mask)
+    works = [lambda: lens.residuals(ids, mask), lambda: lens.block_outputs(ids, [0], mask)[0]]
+    whole, first = at_once(*works, times=5)
+    assert all(torch.equal(found, expected) for found in whole)
+    assert all(torch.equal(found, expected[0]) for found in first)

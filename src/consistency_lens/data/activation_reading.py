@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..residual_stream import ResidualStream
+from ..turns import in_turn
 from .cache_plan import ShardPlan
 
 
@@ -66,7 +67,7 @@ class ActivationReader:
         if device.type == "meta":
             # An offloaded embedding: accelerate takes the tokens to where it runs.
             device = torch.device("cpu")
-        with ExitStack() as stack:
+        with in_turn(self.stream.model), ExitStack() as stack:
             captures = [stack.enter_context(self.stream.capture(layer, stop=layer == layers[-1])) for layer in layers]
             try:
                 self.stream.model(

@@ -65,7 +65,6 @@ class ConsistencyLensTrainer(ControlledTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self.can_return_loss = True
         self.label_names = []
-        compile_clones(model, self.accelerator.state.dynamo_plugin, with_heads=args.logits_chunk_size == 0)
         if isinstance(self.train_dataset, StreamedActivations) or self.order is not None:
             self.add_callback(OrderOfEpoch(lambda: self.own_sampler))
         if args.warm_start_patience > 0:
@@ -82,6 +81,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(LensProgress)
         self.weights.prepare(model, keep_reference=args.keeps_warm_start(), share_weights=args.share_weights)
+        # not before it, for it may copy a base, and a copy is not compiled; neither is the reference, made later
+        compile_clones(model, self.accelerator.state.dynamo_plugin, with_heads=args.logits_chunk_size == 0)
         self.own_sampler: StreamSampler | TogetherSampler | None = None
         self._objectives: dict[int, Objective] = {}
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from ..artifact_subject import load_subject, load_subject_tokenizer, subject_location
 from ..lens_artifact import TrainedTensorsModel
 from ..residual_stream import ResidualStream
+from ..turns import in_turn
 from .configuration_tuned_lens import TunedLensConfig
 from .preconditioner import Preconditioner
 from .readout import Readout
@@ -290,7 +291,7 @@ class TunedLens(TrainedTensorsModel):
         device = self.stream.input_embedding.get_parameter("weight").device
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate takes the tokens on
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        with ExitStack() as stack:
+        with in_turn(self.stream.model), ExitStack() as stack:
             captures = [stack.enter_context(self.stream.capture(layer, stop=layer == max(layers))) for layer in layers]
             self.subject_model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
         return [capture.activations for capture in captures]
