@@ -1,5 +1,5 @@
-"""A hook of mkdocs: what the pages link to elsewhere in the repository. Pictures come with the site; the rest does not,
-and stands there as words."""
+"""A hook of mkdocs, for what the pages link to elsewhere in the repository: pictures come with the site, and what does
+not stands there as words."""
 
 import re
 from pathlib import Path

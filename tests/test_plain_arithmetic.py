@@ -1,11 +1,14 @@
 """The fast formulas against the plain ones that stand in their place."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from consistency_lens import losses, straight_through, table_product
 from consistency_lens.plain_arithmetic import is_plain, plain_arithmetic
 from consistency_lens.summed_gradient import SummedGradient
+from consistency_lens.token_logits import TokenLogits
 
 ROWS, VOCABULARY, WIDTH = 12, 50, 8
 
@@ -31,7 +34,7 @@ def assert_same_both_ways(function, *inputs):
 
 
 @pytest.fixture(autouse=True)
-def fast_formulas_are_not_called_in_plain_arithmetic(monkeypatch):
+def _fast_formulas_are_not_called_in_plain_arithmetic(monkeypatch):
     for function in (losses._RowLoss, straight_through._StraightThroughEmbeddings):
         monkeypatch.setattr(function, "apply", _only_outside(function.apply))
 
@@ -89,6 +92,33 @@ def test_a_product_with_a_table_is_one_product(monkeypatch):
     with plain_arithmetic():
         assert torch.equal(table_product.table_product(rows, table), rows @ table.T)
     torch.testing.assert_close(in_blocks, rows @ table.T)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_a_backward_pass_runs_again_goes_the_way_that_it_went(plain):
+    keys = straight_through.row_keys(0, 0, torch.arange(ROWS))
+    head, states = random(VOCABULARY, WIDTH), random(ROWS, WIDTH, seed=1).requires_grad_()
+    ids = straight_through.sample_tokens((states @ head.T).detach(), keys)
+
+    def read(logits, rows):
+        (embedded,) = straight_through.straight_through_embeddings(logits, ids[rows], keys[rows], [head], 0.7)
+        return {"loss": losses.entropy(logits) + embedded.square().sum(-1)}
+
+    def total(chunk_size):
+        given = states if chunk_size > 0 else states @ head.T
+        return TokenLogits.of(given, lambda part: part @ head.T, chunk_size).read(read)["loss"].sum()
+
+    (expected,) = torch.autograd.grad(total(0), states)
+    with plain_arithmetic(plain):
+        value = total(5)
+    with plain_arithmetic(not plain):
+        (gradient,) = torch.autograd.grad(value, states)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_it_is_of_its_thread_alone():
+    with plain_arithmetic(), ThreadPoolExecutor(1) as pool:
+        assert is_plain() and not pool.submit(is_plain).result()
 
 
 def test_plain_arithmetic_ends_with_its_block():

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -280,7 +279,7 @@ def _plain_entropy(logits: Tensor) -> Tensor:
 
 
 def _plain_cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    return F.cross_entropy(logits, ids.squeeze(1), reduction="none")
+    return -logits.log_softmax(dim=-1).gather(1, ids).squeeze(1)
 
 
 PLAIN: dict[Formula, Callable[..., Tensor]] = {

@@ -5,23 +5,22 @@ It holds all rows at once and walks through them more often; it is there to comp
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
-# Not a context variable: what a checkpoint runs again runs in a thread of autograd's, which has a context of its own.
-_depth = 0
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
 
 
 @contextmanager
-def plain_arithmetic() -> Iterator[None]:
-    """Inside the `with` block, of all threads, the losses over the vocabulary, the straight-through embedding and the
-    products with its tables go the plain way, as does the backward pass of what has run in it."""
-    global _depth
-    _depth += 1
+def plain_arithmetic(plain: bool = True) -> Iterator[None]:
+    """Inside the `with` block, the losses over the vocabulary, the straight-through embedding and the products with
+    its tables go the plain way, or with `plain=False` the fast one. What has run in it is differentiated likewise."""
+    token = _plain.set(plain)
     try:
         yield
     finally:
-        _depth -= 1
+        _plain.reset(token)
 
 
 def is_plain() -> bool:
     """Whether the plain way is to be gone."""
-    return _depth > 0
+    return _plain.get()

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .plain_arithmetic import is_plain, plain_arithmetic
+
 # logits (n, V) and which of the N rows they are -> tensors (n, ...) by name
 RowReader = Callable[[Tensor, slice], dict[str, Tensor]]
 
@@ -52,8 +54,11 @@ class TokenLogits(NamedTuple):
         if head is None:
             return reader(self.states, slice(0, len(self.states)))
 
+        plain = is_plain()  # it may be otherwise where the backward pass runs this again
+
         def head_and_reader(states: Tensor, rows: slice) -> dict[str, Tensor]:
-            return reader(head(states), rows)
+            with plain_arithmetic(plain):
+                return reader(head(states), rows)
 
         # ZeRO-3 has released a weight again before torch would compare its shape with that of the first run
         run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
