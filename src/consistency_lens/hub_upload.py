@@ -1,10 +1,11 @@
 """Uploading an artifact to the Hugging Face Hub: what belongs to it, with its code, in one commit that holds all."""
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -60,18 +61,39 @@ def stage_artifact(folder: Path, staging: Path, model_class: type) -> None:
         folder: of the artifact, and perhaps of other things, which stay where they are.
         staging: folder for it, made if missing; large files are links to those in `folder` where that is possible.
         model_class: of the artifact.
+
+    Raises:
+        ValueError: if a number in one of its JSON files is NaN or infinite.
     """
     staging.mkdir(parents=True, exist_ok=True)
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = _json(folder / CONFIG_FILE)
     places = {name: public_place(name) for name in subjects(config) if is_path(name)}
     for file in artifact_files(folder):
         if file.name in RECORDS:
-            write_json(staging / file.name, without_paths(json.loads(file.read_text(encoding="utf-8")), places))
+            write_json(staging / file.name, without_paths(_json(file), places))
         elif file.name != CONFIG_FILE:
             link_or_copy(file, staging / file.name)
     write_json(staging / CONFIG_FILE, {**renamed(config, places), "auto_map": auto_map(model_class)})
     for name, text in remote_code(model_class).items():
         (staging / name).write_text(text, encoding="utf-8")
+
+
+def _json(file: Path) -> Any:
+    """The content of a JSON file; Python reads numbers there that may not be written again."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for key, number in _numbers(content):
+        if not math.isfinite(number):
+            raise ValueError(f"path: {file.name} has {number} as {key!r}, and JSON no word for it; measure that anew")
+    return content
+
+
+def _numbers(content: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers with a point in JSON content, and their keys with dots between them."""
+    if isinstance(content, float):
+        yield place, content
+    elif isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _numbers(value, f"{place}.{key}" if place else str(key))
 
 
 def subjects(config: Any) -> set[str]:

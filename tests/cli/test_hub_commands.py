@@ -66,13 +66,25 @@ def test_a_collection(hub, tmp_path, capsys):
     assert code == 0 and "2 of 2 lenses passed; not checked: checksums, model weights" in said
 
 
+def test_main_that_has_gone_on_since_the_release_is_told(hub, lens, tmp_path, capsys):
+    push_lenses(lens, LONE, tag=TAG)
+    assert "Main" not in run(capsys, "list", "--repo", LONE)[1]
+    repo = hub.model(LONE)
+    trained = repo.commit("main", "Training in progress, step 3", repo.head.files).oid
+    code, said = run(capsys, "list", "--repo", LONE)
+    assert code == 0 and f"commit {repo.tags[TAG]}; releases: {TAG}" in said
+    assert f"Main has gone on since, to commit {trained}, which is no release" in said
+    assert run(capsys, "pull", "--repo", LONE, "--path", tmp_path / "pulled", "--disable_tqdm")[0] == 0
+
+
 def test_exit_code_3_for_a_lens_that_is_not_what_was_published(hub, lens, tmp_path, capsys):
     push_lenses(lens, LONE, tag=TAG)
     repo = hub.model(LONE)
     files = repo.head.files
     changed = files["README.md"]._replace(content=files["README.md"].content[::-1])
     repo.commit("main", "tampered", {**files, "README.md": changed})
-    code, said = run(capsys, "pull", "--repo", LONE, "--path", tmp_path / "x", "--disable_tqdm")
+    asked = ("pull", "--repo", LONE, "--path", tmp_path / "x", "--disable_tqdm")
+    code, said = run(capsys, *asked, "--revision", "main")
     assert code == 3 and "failed: file: README.md of" in said and not (tmp_path / "x").exists()
     (lens / "state.pt").write_bytes(b"x")
     code, said = run(capsys, "push", "--path", lens, "--repo", LONE)

@@ -43,6 +43,15 @@ def test_publish_list_download_verify(hub, lens, tmp_path, monkeypatch, capsys):
     assert TOKEN not in said
 
 
+def test_main_that_has_gone_on_since_the_release_is_told(hub, lens, capsys):
+    run(capsys, "publish", "--lens", lens, "--repo", REPO, "--tag", TAG)
+    repo = hub.dataset(REPO)
+    edited = repo.commit("main", "Update README.md", repo.head.files).oid
+    code, said = run(capsys, "list", "--repo", REPO)
+    assert code == 0 and f"commit {repo.tags[TAG]}; releases: {TAG}" in said
+    assert f"Main has gone on since, to commit {edited}, which is no release" in said
+
+
 def test_an_update_says_what_it_replaces(lens, capsys):
     run(capsys, "publish", "--lens", lens, "--repo", REPO, "--tag", TAG)
     code, said = run(capsys, "publish", "--lens", lens, "--repo", REPO, "--tag", "v2026.02.01")
@@ -81,7 +90,8 @@ def test_exit_code_3_for_a_tampered_file(hub, lens, tmp_path, capsys):
     repo, name = hub.dataset(REPO), "tuned_lenses/org/tiny/config.json"
     files = repo.head.files
     repo.commit("main", "tampered", {**files, name: files[name]._replace(content=files[name].content + b" ")})
-    code, said = run(capsys, "download", "--repo", REPO, "--model", "org/tiny", "--output_dir", tmp_path / "x")
+    asked = ("download", "--repo", REPO, "--model", "org/tiny", "--output_dir", tmp_path / "x")
+    code, said = run(capsys, *asked, "--revision", "main")
     assert code == 3 and "config.json of" in said and not (tmp_path / "x").exists()
 
 

@@ -123,6 +123,32 @@ def test_a_revision_is_that_of_its_time(released, tmp_path):
         pull(tmp_path / "x", revision="v1999.01.01")
 
 
+def test_what_a_training_has_pushed_since_the_last_release_is_not_taken(released, tmp_path):
+    trained = put(released, "metrics.json", b'{"fve": 0.9}', REPO).oid
+    tags = released.model(REPO).tags
+    found = list_lenses(REPO)
+    assert (found.commit, found.later, found.unfinished) == (tags[NEXT], trained, None)
+    assert {lens.commit for lens in pull(tmp_path / "all")} == {tags[NEXT]}
+    on_main = list_lenses(REPO, "main")
+    assert (on_main.commit, on_main.later) == (trained, None)
+
+
+def test_a_release_of_an_earlier_day_that_main_is_at_is_taken(released):
+    repo = released.model(LONE)
+    repo.tags[NEXT] = repo.commits[0].oid
+    assert (list_lenses(LONE).commit, list_lenses(LONE).later) == (repo.head.oid, None)
+
+
+def test_a_repository_with_no_release_at_all_is_told(released):
+    released.model(LONE).tags.clear()
+    put(released, "metrics.json", b"{}", LONE)
+    with pytest.raises(ValueError, match=f"the release {TAG} of '{LONE}' is not finished, it has no tag; push it"):
+        list_lenses(LONE)
+    put(released, "INDEX.json", index_text({}).encode(), LONE)
+    with pytest.raises(ValueError, match=f"'{LONE}' has no release, and its INDEX.json names no lenses; push one"):
+        list_lenses(LONE)
+
+
 def test_a_private_lens_needs_its_owners_token(released, tmp_path, monkeypatch):
     released.model(LONE).private = True
     pull(tmp_path / "mine", LONE)
@@ -207,7 +233,7 @@ def test_a_file_with_another_checksum_is_refused_and_nothing_is_left(released, t
     content[len(content) // 2] ^= 1
     put(released, name, bytes(content), LONE)
     with pytest.raises(VerificationError, match=f"{name} of '{LONE}' has sha256 .* INDEX.json says"):
-        pull(tmp_path / "lens", LONE)
+        pull(tmp_path / "lens", LONE, revision="main")
     assert left(tmp_path) == []
     pull(tmp_path / "lens", LONE, revision=TAG)  # the release is as it was
 
@@ -216,7 +242,7 @@ def test_a_file_of_another_size_is_not_even_fetched(released, tmp_path):
     put(released, "model.safetensors", b"x" * 1000, LONE)
     released.requests.clear()
     with pytest.raises(VerificationError, match="model.safetensors of .* has 1,000 bytes, not"):
-        pull(tmp_path / "lens", LONE)
+        pull(tmp_path / "lens", LONE, revision="main")
     assert released.count("GET", "resolve/.*/(?!INDEX)") == 0
 
 
@@ -236,22 +262,22 @@ def test_a_file_that_is_missing_is_told(released, tmp_path):
     del head["metrics.json"]
     released.model(LONE).commit("main", "drop", head)
     with pytest.raises(ValueError, match=r"lacks a file that it names \(metrics.json\); it is incomplete"):
-        pull(tmp_path / "lens", LONE)
+        pull(tmp_path / "lens", LONE, revision="main")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "old/state.pkl", "STATE.PT", "last.ckpt"])
 def test_a_repository_with_a_pickle_is_refused(released, tmp_path, name):
     put(released, name, b"\x80\x04", LONE)
     with pytest.raises(ValueError, match=f"holds '{name}', which is pickled and may run code when it is read"):
-        pull(tmp_path / "lens", LONE)
+        pull(tmp_path / "lens", LONE, revision="main")
     assert left(tmp_path) == []
 
 
 def test_a_pickle_beside_a_lens_is_not_in_the_way_of_another(released, tmp_path):
     put(released, "one/state.pkl", b"\x80\x04")
-    pull(tmp_path / "lens", lens="two")
+    pull(tmp_path / "lens", lens="two", revision="main")
     with pytest.raises(ValueError, match="holds 'one/state.pkl'"):
-        pull(tmp_path / "all")
+        pull(tmp_path / "all", revision="main")
 
 
 HOSTILE = [
@@ -363,7 +389,7 @@ def test_weights_that_are_not_finite_do_not_take_their_place(released, tmp_path)
     digest = released.model(LONE).head.files["model.safetensors"].sha256
     reindex(released, files=files | {"model.safetensors": {"sha256": digest, "bytes": len(content)}})
     with pytest.raises(VerificationError, match="weights: projection: NaN or infinity"):
-        pull(tmp_path / "lens", LONE)
+        pull(tmp_path / "lens", LONE, revision="main")
     assert left(tmp_path) == []
 
 
@@ -371,7 +397,7 @@ def test_an_index_that_tells_of_another_lens_is_refused(released, tmp_path):
     base = {"name": "org/famous", "revision": "d" * 40, "weights_hash": "b" * 64}
     reindex(released, base_model=base)
     with pytest.raises(VerificationError, match="index: base model: 'somewhere' here, 'org/famous' in INDEX.json"):
-        pull(tmp_path / "lens", LONE)
+        pull(tmp_path / "lens", LONE, revision="main")
     assert left(tmp_path) == []
 
 
@@ -414,7 +440,7 @@ def test_code_of_another_repository_is_refused(released, tmp_path):
     digest = released.model(LONE).head.files["config.json"].sha256
     reindex(released, files=files | {"config.json": {"sha256": digest, "bytes": len(content)}})
     with pytest.raises(VerificationError, match="config.json names code of another repository .evil/repo--code.Model"):
-        pull(tmp_path / "lens", LONE)
+        pull(tmp_path / "lens", LONE, revision="main")
 
 
 # The base model

@@ -220,9 +220,51 @@ def test_repositories_of_something_else_are_refused_and_of_a_training_are_not(hu
     hub.add_repo("model", REPO, {"pytorch_model.gguf": b"x"})
     with pytest.raises(ValueError, match="holds something that is no lens .pytorch_model.gguf."):
         push(lens)
-    hub.add_repo("model", REPO, {"config.json": b"{}", "checkpoint-3/model.safetensors": b"x", "code.py": b"1"})
+    config = (lens / "config.json").read_bytes()
+    hub.add_repo("model", REPO, {"config.json": config, "checkpoint-3/model.safetensors": b"x", "code.py": b"1"})
     push(lens)
     assert "checkpoint-3/model.safetensors" in files_of(hub)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": b'{"model_type": "bert"}', "vocab.txt": b"a"}, "a model of type 'bert' that is no lens"),
+        ({"config.json": b'{"model_type": ["bert"]}'}, "files, but no lens"),
+        ({"config.json": b"[]"}, "files, but no lens"),
+        ({"one/config.json": b'{"model_type": "bert"}'}, "files, but no lens"),
+        ({"tokenizer.json": b"{}"}, "files, but no lens"),
+    ],
+)
+def test_another_model_is_not_overwritten(hub, lens, files, message):
+    files = {"model.safetensors": b"precious", "README.md": b"# mine", **files}
+    before = hub.add_repo("model", REPO, files).head
+    with pytest.raises(ValueError, match=f"repo: '{REPO}' holds {message}; choose another name"):
+        push(lens)
+    assert hub.model(REPO).head is before
+
+
+def test_a_repository_with_a_card_and_a_licence_alone_is_taken(hub, lens):
+    hub.add_repo("model", REPO, {"README.md": b"# mine", "LICENSE": b"MIT terms"})
+    push(lens)
+    assert hub.model(REPO).tags == {TAG: hub.model(REPO).head.oid}
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "message"),
+    [
+        ("metrics.json", {"kl_recovered": float("nan")}, "metrics.json has nan as 'kl_recovered'"),
+        ("metrics.json", {"ci95": {"fve": [0.4, float("inf")]}}, "metrics.json has inf as 'ci95.fve.1'"),
+        ("config.json", {"initializer_range": float("nan")}, "config.json has nan as 'initializer_range'"),
+    ],
+)
+def test_a_number_that_is_none_is_told_with_its_file_and_key_before_anything_is_uploaded(
+    hub, lens, file, keys, message
+):
+    change(lens, file, **keys)
+    with pytest.raises(ValueError, match=f"path: {message}, and JSON no word for it; measure that anew"):
+        push(lens)
+    assert ("model", REPO) not in hub.repos
 
 
 def test_paths_without_a_lens_are_a_mistake(hub, tmp_path):
@@ -267,6 +309,24 @@ def test_another_release_finishes_the_one_before(hub, base, tmp_path):
     repo = hub.model(REPO)
     assert repo.tags == {TAG: repo.commits[-2].oid, NEXT: repo.commits[-1].oid}
     assert list_lenses(REPO).tags == (TAG, NEXT) and len(list_lenses(REPO).entries) == 3
+
+
+def test_a_tag_that_is_made_up_for_stands_at_the_release_and_not_at_a_training_since(hub, lens):
+    push(lens)
+    repo = hub.model(REPO)
+    made = repo.tags.pop(TAG)
+    repo.commit("main", "Training in progress, step 3", repo.head.files)
+    push(lens, NEXT)
+    assert repo.tags == {TAG: made, NEXT: repo.head.oid}
+
+
+def test_no_tag_is_made_up_for_where_the_commit_of_the_release_is_gone(hub, lens):
+    push(lens)
+    repo = hub.model(REPO)
+    repo.tags.clear()
+    repo.head.title = "squashed"
+    push(lens, NEXT)
+    assert repo.tags == {NEXT: repo.head.oid}
 
 
 @pytest.mark.parametrize("pattern", ["/commit/", "/tag/"])

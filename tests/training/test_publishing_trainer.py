@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+from concurrent.futures import wait
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoModel
 
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.remote_code import remote_code
+from consistency_lens.training import publishing_trainer
 
 REPO = f"{ORGANISATION}/lens"
 ARTIFACT = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -114,6 +117,53 @@ def test_the_token_is_written_nowhere(hub, tmp_path, caplog, monkeypatch):
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert PLANTED.encode() not in b"".join([*written, *files(hub).values()])
     assert PLANTED not in caplog.text + str(told.value) + repr(trainer.args) + json.dumps(trainer.args.to_dict())
+
+
+@pytest.fixture
+def go(monkeypatch):
+    """What the upload of step 3 waits for."""
+    go, commit_folder = Event(), publishing_trainer.commit_folder
+
+    def commit(*args, commit_message, **kwargs):
+        if commit_message.endswith("step 3"):
+            go.wait(60)
+        return commit_folder(*args, commit_message=commit_message, **kwargs)
+
+    monkeypatch.setattr(publishing_trainer, "commit_folder", commit)
+    yield go
+    go.set()
+
+
+def push_steps(trainer, *steps):
+    """Begins to upload a lens that is another at each step; returns the futures."""
+    for step in steps:
+        trainer.state.global_step = step
+        trainer.lens.set_statistics(torch.ones(32), float(step))
+        trainer.save_model(_internal_call=True)
+        trainer.push_checkpoint(Path(trainer.args.output_dir))
+    return list(trainer.push_in_progress.jobs)
+
+
+def test_an_upload_waits_for_the_one_before(hub, tmp_path, go):
+    trainer = publishing_run(tmp_path)
+    jobs = push_steps(trainer, 3, 6)
+    wait(jobs[1:], timeout=0.5)  # for an older one must not land upon it
+    go.set()
+    wait(jobs)
+    assert [commit.title for commit in hub.model(REPO).commits[1:]] == [
+        "Training in progress, step 3", "Training in progress, step 6",
+    ]  # fmt: skip
+
+
+def test_what_a_killed_run_has_left_goes_and_what_is_on_its_way_stays(hub, tmp_path, go):
+    trainer = publishing_run(tmp_path)
+    (job,) = push_steps(trainer, 3)
+    run = Path(trainer.args.output_dir)
+    (run / ".push-left").mkdir()
+    publishing_run(tmp_path)
+    assert not (run / ".push-left").exists() and len(list(run.glob(".push-*"))) == 1
+    go.set()
+    assert job.result().oid == hub.model(REPO).head.oid and not list(run.glob(".push-*"))
 
 
 def test_a_repository_that_cannot_be_made_is_told_before_the_training(hub, tmp_path):

@@ -123,6 +123,17 @@ def test_a_revision_is_that_of_its_time(released, tmp_path):
         download(tmp_path / "other", revision="v2020.01.01")
 
 
+def test_what_main_has_come_to_since_the_last_release_is_not_taken(released, tmp_path):
+    change(released, f"{FOLDER}/README.md", b"# mine")
+    listed = list_tuned_lenses(REPO)
+    assert (listed.commit, listed.later) == (released.tags[NEXT], released.head.oid)
+    assert {lens.commit for lens in download(tmp_path / "all", model=None)} == {released.tags[NEXT]}
+    assert list_tuned_lenses(REPO, "main").commit == released.head.oid
+    released.tags.clear()
+    with pytest.raises(ValueError, match=f"the release .* of '{REPO}' is not finished, it has no tag; push it once"):
+        download(tmp_path / "lens")
+
+
 def test_a_second_download_fetches_nothing(hub, released, tmp_path):
     download(tmp_path / "lens")
     hub.requests.clear()
@@ -145,7 +156,7 @@ def test_a_tampered_file_is_refused_and_nothing_is_left(released, tmp_path, name
     content[len(content) // 2] ^= 1
     change(released, f"{FOLDER}/{name}", bytes(content))
     with pytest.raises(VerificationError, match=f"{FOLDER}/{name} of '{REPO}' has sha256 .* INDEX.json says"):
-        download(tmp_path / "lens")
+        download(tmp_path / "lens", revision="main")
     assert not [file for file in tmp_path.rglob("*") if "hub_cache" not in str(file)]
     download(tmp_path / "lens", revision=TAG)  # the release is as it was
 
@@ -153,7 +164,7 @@ def test_a_tampered_file_is_refused_and_nothing_is_left(released, tmp_path, name
 def test_a_tampered_licence_is_refused_with_the_tree(released, tmp_path):
     change(released, f"LICENSES/{MODEL}/LICENSE", b"do as you like")
     with pytest.raises(VerificationError, match="LICENSES/org/tiny/LICENSE of"):
-        download(tmp_path / "all", model=None)
+        download(tmp_path / "all", model=None, revision="main")
     assert not (tmp_path / "all").exists()
 
 

@@ -69,9 +69,16 @@ def show(args: ListArguments, console: "Console") -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # as Text, since a name may look like rich's markup
     console.print(table)
+    print_state(found, console)
+
+
+def print_state(found: "IndexedRepository[Any]", console: "Console") -> None:
+    """A line of what is listed and of all releases, and one of what main holds if that is something else."""
     lines = [f"commit {found.commit}; releases: {', '.join(found.tags) or 'none'}"]
     if found.unfinished is not None:
         lines.append(f"The release {found.unfinished} is not finished, it has no tag; push it once more.")
+    elif found.later is not None:
+        lines.append(f"Main has gone on since, to commit {found.later}, which is no release and is not listed.")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -25,7 +25,12 @@ class PullArguments:
     lens: str | None = field(
         default=None, metadata={"help": "One of a collection, as `list` shows it; default: all of them."}
     )
-    revision: str | None = field(default=None, metadata={"help": "Tag of a release, commit or branch; default: main."})
+    revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tag of a release, commit or branch; default: main, or of lenses the newest finished release."
+        },
+    )
     split: str | None = field(default=None, metadata={"help": "Of a cache, such as train; default: all."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, RepoFile
 from ..data.cache_check import VerificationError
 from ..hub_connection import asking_hub
 from .download import Snapshot, fetch_bytes
-from .releases import is_release_tag, repository_info
+from .releases import is_release_tag, repository_info, tags_of
 
 INDEX_FILE = "INDEX.json"
 LARGEST_INDEX = 16 * 2**20  # bytes
@@ -52,6 +52,8 @@ class IndexedRepository(Generic[Entry]):
     unfinished: str | None = None
     """A release on main that has no tag, for whoever made it was stopped before; not what `entries` are of, unless it
     was asked for."""
+    later: str | None = None
+    """The commit of main, where that is no release and `entries` are of the newest one."""
 
     @property
     def repo(self) -> str:
@@ -79,13 +81,14 @@ def open_index(
 ) -> IndexedRepository[Entry]:
     """What a repository holds.
 
-    A release whose tag is missing is not shown: unless a revision is asked for, the newest one that has its tag is
-    taken then.
+    A release whose tag is missing is not shown, nor what main has come to since the last release: its files may be
+    others than the index says, for a training writes none. Unless a revision is asked for, the newest release that has
+    its tag is taken then.
 
     Args:
         repo: its id.
         kind: `model` or `dataset`.
-        revision: tag of a release, commit or branch; default: main.
+        revision: tag of a release, commit or branch; default: main if it is a release, else the newest.
         read: entries from the index; raises a ValueError for an index that it does not take.
         content: what is looked for, such as "tuned lenses".
         also_unfinished: whether main is taken as it is.
@@ -97,18 +100,21 @@ def open_index(
         HubError: if the Hub cannot be reached, or fails.
     """
     found = _state(repo, kind, revision, content)
-    with asking_hub(repo, revision):
-        refs = HfApi().list_repo_refs(repo, repo_type=kind)
-    tags = tuple(sorted(tag.name for tag in refs.tags if is_release_tag(tag.name)))
+    releases = {tag: commit for tag, commit in sorted(tags_of(repo, kind).items()) if is_release_tag(tag)}
+    tags = tuple(releases)
     entries = read(_index_content(found.source), repo)
     missing = next((entry.release for entry in entries.values() if entry.release not in tags), None)
-    if missing is None or revision is not None or also_unfinished:
+    is_release = missing is None and found.source.commit in releases.values()
+    if is_release or revision is not None or also_unfinished:
         return IndexedRepository(found.source, entries, tags, found.files, missing)
-    if not tags:
+    if missing is not None and not tags:
         raise ValueError(f"repo: the release {missing} of {repo!r} is not finished, it has no tag; push it once more")
-    found = _state(repo, kind, tags[-1], content)
-    entries = read(_index_content(found.source), repo)
-    return IndexedRepository(found.source, entries, tags, found.files, missing)
+    if not tags:
+        raise ValueError(f"repo: {repo!r} has no release, and its {INDEX_FILE} names no {content}; push one")
+    newest = _state(repo, kind, tags[-1], content)
+    entries = read(_index_content(newest.source), repo)
+    later = found.source.commit if found.source.commit != newest.source.commit else None
+    return IndexedRepository(newest.source, entries, tags, newest.files, missing, later)
 
 
 def _state(repo: str, kind: str, revision: str | None, content: str) -> _State:

@@ -26,13 +26,19 @@ MODELS: dict[str, type[Any]] = {
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-def is_lens(folder: Path) -> bool:
-    """Whether the configuration in a folder is that of a lens, a decoder or an encoder."""
+def model_type(folder: Path) -> str | None:
+    """What kind of model the configuration in a folder is of; None if there is none that says it."""
     try:
         config: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in CONFIGS
+        return None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def is_lens(folder: Path) -> bool:
+    """Whether the configuration in a folder is that of a lens, a decoder or an encoder."""
+    return model_type(folder) in CONFIGS
 
 
 def find_lenses(path: str | Path) -> list[Path]:

@@ -8,20 +8,22 @@ stays as it is.
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi
 
 from ..data.activation_cache import file_hash
-from ..hub_upload import ARTIFACT_FILES, check_no_token, stage_artifact
+from ..hub_connection import asking_hub
+from ..hub_upload import ARTIFACT_FILES, CONFIG_FILE, check_no_token, stage_artifact
 from ..public_names import is_path
 from ..version import __version__
 from .artifact_checks import raise_if_failed
-from .download import MODEL, FileRecord
+from .download import MODEL, FileRecord, Snapshot
 from .index import INDEX_FILE, PART
 from .lens_card import write_lens_card
-from .lens_checks import MODELS, content_checks, find_lenses
+from .lens_checks import MODELS, content_checks, find_lenses, model_type
 from .lens_collection import LensRepository, collection_card, list_lenses
 from .lens_folder import read_lens_folder
 from .lens_index import FIGURES, BaseModel, LensEntry, index_text
@@ -29,6 +31,8 @@ from .releases import look_at, release_tag, upload_release
 from .upstream_license import UpstreamLicense, upstream_license
 
 CARD = "README.md"
+# what a repository may have before there is a model in it
+BEFORE_A_MODEL = (".gitattributes", CARD, "LICENSE*", "NOTICE*")
 
 
 class PushedLenses(NamedTuple):
@@ -138,7 +142,22 @@ def _look_at(repo: str, tag: str, private: bool, dry_run: bool) -> LensRepositor
     ]
     if others:
         raise ValueError(f"repo: {repo!r} holds something that is no lens ({min(others)}); choose another name")
+    if not all(any(fnmatch(file, pattern) for pattern in BEFORE_A_MODEL) for file in files):
+        # other models have files of the same names, which would be overwritten
+        kind = _kind_at_root(source, files)
+        if kind not in MODELS:
+            told = "files, but no lens" if kind is None else f"a model of type {kind!r} that is no lens"
+            raise ValueError(f"repo: {repo!r} holds {told}; choose another name")
     return LensRepository(source, {}, (), files)
+
+
+def _kind_at_root(source: Snapshot, files: frozenset[str]) -> str | None:
+    """What kind of model lies at the root of a repository; None if no configuration there says it."""
+    if CONFIG_FILE not in files:
+        return None
+    with asking_hub(source.repo, source.commit):
+        file = HfApi().hf_hub_download(source.repo, CONFIG_FILE, revision=source.commit)
+    return model_type(Path(file).parent)
 
 
 def _places(

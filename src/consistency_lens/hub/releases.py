@@ -96,8 +96,9 @@ def upload_release(
         folder: what is uploaded.
         message: of the commit, after the tag.
         before: what the repository was at; None to make it.
-        unfinished: the release that it is at, if that lacks its tag because whoever made it was stopped; it gets the
-            tag first, for a commit is there whole or not at all. One of the same tag is replaced instead.
+        unfinished: the release that its index names, if that lacks its tag because whoever made it was stopped; the
+            commit that made it gets the tag first, for it is there whole or not at all. One of the same tag is
+            replaced instead.
         replaced: paths of what this release replaces; those that it does not have are deleted.
 
     Returns:
@@ -109,7 +110,9 @@ def upload_release(
     """
     api = HfApi()
     if before is not None and unfinished is not None and unfinished != tag:
-        add_tag(repo, kind, unfinished, before.commit)
+        made = _commit_of(before, unfinished)
+        if made is not None:
+            add_tag(repo, kind, unfinished, made)
     with asking_hub(repo):
         if before is None:
             api.create_repo(repo, repo_type=kind, private=private)
@@ -124,6 +127,13 @@ def upload_release(
         )
     add_tag(repo, kind, tag, pushed.oid)
     return pushed.oid
+
+
+def _commit_of(source: Snapshot, tag: str) -> str | None:
+    """The commit that made a release, as its message says; None if it is gone. Main may have more since."""
+    with asking_hub(source.repo, source.commit):
+        commits = HfApi().list_repo_commits(source.repo, repo_type=source.kind, revision=source.commit)
+    return next((commit.commit_id for commit in commits if commit.title.startswith(f"{tag}: ")), None)
 
 
 def add_tag(repo: str, kind: str, tag: str, commit: str) -> None:

@@ -3,8 +3,8 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 LAST_CHECKPOINT = "last-checkpoint"
 STAGING = ".push-"
 WITH_CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+# what trainers of this process upload: another one may begin in the same folder meanwhile
+_being_uploaded: set[Path] = set()
 
 
 class PublishingTrainer(WholeCheckpointTrainer):
@@ -48,8 +50,9 @@ class PublishingTrainer(WholeCheckpointTrainer):
             return
         self.hub_model_id = make_repository(self.args, token, private)
         self.push_in_progress = None
-        for left in Path(str(self.args.output_dir)).glob(f"{STAGING}*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in Path(str(self.args.output_dir)).resolve().glob(f"{STAGING}*"):
+            if left not in _being_uploaded:  # but left by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
 
     # --- while the run trains
 
@@ -78,7 +81,7 @@ class PublishingTrainer(WholeCheckpointTrainer):
             stage_checkpoint(checkpoint, folder / name)
             delete.append(f"{name}/*")  # what another checkpoint under that name had, and this one has not
         message = f"Training in progress, step {self.state.global_step}"
-        job = in_background(self.upload, folder, message, delete=delete)
+        job = self.begin_upload(folder, message, delete=delete)
         job.add_done_callback(tell_failure)
         if before is None or before.is_done():
             jobs: Any = [job]
@@ -88,7 +91,17 @@ class PublishingTrainer(WholeCheckpointTrainer):
 
     def new_staging(self) -> Path:
         """A folder beside what is staged, so that files can be links."""
-        return Path(tempfile.mkdtemp(prefix=STAGING, dir=str(self.args.output_dir)))
+        return Path(tempfile.mkdtemp(prefix=STAGING, dir=Path(str(self.args.output_dir)).resolve()))
+
+    @cached_property
+    def uploads(self) -> ThreadPoolExecutor:
+        """One thread for all uploads, so that an older checkpoint does not land on a newer one."""
+        return ThreadPoolExecutor(1)
+
+    def begin_upload(self, folder: Path, *args: Any, **kwargs: Any) -> Future[CommitInfo]:
+        """As `upload`, in the background, behind those before it; the process waits for it before it ends."""
+        _being_uploaded.add(folder)
+        return self.uploads.submit(self.upload, folder, *args, **kwargs)
 
     def upload(self, folder: Path, message: str, token: str | None = None, **arguments: Any) -> CommitInfo:
         """Uploads a staged folder and removes it."""
@@ -101,6 +114,7 @@ class PublishingTrainer(WholeCheckpointTrainer):
             return commit_folder(folder, repo_id, commit_message=message, token=token, revision=revision, **arguments)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            _being_uploaded.discard(folder)
 
     # --- when it has trained
 
@@ -139,7 +153,7 @@ class PublishingTrainer(WholeCheckpointTrainer):
         self._finish_current_push()
         folder = self.new_staging()
         stage_artifact(Path(str(self.args.output_dir)), folder, type(self.lens))
-        job = in_background(self.upload, folder, commit_message or "End of training", token, revision=revision)
+        job = self.begin_upload(folder, commit_message or "End of training", token, revision=revision)
         return job.result() if blocking else job
 
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
@@ -158,14 +172,6 @@ def make_repository(args: TrainingArguments, token: str | None = None, private: 
         token=token or args.hub_token,
         revision=args.hub_revision,
     )
-
-
-def in_background(work: Callable[..., CommitInfo], *args: Any, **kwargs: Any) -> Future[CommitInfo]:
-    """Begins work in a thread of its own, which the process waits for before it ends."""
-    pool = ThreadPoolExecutor(1)
-    job = pool.submit(work, *args, **kwargs)
-    pool.shutdown(wait=False)
-    return job
 
 
 def stage_checkpoint(checkpoint: Path, staging: Path) -> None:

@@ -49,7 +49,7 @@ def download_tuned_lens(
         repo: id of the data set.
         path: with `model` the folder of its lens, else the folder for `INDEX.json`, `LICENSES` and `tuned_lenses`.
         model: as `INDEX.json` names it; by default all.
-        revision: tag of a release, commit or branch; default: main.
+        revision: tag of a release, commit or branch; default: main, or the newest release that was finished.
 
     Raises:
         ValueError: if there is no such repository, revision or model, or the folder holds something else.

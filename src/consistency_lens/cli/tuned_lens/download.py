@@ -16,7 +16,10 @@ class DownloadArguments:
     model: str | None = field(
         default=None, metadata={"help": "Whose lens, as `tuned-lens list` shows it; default: all of them."}
     )
-    revision: str | None = field(default=None, metadata={"help": "Tag of a release, commit or branch; default: main."})
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "Tag of a release, commit or branch; default: main, or the newest finished release."},
+    )
     output_dir: str = field(
         default="",
         metadata={

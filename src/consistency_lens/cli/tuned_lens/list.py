@@ -16,7 +16,10 @@ class ListArguments:
     """Which repository, and at which revision."""
 
     repo: str = field(default="", metadata={"help": "Id on the Hub, user/name."})
-    revision: str | None = field(default=None, metadata={"help": "Tag of a release, commit or branch; default: main."})
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "Tag of a release, commit or branch; default: main, or the newest finished release."},
+    )
 
     def __post_init__(self) -> None:
         if not self.repo:
@@ -30,12 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(console: "Console") -> None:
         from ...tuned_lens.download import list_tuned_lenses
+        from ..list import print_state
 
         (args,) = parse_arguments((ListArguments,), argv, "tuned-lens list")
         found = list_tuned_lenses(args.repo, args.revision)
         console.print(lenses_table(found))
-        releases = ", ".join(found.tags) or "none"
-        console.print(f"commit {found.commit}; releases: {releases}", markup=False, highlight=False, soft_wrap=True)
+        print_state(found, console)
 
     return run_command(work)
 
