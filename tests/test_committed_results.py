@@ -112,6 +112,8 @@ def test_every_picture_of_the_readme_exists():
         ("step_memory_of_larger_batch_tiny_stories", 1 / 0.45),
         ("step_memory_of_larger_batch_k8", 1.0),
         ("step_memory_of_larger_batch_k8_tiny_stories", 1.0),
+        ("explain_batched", 10.0),
+        ("explain_vs_generate", 1.0),
         ("cache_vs_plain_loop", 3.0),
         ("cache_vs_plain_loop_k1", 1.0),
         ("cache_vs_bare_forward", 1 / 1.3),
@@ -126,6 +128,12 @@ def test_a_benchmark_result_is_whole_and_meets_its_aim(name, least):
     assert result["name"] == name
     assert result["ratio"] == pytest.approx(result["theirs"] / result["ours"], rel=1e-3)
     assert result["ratio"] >= least
+
+
+@pytest.mark.parametrize("name", ["kl_share_of_step", "kl_share_of_step_tiny_stories"])
+def test_the_kl_costs_at_most_fifteen_percent_of_a_step(name):
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert result["unit"] == "of a step" and 0 < result["ours"] <= 0.15
 
 
 def test_a_report_of_ten_thousand_tokens_opens_within_three_seconds_and_scrolls_smoothly():
