@@ -73,7 +73,7 @@ LEFT = {
 # What is in a command -> the flags that go behind it, of which the last ones win.
 SMALLER = {
     "examples/train_lens.py": TRAINING,
-    "--profile true": "--max_steps 6",  # two before, three that are profiled
+    "--profile true": "--stages gumbel --max_steps 6",  # two before, three that are profiled
     "consistency_lens train": TRAINING,
     "consistency-lens train": TRAINING,
     "consistency-lens submit": "--dry_run",  # each of its steps is a process of its own: test_submit.py
