@@ -1,13 +1,11 @@
-"""Decoder, encoder and lens: generation, reading, gradients, shared weights, checkpointing, bad input."""
+"""Decoder, encoder and lens: generation, reading, gradients, shared weights, checkpointing."""
 
 import pytest
 import torch
-from at_once import at_once
 from live_bytes import LiveBytes, peak_bytes
 from tiny_lenses import (
     INJECTED,
     LAYER,
-    NUM_TEXT_TOKENS,
     PROMPTS,
     activations,
     disturb,
@@ -17,9 +15,9 @@ from tiny_lenses import (
     tiny_tokenizer,
     trainable,
 )
-from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, WIDTH, tiny_model
+from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
 
-from consistency_lens import ConsistencyLensModel, modeling_consistency_lens
+from consistency_lens import ConsistencyLensModel
 from consistency_lens.cached_passes import prompt_cache
 from consistency_lens.lens_clone import embed_sampled
 from consistency_lens.straight_through import fold_in, gumbel_noise
@@ -28,8 +26,6 @@ from consistency_lens.token_logits import TokenLogits
 TAU = 0.7
 CACHE_FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "gpt_neox")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-NO_ROWS = torch.zeros(0, WIDTH)
-LONG_PROMPTS = {**PROMPTS, "decoder_prompt": "w3 w4 w5 w6 w7 <embed> w8"}
 TEXT_IDS = torch.tensor([[9, 10, 11, 12], [20, 21, 22, 23], [5, 6, 7, 8]])
 
 
@@ -321,40 +317,6 @@ class TestGradientCheckpointing:
         assert {name: module.training for name, module in lens.named_modules()} == modes
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-class TestThreads:
-    @pytest.mark.parametrize("in_training", [False, True], ids=["evaluation", "training"])
-    def test_several_get_what_one_gets(self, in_training):
-        """Though each decoding hangs hooks on the decoder, and has it in evaluation mode for as long as it lasts."""
-        lens = disturb(tiny_lens("llama", "full", **INJECTED))
-
-        def work():
-            decoded = lens.decode(activations(), keys=keys())
-            in_chunks = lens.decode_ids(activations(5, seed=1), chunk_size=2)
-            scores = lens(activations(), text_ids=TEXT_IDS).logits.detach()
-            tensors = [decoded.token_ids, in_chunks, scores, lens.encode(decoded.texts), lens.encode(TEXT_IDS)]
-            return tensors, str(lens.explain("w9 w10 w11"))
-
-        tensors, explanation = work()
-        if in_training:
-            lens.train().gradient_checkpointing_enable()
-        for found, words in sum(at_once(work, work, times=5), []):
-            torch.testing.assert_close(found, tensors)
-            assert words == explanation
-
-    def test_one_subject_is_loaded_for_several(self, monkeypatch):
-        lens, loaded = tiny_lens("llama", "full"), []
-        lens._subject.clear()
-
-        def load(*_arguments):
-            loaded.append(tiny_model("llama"))
-            return loaded[-1]
-
-        monkeypatch.setattr(modeling_consistency_lens, "load_subject", load)
-        subjects = sum(at_once(lambda: lens.subject, lambda: lens.subject, times=2), [])
-        assert len(loaded) == 1 and all(subject is lens.subject for subject in subjects)
-
-
 class TestSharedWeights:
     @pytest.mark.parametrize("training", ["lora", "frozen"])
     def test_clones_share_storage_with_the_subject(self, training):
@@ -409,52 +371,3 @@ class TestSharedWeights:
         subject = tiny_model("llama").cuda()
         lens = ConsistencyLensModel.from_subject(subject, tiny_tokenizer(), LAYER, training="full", **INJECTED)
         assert {tensor.device.type for tensor in (*lens.parameters(), *lens.buffers())} == {"cuda"}
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(
-        "arguments, message",
-        [
-            ({"layer": NUM_LAYERS}, rf"layer must lie in 0..{NUM_LAYERS - 1} .* got {NUM_LAYERS}"),
-            ({"layer": -1}, "layer must lie in .* got -1"),
-            ({"num_text_tokens": 0}, "num_text_tokens must be at least 1, got 0"),
-            ({"training": "half"}, "training must be one of full, lora, frozen, got 'half'"),
-            ({"decoder_prompt": "no slot"}, "must hold the slot <embed> exactly once, got 'no slot'"),
-            ({"encoder_prompt": "<text> <text>"}, "must hold the slot <text> exactly once"),
-            ({"injection_layers": NUM_LAYERS}, rf"injection_layers must lie in 0..{NUM_LAYERS - 1}, got {NUM_LAYERS}"),
-            ({"injection_layers": -1}, "injection_layers must lie in .* got -1"),
-            ({"output_layer": NUM_LAYERS + 1}, rf"output_layer must lie in -1..{NUM_LAYERS}, got {NUM_LAYERS + 1}"),
-            ({"output_layer": -2}, "output_layer must lie in .* got -2"),
-        ],
-    )
-    def test_is_a_one_line_error(self, arguments, message):
-        with pytest.raises(ValueError, match=message) as error:
-            tiny_lens(**arguments)
-        assert "\n" not in str(error.value)
-
-    @pytest.mark.parametrize("shape", [(2, WIDTH + 1), (2, 3, WIDTH), (0, WIDTH)])
-    def test_activations_of_another_shape_are_refused(self, shape):
-        with pytest.raises(ValueError, match=rf"must be \(B, {WIDTH}\), got \({shape[0]}, "):
-            tiny_lens().decode(torch.zeros(shape))
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"activations": NO_ROWS}, "decode: got no activations; pass at least one"),
-            ({"activations": NO_ROWS, "sample": True}, "decode: got no activations"),
-            ({"activations": NO_ROWS, "text_ids": TEXT_IDS[:0]}, "decode: got no activations"),
-            ({"text_ids": TEXT_IDS[:0]}, "encode: got no texts; pass at least one"),
-        ],
-    )
-    @pytest.mark.parametrize("prompts", [{}, PROMPTS, LONG_PROMPTS], ids=["bare", "prompts", "long"])
-    def test_a_batch_of_nothing_is_a_one_line_error(self, prompts, arguments, message):
-        with pytest.raises(ValueError, match=message) as error:
-            tiny_lens(**prompts)(**arguments)
-        assert "\n" not in str(error.value)
-
-    def test_a_lens_without_tokenizer_says_how_to_set_it(self):
-        lens = tiny_lens()
-        lens.tokenizer = None
-        assert lens.decode_ids(activations()).shape == (3, NUM_TEXT_TOKENS)
-        with pytest.raises(ValueError, match="set lens.tokenizer"):
-            lens.decode(activations())
