@@ -216,43 +216,47 @@ class TrainedTensorsModel(PreTrainedModel):
         for name in unused.keys() - UNUSED_KWARGS:
             raise TypeError(f"from_pretrained: there is no argument {name!r}")
         check_token(token)
-        path = str(pretrained_model_name_or_path)
-        hub_kwargs: dict[str, Any] = {
-            "revision": revision,
-            "subfolder": subfolder,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
-        config_file = cast(str, cached_file(path, CONFIG_FILE, **hub_kwargs))
-        # all else comes from the same commit, should the branch move meanwhile
-        hub_kwargs["revision"] = extract_commit_hash(config_file, None) or revision
-        config = config if config is not None else cls.config_class.from_pretrained(path, **hub_kwargs)
-        tensors = read_tensors(cast(str, cached_file(path, WEIGHTS_FILE, **hub_kwargs)))
+        files = ArtifactFiles(
+            str(pretrained_model_name_or_path),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        config = config if config is not None else cls.config_class.from_pretrained(files.path, **files.hub_kwargs)
         base_kwargs = {
             "dtype": dtype,
             "device_map": device_map,
             "quantization_config": quantization_config,
             "attn_implementation": attn_implementation or config._attn_implementation,
             "trust_remote_code": trust_remote_code,
-            **{name: hub_kwargs[name] for name in SUBJECT_HUB_KWARGS},
+            **{name: files.hub_kwargs[name] for name in SUBJECT_HUB_KWARGS},
         }
         base_kwargs = {name: value for name, value in base_kwargs.items() if value not in (None, False)}
-        optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
-        provenance = read_provenance(cached_file(path, PROVENANCE_FILE, **optional))
-        sha256 = recorded_weights_hash(provenance)
-        if verify_base and sha256 is None:
-            raise ValueError(f"verify_base: {path!r} records no hash of its subject's weights; leave out verify_base")
-        if sha256 is not None and verify_base is not False:
-            base_kwargs[PINNED] = PinnedWeights(sha256, always=bool(verify_base))
+        return cls._assembled(files, config, base_model, base_kwargs, verify_base)
+
+    @classmethod
+    def _assembled(
+        cls,
+        files: "ArtifactFiles",
+        config: Any,
+        base_model: PreTrainedModel | str | None,
+        base_kwargs: dict[str, Any],
+        verify_base: bool | None,
+    ) -> Self:
+        """The subject, held to the weights that the artifact records, with what the artifact holds laid over it."""
+        tensors, provenance = files.tensors(), files.provenance()
+        pinned = pinned_weights(files.path, provenance, verify_base)
+        if pinned is not None:
+            base_kwargs = base_kwargs | {PINNED: pinned}
         model = cls.from_artifact_config(config, base_model, base_kwargs)
         model.base_kwargs = base_kwargs
         model.load_trained_tensors(tensors)
-        if cached_file(path, "tokenizer_config.json", **optional):
-            model.tokenizer = AutoTokenizer.from_pretrained(path, config=config, **hub_kwargs)
-            for name in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
-                model.tokenizer.init_kwargs.pop(name, None)
+        tokenizer = files.tokenizer(config)
+        if tokenizer is not None:
+            model.tokenizer = tokenizer
         model.provenance = provenance
         return model.eval()
 
@@ -286,6 +290,44 @@ class TrainedTensorsModel(PreTrainedModel):
                 tensor.copy_(tensors[name])
 
 
+class ArtifactFiles:
+    """The files of an artifact in a folder or on the Hub, all of one commit, should the branch move meanwhile.
+
+    Args:
+        path: the folder or Hub id.
+        hub_kwargs: `revision` and what else `transformers.utils.cached_file` takes.
+
+    Raises:
+        OSError: if there is no artifact, as `transformers` words it.
+    """
+
+    def __init__(self, path: str, **hub_kwargs: Any) -> None:
+        self.path = path
+        config_file = cast(str, cached_file(path, CONFIG_FILE, **hub_kwargs))
+        self.hub_kwargs = hub_kwargs | {"revision": extract_commit_hash(config_file, None) or hub_kwargs["revision"]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors by name; see `read_tensors`."""
+        return read_tensors(cast(str, cached_file(self.path, WEIGHTS_FILE, **self.hub_kwargs)))
+
+    def provenance(self) -> dict[str, Any] | None:
+        """See `read_provenance`."""
+        return read_provenance(self._optional(PROVENANCE_FILE))
+
+    def tokenizer(self, config: Any) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that was saved with it, if any; `config` is the artifact's."""
+        if self._optional("tokenizer_config.json") is None:
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(self.path, config=config, **self.hub_kwargs)
+        for name in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
+            tokenizer.init_kwargs.pop(name, None)
+        return tokenizer
+
+    def _optional(self, name: str) -> str | None:
+        """A file's path, or None if the artifact has no such file."""
+        return cached_file(self.path, name, _raise_exceptions_for_missing_entries=False, **self.hub_kwargs)
+
+
 def read_tensors(file: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
@@ -316,6 +358,18 @@ def read_provenance(file: str | None) -> dict[str, Any] | None:
     if not isinstance(provenance, dict):
         raise ValueError(f"artifact: {file!r} holds no JSON object, but {type(provenance).__name__}; remove it")
     return provenance
+
+
+def pinned_weights(path: str, provenance: dict[str, Any] | None, verify_base: bool | None) -> PinnedWeights | None:
+    """What the subject's weights are compared with, for a `verify_base` as in `from_pretrained`; None: with nothing.
+
+    Raises:
+        ValueError: if they have to be compared, and the artifact at `path` does not say with what.
+    """
+    sha256 = recorded_weights_hash(provenance)
+    if verify_base and sha256 is None:
+        raise ValueError(f"verify_base: {path!r} records no hash of its subject's weights; leave out verify_base")
+    return None if sha256 is None or verify_base is False else PinnedWeights(sha256, always=bool(verify_base))
 
 
 def recorded_weights_hash(provenance: dict[str, Any] | None) -> str | None:
