@@ -118,33 +118,9 @@ def build_activation_caches(
         vocab_size=_vocab_size(stream, tokenizer),
         max_length=getattr(stream.decoder.config.get_text_config(), "max_position_embeddings", None),
     )
-    settings = {
-        "format": FORMAT,
-        "weights_hash": subject_hash or weights_hash(stream.model),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "width": stream.width,
-        "positions": {
-            "rule": POSITIONS_RULE,
-            "per_sequence": positions_per_sequence,
-            "min_position": min_position,
-        },
-        "dtype": dtype,
-        "max_norm": max_norm,
-        "dataset_split": dataset_split,
-        "dataset_hash": plan.dataset_hash,
-        "seed": seed,
-        "rows_per_shard": rows_per_shard,
-    }
+    settings = _settings(stream, tokenizer, plan, subject_hash, dtype, max_norm, dataset_split, rows_per_shard)
     folders = [CacheFolder(Path(path), {**settings, "layer": layer}) for layer, path in sorted(paths.items())]
-    facts: dict[str, Any] = {
-        "subject": subject_name,
-        "subject_revision": subject_revision,
-        "tokenizer": tokenizer.name_or_path,
-        "dataset": dataset_name,
-        "dataset_revision": dataset_revision,
-    }
-    if corpus_facts is not None:
-        facts["corpus"] = dict(corpus_facts)
+    facts = _origin(tokenizer, subject_name, subject_revision, dataset_name, dataset_revision, corpus_facts)
     _Build(stream, plan, batch_size, progress, state).run(folders, facts, arguments)
     return {folder.layer: ActivationCache.open(folder.path) for folder in folders}
 
@@ -314,6 +290,55 @@ def _write(folders: Sequence[CacheFolder], index: int, shard: ShardPlan, found: 
     """Writes a shard of each layer."""
     for folder, activations in zip(folders, found, strict=True):
         folder.write_shard(index, shard, activations)
+
+
+def _settings(
+    stream: ResidualStream,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: CachePlan,
+    subject_hash: str | None,
+    dtype: str,
+    max_norm: float | None,
+    dataset_split: str | None,
+    rows_per_shard: int,
+) -> dict[str, Any]:
+    """All that the rows of every layer depend on: with the layer, what tells one cache from another."""
+    return {
+        "format": FORMAT,
+        "weights_hash": subject_hash or weights_hash(stream.model),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "width": stream.width,
+        "positions": {
+            "rule": POSITIONS_RULE,
+            "per_sequence": plan.positions_per_sequence,
+            "min_position": plan.min_position,
+        },
+        "dtype": dtype,
+        "max_norm": max_norm,
+        "dataset_split": dataset_split,
+        "dataset_hash": plan.dataset_hash,
+        "seed": plan.seed,
+        "rows_per_shard": rows_per_shard,
+    }
+
+
+def _origin(
+    tokenizer: PreTrainedTokenizerBase,
+    subject_name: str,
+    subject_revision: str | None,
+    dataset_name: str,
+    dataset_revision: str | None,
+    corpus_facts: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What subject and text are called, and how the text was made into sequences; told, and compared with nothing."""
+    origin: dict[str, Any] = {
+        "subject": subject_name,
+        "subject_revision": subject_revision,
+        "tokenizer": tokenizer.name_or_path,
+        "dataset": dataset_name,
+        "dataset_revision": dataset_revision,
+    }
+    return origin if corpus_facts is None else origin | {"corpus": dict(corpus_facts)}
 
 
 def _check_corpus(corpus: Dataset) -> None:
