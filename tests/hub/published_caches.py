@@ -1,18 +1,22 @@
 """Tiny caches to publish: train and validation of one layer, and the subject that they were read from."""
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pytest
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 
 from consistency_lens.data.activation_cache import ActivationCache
 from consistency_lens.data.cache_building import build_activation_caches
 from consistency_lens.data.corpus import split_by_document, tokenize_documents
+from consistency_lens.hub.cache_push import push_cache
 from consistency_lens.residual_stream import ResidualStream
 
 LAYER = 1
+REPO = "user/tiny-activations"
 
 
 class BuiltCaches(NamedTuple):
@@ -48,3 +52,22 @@ def build_caches(root: Path, texts=TEXTS, **arguments) -> BuiltCaches:
 def rows_of(path: Path) -> pa.Table:
     """All rows of a cache, in order."""
     return ActivationCache.open(path).dataset.data.table.combine_chunks()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build_caches(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture
+def layer(built, tmp_path):
+    """A copy of the caches that a test may change."""
+    return shutil.copytree(built.layer, tmp_path / "layer_1")
+
+
+def push(path, **arguments):
+    return push_cache(path, REPO, progress=False, **arguments)
+
+
+def files_of(hub):
+    return hub.dataset(REPO).head.files

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from hub_server import Blob, Reply
-from published_caches import build_caches, rows_of
+from published_caches import REPO, build_caches, built, rows_of
 
 from consistency_lens.data.activation_cache import ActivationCache
 from consistency_lens.data.cache_check import VerificationError
@@ -16,12 +16,7 @@ from consistency_lens.hub.cache_pull import pull_cache
 from consistency_lens.hub.cache_push import push_cache
 from consistency_lens.hub_connection import HubError
 
-REPO = "user/tiny-activations"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return build_caches(tmp_path_factory.mktemp("caches"))
+__all__ = ["built"]
 
 
 @pytest.fixture(scope="module")
