@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from started_programs import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 # munged and the Slurm daemons lie where only root has them on PATH.
 SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin"))
@@ -54,12 +56,6 @@ def why_not_here() -> str | None:
     if missing:
         return f"no {', '.join(missing)}: apt-get install slurm-wlm munge"
     return None if os.geteuid() == 0 else "Slurm's daemons are started by root"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class SlurmCluster:

@@ -76,7 +76,7 @@ SMALLER = {
     "--profile true": "--stages gumbel --max_steps 6",  # two before, three that are profiled
     "consistency_lens train": TRAINING,
     "consistency-lens train": TRAINING,
-    "consistency-lens submit": "--dry_run",  # each of its steps is a process of its own: test_submit.py
+    "consistency-lens submit": "--dry_run",  # each of its steps is a process of its own: test_submit_in_foreground.py
     "examples/evaluate_lens.py": "--rows 4 --fresh_encoder_steps 1",
     "tuned-lens fit": FIT,
     "examples/fit_tuned_lens.py": FIT,
