@@ -1,54 +1,37 @@
-"""A data set to a corpus on disk: rows, splits, settings, and what may go wrong, with a subject of a few words."""
+"""A data set to a corpus on disk: rows, splits, statistics, chats, and what cannot be tokenized."""
 
 import json
 import logging
-import os
-import shutil
 from pathlib import Path
 
-import datasets
 import pytest
-from datasets import Dataset
-from filelock import FileLock
 from tiny_lenses import tiny_tokenizer
-from tiny_models import MAX_POSITIONS, tiny_model
+from tiny_models import MAX_POSITIONS
+from tokenized_texts import (
+    BOS,
+    EOS,
+    FRACTION,
+    TEMPLATE,
+    TEXTS,
+    arguments,
+    by_document,
+    make_subject,
+    rows_of,
+    subject,
+    tokenize,
+    words,
+    write_rows,
+)
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from consistency_lens.data import tokenization
 from consistency_lens.data.chat import chat_key
 from consistency_lens.data.corpus import document_hash, is_validation_document
-from consistency_lens.data.tokenization import TokenizationArguments, tokenize_corpus
-from consistency_lens.data.tokenized_corpus import corpus_origin, open_corpus, open_rows
+from consistency_lens.data.tokenized_corpus import open_corpus, open_rows
 from consistency_lens.fingerprints import tokenizer_hash
 
+__all__ = ["arguments", "subject", "tokenize"]
+
 STORIES = Path(__file__).parents[2] / "examples" / "tiny_stories"
-PAD, BOS, EOS = 0, 1, 2
-FRACTION = 0.3
-TEXTS = [" ".join(f"w{3 + (i * 7 + j) % 90}" for j in range(1 + i * 5 % 14)) for i in range(40)]
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {% if loop.last and 'thinking' in m %}{{ m['thinking'] }} "
-    "{% endif %}{{ m['content'] }} {{ eos_token }}{% endfor %}"
-)
-
-
-def words(text):
-    return [int(word[1:]) for word in text.split()]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return str(path)
-
-
-def make_subject(folder, tokenizer):
-    tiny_model("llama").config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory):
-    return make_subject(tmp_path_factory.mktemp("subject"), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -56,32 +39,6 @@ def chat_subject(tmp_path_factory):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return make_subject(tmp_path_factory.mktemp("chat_subject"), tokenizer)
-
-
-@pytest.fixture
-def arguments(subject, tmp_path):
-    """Makes arguments for `TEXTS`, with changes."""
-    dataset = write_rows(tmp_path / "data.jsonl", [{"text": text, "id": n} for n, text in enumerate(TEXTS)])
-    given = {"dataset": dataset, "model": subject, "output_dir": str(tmp_path / "corpus")}
-    return lambda **changes: TokenizationArguments(**{**given, "validation_fraction": FRACTION, **changes})
-
-
-@pytest.fixture
-def tokenize(arguments):
-    return lambda **changes: tokenize_corpus(arguments(**changes))
-
-
-def rows_of(path):
-    """All rows of both sides, train first."""
-    return [row for split in ("train", "validation") for row in open_corpus(path, split)]
-
-
-def by_document(path):
-    """Document -> its sequences, in order, of both sides."""
-    found = {}
-    for row in rows_of(path):
-        found.setdefault(row["document"], []).append(row["input_ids"])
-    return found
 
 
 class TestRows:
@@ -288,159 +245,6 @@ class TestChats:
             tokenize(messages_column="text", model=chat_subject)
 
 
-class TestSecondCall:
-    def test_with_the_same_settings_does_nothing(self, tokenize, monkeypatch):
-        first = tokenize()
-        before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
-        monkeypatch.setattr(tokenization, "read_dataset", lambda *args, **kwargs: pytest.fail("reads the data"))
-        second = tokenize(num_proc=2)
-        assert first.is_new and not second.is_new and second[:2] == first[:2]
-        assert {path: path.stat().st_mtime_ns for path in first.path.rglob("*")} == before
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"max_length": 8}, "max_length None, now it is 8"),
-            ({"validation_fraction": 0.5}, "validation_fraction 0.3, now it is 0.5"),
-            ({"dataset_split": "train[:20]"}, r"dataset_split 'train', now it is 'train\[:20\]'"),
-            ({"max_length": 8, "packing": True}, "max_length None, now it is 8"),
-        ],
-    )
-    def test_with_others_names_what_differs(self, tokenize, changes, message):
-        tokenize()
-        with pytest.raises(ValueError, match=f"output_dir: '.*corpus' was made with {message}"):
-            tokenize(**changes)
-
-    def test_with_the_same_data_and_subject_elsewhere_does_nothing(self, tokenize, tmp_path, monkeypatch, subject):
-        first = tokenize()
-        (tmp_path / "data.jsonl").rename(tmp_path / "same.jsonl")
-        shutil.copytree(subject, tmp_path / "copy")
-        monkeypatch.chdir(tmp_path)
-        assert tokenize(dataset="same.jsonl", model="copy") == (first.path, first.record, False)
-        again = tokenize(dataset="./same.jsonl", model="./copy", output_dir="other")
-        assert again.record["fingerprint"] == first.record["fingerprint"]
-        assert (again.record["settings"]["dataset"], again.record["settings"]["model"]) == ("./same.jsonl", "./copy")
-
-    def test_with_a_subject_of_a_shorter_context_names_it(self, tokenize, tmp_path, subject):
-        tokenize()
-        shutil.copytree(subject, tmp_path / "short")
-        config = json.loads((tmp_path / "short" / "config.json").read_text())
-        (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
-        with pytest.raises(ValueError, match="was made with context 128, now it is 16"):
-            tokenize(model=str(tmp_path / "short"))
-
-    def test_with_changed_data_or_another_tokenizer_names_their_hash(self, tokenize, tmp_path, subject):
-        tokenize()
-        data = tmp_path / "data.jsonl"
-        rows = data.read_text()
-        data.write_text(rows + '{"text": "w9", "id": 99}\n')
-        with pytest.raises(ValueError, match="was made with dataset_hash"):
-            tokenize()
-        data.write_text(rows)
-        assert not tokenize().is_new
-        file = Path(subject) / "tokenizer.json"
-        content = file.read_text()
-        try:
-            file.write_text(content.replace('"w96"', '"w97"'))
-            with pytest.raises(ValueError, match="was made with tokenizer_hash"):
-                tokenize()
-        finally:
-            file.write_text(content)
-
-
-class TestFiles:
-    @pytest.mark.parametrize("packing", [False, True])
-    def test_neither_processes_nor_the_age_of_the_data_make_a_difference(self, tokenize, tmp_path, packing):
-        one = tokenize(max_length=12, packing=packing)
-        os.utime(tmp_path / "data.jsonl", (0, 0))
-        two = tokenize(max_length=12, packing=packing, num_proc=2, output_dir=str(tmp_path / "two"))
-        assert one.record == two.record
-        for split in ("train", "validation"):
-            assert open_rows(one.path, split)[:] == open_rows(two.path, split)[:]
-            states = [(path / split / "state.json").read_text() for path in (one.path, two.path)]
-            assert states[0] == states[1]
-
-    def test_nothing_is_left_beside_the_corpus(self, tokenize, tmp_path, monkeypatch):
-        for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH"):
-            monkeypatch.setattr(datasets.config, name, tmp_path / "cache")
-        corpus = tokenize(max_length=12, packing=True)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data.jsonl"]
-        assert sorted(path.name for path in corpus.path.iterdir()) == ["tokenization.json", "train", "validation"]
-        assert {path.suffix for path in corpus.path.rglob("*") if path.is_file()} == {".json", ".arrow"}
-        for file in corpus.path.rglob("dataset_info.json"):
-            assert str(tmp_path) not in file.read_text()
-
-    def test_what_a_killed_run_left_is_in_nobodys_way(self, tokenize, tmp_path):
-        left = tmp_path / ".corpus.partial" / "corpus" / "train"
-        left.mkdir(parents=True)
-        (left / "data-00000-of-00001.arrow").write_bytes(b"half")
-        (tmp_path / ".corpus.lock").touch()
-        assert len(rows_of(tokenize().path)) == len(TEXTS)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data.jsonl"]
-
-    def test_a_second_call_at_the_same_time_is_refused_and_harms_nothing(self, tokenize, tmp_path, monkeypatch):
-        write, seen = tokenization._write_corpus, []
-
-        def write_while_another_starts(*args):
-            monkeypatch.setattr(tokenization, "_write_corpus", write)
-            with pytest.raises(ValueError, match="output_dir: another tokenize is at work in '.*corpus'"):
-                tokenize()
-            seen.append(sorted(path.name for path in tmp_path.iterdir()))
-            return write(*args)
-
-        monkeypatch.setattr(tokenization, "_write_corpus", write_while_another_starts)
-        assert len(rows_of(tokenize().path)) == len(TEXTS)
-        assert seen == [[".corpus.lock", ".corpus.partial", "data.jsonl"]]
-
-    def test_what_another_call_made_meanwhile_is_taken(self, tokenize, monkeypatch):
-        acquire = FileLock.acquire
-
-        def finish_another_first(lock, **arguments):
-            monkeypatch.setattr(FileLock, "acquire", acquire)
-            assert tokenize().is_new
-            return lock.acquire(**arguments)
-
-        monkeypatch.setattr(FileLock, "acquire", finish_another_first)
-        assert not tokenize().is_new
-
-    def test_a_failure_leaves_no_folders_that_it_made(self, tokenize, tmp_path):
-        (tmp_path / "old").mkdir()
-        with pytest.raises(ValueError, match="no column"):
-            tokenize(text_column="txt", output_dir=str(tmp_path / "old" / "new" / "deep" / "corpus"))
-        assert not list((tmp_path / "old").iterdir())
-        assert tokenize(output_dir=str(tmp_path / "old" / "new" / "corpus")).is_new
-
-    def test_a_place_that_cannot_be_written_to_is_no_mistake_in_the_data(self, tokenize, tmp_path):
-        for place in (tmp_path / "data.jsonl" / "corpus", Path("/proc/none/corpus")):
-            with pytest.raises(OSError, match="corpus: cannot write to '.*corpus'"):
-                tokenize(output_dir=str(place))
-        assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
-
-    def test_a_failure_leaves_nothing(self, tokenize, tmp_path, monkeypatch):
-        def full(*args):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(tokenization, "write_json", full)
-        with pytest.raises(OSError, match="No space left"):
-            tokenize()
-        assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
-
-    def test_an_empty_folder_may_be_there(self, tokenize, tmp_path):
-        (tmp_path / "corpus").mkdir()
-        assert tokenize().is_new
-
-    def test_other_files_are_left_alone(self, tokenize, tmp_path):
-        (tmp_path / "corpus" / "train").mkdir(parents=True)
-        with pytest.raises(ValueError, match="corpus' holds other files; choose a new folder"):
-            tokenize()
-
-    def test_the_corpus_lies_outside_of_the_data(self, tokenize, tmp_path):
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data.jsonl").rename(tmp_path / "data" / "train.jsonl")
-        with pytest.raises(ValueError, match="lies in the data set"):
-            tokenize(dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "data" / "corpus"))
-
-
 class TestMistakes:
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -484,58 +288,3 @@ class TestMistakes:
     def test_documents_that_are_all_empty(self, tokenize, tmp_path):
         with pytest.raises(ValueError, match="all 2 rows of column 'text' are empty"):
             tokenize(dataset=write_rows(tmp_path / "empty.jsonl", [{"text": ""}, {"text": " "}]))
-
-
-class TestOpening:
-    @pytest.fixture
-    def path(self, tokenize):
-        return tokenize().path
-
-    def test_is_memory_mapped(self, path):
-        assert all(Path(file["filename"]).is_relative_to(path) for file in open_corpus(path, "train").cache_files)
-        assert open_corpus(path, "train").cache_files
-
-    def test_refuses_a_folder_that_is_none(self, path):
-        with pytest.raises(ValueError, match="corpus: .*nowhere' does not exist; make one with"):
-            open_corpus(path.parent / "nowhere", "train")
-        with pytest.raises(ValueError, match="is no finished corpus"):
-            open_corpus(path.parent, "train")
-
-    def test_refuses_an_unknown_split(self, path):
-        with pytest.raises(ValueError, match="no split 'test' in .*; pass train or validation"):
-            open_corpus(path, "test")
-
-    def test_refuses_what_is_damaged(self, path):
-        (file,) = (path / "train").glob("*.arrow")
-        os.truncate(file, file.stat().st_size // 2)
-        with pytest.raises(ValueError, match="train' (is damaged|has .* rows instead of)"):
-            open_corpus(path, "train")
-        (path / "validation" / "state.json").unlink()
-        with pytest.raises(ValueError, match="validation' is damaged"):
-            open_corpus(path, "validation")
-
-    def test_refuses_another_number_of_rows(self, path):
-        Dataset.from_dict({"input_ids": [[1]], "document": [1]}).save_to_disk(path / "other")
-        for file in (path / "train").iterdir():
-            file.unlink()
-        for file in (path / "other").iterdir():
-            file.rename(path / "train" / file.name)
-        with pytest.raises(ValueError, match="train' has 1 rows instead of"):
-            open_corpus(path, "train")
-
-
-class TestOrigin:
-    def test_of_local_data_has_no_revision(self, tokenize, subject):
-        corpus = tokenize()
-        settings = corpus.record | {"dataset_commit": "abc"}
-        (corpus.path / "tokenization.json").write_text(json.dumps(settings))
-        origin = corpus_origin(corpus.path, tiny_tokenizer(), subject)
-        assert origin.name == corpus.record["settings"]["dataset"] and origin.revision is None
-
-    def test_of_a_data_set_on_the_hub_has_its_commit(self, tokenize, subject):
-        corpus = tokenize()
-        settings = corpus.record["settings"] | {"dataset_hash": None, "dataset_revision": "v1"}
-        for commit, revision in (("abc", "abc"), (None, "v1")):
-            record = corpus.record | {"settings": settings, "dataset_commit": commit}
-            (corpus.path / "tokenization.json").write_text(json.dumps(record))
-            assert corpus_origin(corpus.path, tiny_tokenizer(), subject).revision == revision
