@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from consistency_lens.data.cache_building import build_activation_cache, build_activation_caches
 from consistency_lens.data.cache_verification import verify_cache
 from consistency_lens.data.corpus import corpus_from_rows
 from consistency_lens.subject import Subject
@@ -66,3 +68,32 @@ def assert_verified(path: Path) -> None:
 
 def shard_hashes(cache):
     return [shard["sha256"] for shard in cache.provenance["shards"]]
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return make_subject()
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return make_corpus()
+
+
+@pytest.fixture
+def build(subject, corpus, tmp_path):
+    def build(path="cache", **changes):
+        arguments = {"subject": subject, "corpus": corpus, "tokenizer": make_tokenizer(), **ARGUMENTS} | changes
+        return build_activation_cache(path=tmp_path / path, **arguments)
+
+    return build
+
+
+@pytest.fixture
+def build_layers(subject, corpus, tmp_path):
+    def build_layers(layers, path="layers", **changes):
+        arguments = {"stream": subject.stream, "tokenizer": make_tokenizer(), **ARGUMENTS} | changes
+        paths = {layer: tmp_path / path / str(layer) for layer in layers}
+        return build_activation_caches(corpus=arguments.pop("corpus", corpus), paths=paths, **arguments)
+
+    return build_layers

@@ -1,11 +1,4 @@
-"""What a built cache holds, and what cannot be built."""
-
-import copy
-import os
-import subprocess
-import sys
-import tracemalloc
-from pathlib import Path
+"""What a built cache holds."""
 
 import numpy as np
 import pytest
@@ -16,56 +9,28 @@ from cache_builds import (
     LAYER,
     MIN_POSITION,
     NUM_SEQUENCES,
-    VOCAB,
     WIDTH,
     assert_verified,
+    build,
+    build_layers,
+    corpus,
     files_of,
-    make_corpus,
     make_subject,
     make_tokenizer,
     shard_hashes,
+    subject,
 )
-from datasets import Dataset
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 
-from consistency_lens.data import cache_plan
 from consistency_lens.data.activation_reading import length_buckets
 from consistency_lens.data.cache_building import build_activation_cache, build_activation_caches
-from consistency_lens.data.cache_plan import draw_positions
 from consistency_lens.data.corpus import corpus_from_rows
 from consistency_lens.fingerprints import weights_hash
 from consistency_lens.residual_stream import ResidualStream
 from consistency_lens.subject import Subject
 
-
-@pytest.fixture(scope="module")
-def subject():
-    return make_subject()
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return make_corpus()
-
-
-@pytest.fixture
-def build(subject, corpus, tmp_path):
-    def build(path="cache", **changes):
-        arguments = {"subject": subject, "corpus": corpus, "tokenizer": make_tokenizer(), **ARGUMENTS} | changes
-        return build_activation_cache(path=tmp_path / path, **arguments)
-
-    return build
-
-
-@pytest.fixture
-def build_layers(subject, corpus, tmp_path):
-    def build_layers(layers, path="layers", **changes):
-        arguments = {"stream": subject.stream, "tokenizer": make_tokenizer(), **ARGUMENTS} | changes
-        paths = {layer: tmp_path / path / str(layer) for layer in layers}
-        return build_activation_caches(corpus=arguments.pop("corpus", corpus), paths=paths, **arguments)
-
-    return build_layers
+__all__ = ["build", "build_layers", "corpus", "subject"]
 
 
 def hidden_state(model, row, layer):
@@ -114,16 +79,6 @@ def test_positions_are_distinct_and_leave_a_next_token(build, corpus):
     assert (positions >= MIN_POSITION).all()
     assert (positions <= np.array(lengths)[:, None] - 2).all()
     assert (np.diff(positions, axis=1) > 0).all()
-
-
-def test_positions_are_uniform():
-    drawn = [draw_positions(12, 5, index, 2, 4, seed=0) for index in range(3000)]
-    shares = np.bincount(np.concatenate(drawn), minlength=11)[4:] / 6000
-    np.testing.assert_allclose(shares, 1 / 7, atol=0.02)
-
-
-def test_a_sequence_with_few_positions_gives_all_of_them():
-    assert draw_positions(8, 5, 0, 10, 4, seed=0).tolist() == [4, 5, 6]
 
 
 def test_rows_do_not_depend_on_the_batch_size(build):
@@ -216,101 +171,7 @@ def batch_lengths(cache):
     return [position + 1 for position in cache.dataset["position"][2::3]]
 
 
-# Batches
-
-
-def test_buckets_hold_every_sequence_once_in_batches_of_no_more_tokens_than_the_first():
-    lengths = np.random.default_rng(0).integers(5, 100, 200).tolist()
-    buckets = length_buckets(lengths, 8)
-    assert sorted(np.concatenate(buckets)) == list(range(200))
-    assert len(buckets[0]) == 8
-    padded = [len(bucket) * max(lengths[i] for i in bucket) for bucket in buckets]
-    assert max(padded) <= 8 * max(lengths)
-    assert sum(padded) < 1.1 * sum(lengths)
-
-
-def test_batches_that_do_not_fit_the_device_are_named(build, monkeypatch):
-    subject = make_subject()
-
-    def full(*_arguments, **_keywords):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-
-    monkeypatch.setattr(subject.model, "forward", full)
-    with pytest.raises(ValueError, match="no room for 6 sequences of .* lower batch_size from 32"):
-        build(subject=subject)
-
-
-def test_memory_does_not_grow_with_the_rows(build):
-    def peak(num_sequences):
-        corpus = make_corpus(num_sequences)
-        tracemalloc.start()
-        try:
-            build(f"{num_sequences}", corpus=corpus, rows_per_shard=192)
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
-    peak(64)  # what is imported and kept once
-    assert peak(1920) < 1.5 * peak(192)
-
-
-# Prints the peak of memory, in KiB, of building caches of N and of 8 N rows, each in a process of its own.
-PEAKS = """
-import multiprocessing, sys
-from pathlib import Path
-import numpy as np
-import torch
-torch.set_num_threads(1)
-from cache_builds import ARGUMENTS, make_tokenizer
-from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
-from consistency_lens.data.cache_building import build_activation_cache
-from consistency_lens.data.corpus import CORPUS_FEATURES
-from consistency_lens.subject import Subject
-
-config = LlamaConfig(
-    vocab_size=30, hidden_size=1024, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-)
-SUBJECT = Subject(LlamaForCausalLM(config), 0)
-
-def build(sequences, folder, result):
-    tokens = np.random.default_rng(0).integers(0, 30, (sequences, 16)).tolist()
-    rows = {"input_ids": tokens, "document": list(range(sequences))}
-    Dataset.from_dict(rows, features=CORPUS_FEATURES).save_to_disk(folder / "corpus")
-    del tokens, rows
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-    corpus = Dataset.load_from_disk(folder / "corpus")
-    arguments = ARGUMENTS | {"positions_per_sequence": 8, "rows_per_shard": 512}
-    build_activation_cache(SUBJECT, corpus, folder / "cache", tokenizer=make_tokenizer(), **arguments)
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    result.put(int(status["VmHWM"].split()[0]))
-
-fork = multiprocessing.get_context("fork")
-for sequences in (512, 4096):
-    result = fork.Queue()
-    process = fork.Process(target=build, args=(sequences, Path(sys.argv[1]) / str(sequences), result))
-    process.start()
-    print(result.get(timeout=300))
-    process.join()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from /proc")
-def test_the_peak_of_memory_does_not_grow_with_the_rows(tmp_path):
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    finished = subprocess.run(
-        [sys.executable, "-c", PEAKS, str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    few, many = (int(line) * 1024 for line in finished.stdout.splitlines()[-2:])
-    more_activations = (4096 - 512) * 8 * 1024 * 4  # bytes, were they all held
-    assert many - few < more_activations / 3
+# How it is built
 
 
 def test_the_bar_shows_rows_and_tokens_a_second_and_the_time_that_is_left(build, capsys):
@@ -329,8 +190,14 @@ def test_an_offloaded_subject_gives_the_same_cache(build):
     assert files_of(build("offloaded", subject=subject).path) == files_of(expected.path)
 
 
-# Massive activations
+def test_a_stream_with_named_blocks_serves(tmp_path, corpus, subject):
+    stream = ResidualStream(subject.model, blocks="model.layers")
+    path = tmp_path / "named"
+    build_activation_caches(stream, corpus, {0: path}, tokenizer=make_tokenizer(), **ARGUMENTS)
+    assert (path / "provenance.json").is_file()
 
+
+# Massive activations
 
 MASSIVE = [7, 8, 9]
 
@@ -376,92 +243,3 @@ def test_a_shard_may_lose_all_its_rows(build, outlier_subject, corpus):
     assert len(cache) == 90
     assert_verified(cache.path)
     assert cache.mean.isfinite().all()
-
-
-# Bad input
-
-
-def test_activations_that_are_not_finite_are_refused(build):
-    subject = make_subject()
-    subject.model.model.layers[LAYER].mlp.down_proj.weight.data[0, 0] = float("nan")
-    message = r"18 of 18 activations of layer 1 are not finite \(the first at position \d+ of document \d+\); check"
-    with pytest.raises(ValueError, match=message):
-        build(subject=subject)
-
-
-def test_a_subject_that_overflows_float16_is_refused_and_float32_is_the_way_out(build):
-    subject = make_subject()
-    subject.model.model.layers[LAYER].mlp.down_proj.weight.data *= 1e9
-    with pytest.raises(ValueError, match=r"not finite .*float16 overflows.*load it in float32 \(--dtype float32\)"):
-        build(subject=Subject(copy.deepcopy(subject.model).half(), LAYER))
-    build("wide", subject=subject)
-
-
-def test_float16_overflow_is_refused_and_float32_is_the_way_out(build):
-    subject = make_subject()
-    subject.model.model.embed_tokens.weight.data *= 1e8
-    with pytest.raises(ValueError, match=r"overflows float16 .* pass dtype='float32' \(--cache_dtype float32\)"):
-        build(subject=subject, dtype="float16")
-    build("wide", subject=subject)
-
-
-def test_text_that_is_too_short_throughout_is_refused(build):
-    with pytest.raises(ValueError, match="longest of 26 sequences has 20 tokens, too short for min_position=19"):
-        build(min_position=19)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"positions_per_sequence": 0}, "positions_per_sequence must be at least 1, got 0"),
-        ({"rows_per_shard": 0}, "rows_per_shard must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"min_position": -1}, "min_position must be 0 or more, got -1"),
-        ({"dtype": "int8"}, "dtype must be 'float16' or 'float32', got 'int8'"),
-        ({"max_norm": 1.5}, "max_norm is a multiple of the median norm and must be at least 2, got 1.5"),
-        ({"rows_per_shard": 2**28}, "rows_per_shard=268435456 contexts of up to 20 tokens are too many"),
-        ({"corpus": Dataset.from_dict({"text": ["a"]})}, r"lacks \['input_ids', 'document'\]"),
-        ({"corpus": corpus_from_rows([])}, "the corpus is empty"),
-        ({"corpus": corpus_from_rows([{"input_ids": [VOCAB] * 9, "document": 1}])}, "token ids from 30 to 30"),
-        ({"tokenizer": make_tokenizer(VOCAB + 1)}, "tokenizer has 31 tokens, but the subject only 30"),
-    ],
-)
-def test_bad_arguments_are_named_and_leave_no_folder(build, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        build(**change)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_sequences_beyond_the_context_of_the_subject_are_refused(tmp_path):
-    corpus = corpus_from_rows([{"input_ids": [5] * 129, "document": 1}])
-    with pytest.raises(ValueError, match="has 129 tokens, beyond the subject's context of 128; tokenise with max_len"):
-        build_activation_cache(
-            Subject(tiny_model("gpt2"), 1), corpus, tmp_path / "cache", tokenizer=tiny_tokenizer(), **ARGUMENTS
-        )
-
-
-def test_a_layer_that_is_not_there_is_refused(build_layers, tmp_path):
-    with pytest.raises(ValueError, match="layer must lie in 0..2"):
-        build_layers([1, 3])
-    assert not (tmp_path / "layers").exists()
-
-
-def test_an_unknown_argument_is_refused(build):
-    with pytest.raises(TypeError, match="positions_per_sequnce"):
-        build(positions_per_sequnce=3)
-
-
-def test_the_plan_counts_the_rows_of_each_shard(corpus):
-    plan = cache_plan.plan_cache(
-        corpus, positions_per_sequence=3, min_position=MIN_POSITION, rows_per_shard=18, seed=0, vocab_size=VOCAB,
-        max_length=None,
-    )  # fmt: skip
-    assert plan.shard_rows.tolist() == [plan.shard(index).num_rows for index in range(len(plan.shard_rows))]
-    assert plan.sample(5).num_rows == 15 and len(plan.sample(1000).contexts) == NUM_SEQUENCES
-
-
-def test_a_stream_with_named_blocks_serves(tmp_path, corpus, subject):
-    stream = ResidualStream(subject.model, blocks="model.layers")
-    path = tmp_path / "named"
-    build_activation_caches(stream, corpus, {0: path}, tokenizer=make_tokenizer(), **ARGUMENTS)
-    assert (path / "provenance.json").is_file()
