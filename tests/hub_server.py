@@ -9,106 +9,19 @@ import base64
 import hashlib
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 import yaml
-from hub_faults import Fault, PlannedFaults
+from hub_faults import PlannedFaults
+from hub_http import Handler, Listener, Reply, Request, error, ranged
+from hub_repositories import Blob, Repo, entry, folder_entry, folders_of, is_large
 
 USER, TOKEN = "user", "hf_loopback_token"
 ORGANISATION = "lab"  # which the user may write to
-LARGE_SUFFIXES = (".parquet", ".safetensors", ".arrow", ".bin")
 TIME = "2026-01-01T00:00:00.000Z"
-
-
-class Blob(NamedTuple):
-    """A file's content, and how the Hub holds it."""
-
-    content: bytes
-    is_large: bool
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
-
-    @property
-    def git_oid(self) -> str:
-        """The git hash of the content, or of the pointer that stands for a large file."""
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-        content = pointer.encode() if self.is_large else self.content
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@dataclass
-class Commit:
-    """A state of a repository."""
-
-    oid: str
-    title: str
-    files: dict[str, Blob]
-
-
-@dataclass
-class Repo:
-    """A repository: its commits, oldest first, and where its branches and tags stand."""
-
-    kind: str
-    name: str
-    private: bool = False
-    commits: list[Commit] = field(default_factory=list)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, branch: str, title: str, files: Mapping[str, Blob]) -> Commit:
-        oid = hashlib.sha1(f"{self.kind} {self.name} {branch} {len(self.commits)} {title}".encode()).hexdigest()
-        self.commits.append(Commit(oid, title, dict(files)))
-        self.branches[branch] = oid
-        return self.commits[-1]
-
-    def at(self, revision: str) -> Commit | None:
-        oid = self.branches.get(revision) or self.tags.get(revision) or revision
-        return next((commit for commit in self.commits if commit.oid == oid), None)
-
-    @property
-    def head(self) -> Commit:
-        """The last commit of main."""
-        commit = self.at("main")
-        assert commit is not None
-        return commit
-
-
-class Reply(NamedTuple):
-    """What the server answers."""
-
-    body: Any = b""
-    """JSON, or bytes that are sent as they are."""
-    status: int = 200
-    headers: Mapping[str, str] = {}
-
-
-class Request(NamedTuple):
-    """What a client asks."""
-
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: Mapping[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-def error(status: int, code: str, message: str) -> Reply:
-    """An error as the Hub words it: a code for the client, a message for people."""
-    return Reply({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
 
 
 class HubServer(PlannedFaults):
@@ -138,7 +51,7 @@ class HubServer(PlannedFaults):
         self.licenses = {"apache-2.0", "mit", "odc-by", "other"}
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.num_late, self.settling = 0, threading.Condition()
-        self._http = _Listener(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._http = Listener(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> "HubServer":
@@ -415,39 +328,6 @@ class HubServer(PlannedFaults):
         return ranged(blob.content, request.headers.get("Range"), headers)
 
 
-def ranged(content: bytes, wanted: str | None, headers: dict[str, str]) -> Reply:
-    """The bytes that a Range header asks for."""
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
-    if match is None:
-        return Reply(content, 200, headers)
-    start, end = int(match[1]), int(match[2] or len(content) - 1)
-    if start >= len(content):
-        return Reply(b"", 416, {**headers, "Content-Range": f"bytes */{len(content)}"})
-    part = content[start : end + 1]
-    span = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
-    return Reply(part, 206, {**headers, "Content-Range": span})
-
-
-def is_large(path: str, size: int) -> bool:
-    """Whether the Hub holds a file outside git."""
-    return size > 0 and (path.endswith(LARGE_SUFFIXES) or size > 10_000_000)
-
-
-def entry(path: str, blob: Blob) -> dict[str, Any]:
-    size = len(blob.content)
-    large = {"lfs": {"oid": blob.sha256, "size": size, "pointerSize": 134}} if blob.is_large else {}
-    return {"type": "file", "path": path, "size": size, "oid": blob.git_oid, **large}
-
-
-def folder_entry(path: str) -> dict[str, Any]:
-    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
-
-
-def folders_of(path: str) -> list[str]:
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[: n + 1]) for n in range(len(parts))]
-
-
 ACTIONS: dict[str, Callable[[HubServer, Request, Repo, str], Reply]] = {
     "": HubServer.info,
     "revision": HubServer.info,
@@ -483,72 +363,3 @@ ROUTES: list[tuple[str, tuple[str, ...], Callable[..., Reply]]] = [
     (rf"/(?P<prefix>datasets/|spaces/){NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
     (rf"/{NAME}/resolve/(?P<rest>.+)", ("GET", "HEAD"), HubServer.resolve),
 ]
-
-
-FAILURES: dict[Fault | None, Callable[[HubServer], Reply]] = {
-    Fault.ERROR: lambda hub: error(500, "", "Internal Error - We're working hard to fix this as soon as possible!"),
-    Fault.BUSY: lambda hub: Reply({"error": "Too Many Requests"}, 429, {"Retry-After": str(hub.retry_after)}),
-}
-
-
-class _Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of clients that have gone, as those do that waited for too long."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    hub: HubServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or the client waits for each body
-
-    def answer(self) -> None:
-        url = urlsplit(self.path)
-        request = Request(self.command, url.path, parse_qs(url.query), self.headers, self.received())
-        if self.hub.closing.is_set():
-            self.close_connection = True
-            return
-        fault = self.hub.fault_of(request.method, request.path)
-        if fault is Fault.REFUSED:
-            self.close_connection = True
-            return
-        handle = self.hub.handle_late if fault is Fault.SLOW else self.hub.handle
-        reply = FAILURES[fault](self.hub) if fault in FAILURES else handle(request)
-        if fault is Fault.LOST:
-            self.close_connection = True
-            return
-        body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        if fault is Fault.CORRUPT and isinstance(reply.body, bytes) and body:
-            body = bytes([body[0] ^ 1]) + body[1:]
-        kind = "application/octet-stream" if isinstance(reply.body, bytes) else "application/json"
-        self.send_response(reply.status)
-        headers = {"Content-Type": kind, "Content-Length": str(len(body)), **reply.headers}
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if fault is Fault.CUT:
-            self.close_connection = True
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
-
-    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = answer
-
-    def received(self) -> bytes:
-        """The body, also where it comes in chunks because its length was not known."""
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is printed."""

@@ -4,7 +4,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from hub_server import USER, error
+from hub_http import error
+from hub_server import USER
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from tiny_lenses import tiny_tokenizer

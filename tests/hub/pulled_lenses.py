@@ -4,7 +4,8 @@ import copy
 import json
 
 import pytest
-from hub_server import Blob, HubServer
+from hub_repositories import Blob
+from hub_server import HubServer
 from published_small_lenses import change, write_lens
 
 from consistency_lens.hub.lens_pull import pull_lenses

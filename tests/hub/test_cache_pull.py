@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from hub_server import Blob, Reply
+from hub_http import Reply
+from hub_repositories import Blob
 from published_caches import REPO, build_caches, built, rows_of
 
 from consistency_lens.data.activation_cache import ActivationCache

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hub_server import Reply
+from hub_http import Reply
 from published_caches import REPO, build_caches, built, files_of, layer, push, rows_of
 
 from consistency_lens.data import cache_parquet

@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from hub_server import TOKEN, error
+from hub_http import error
+from hub_server import TOKEN
 from published_caches import REPO, build_caches, built, layer, push
 
 from consistency_lens.data.activation_cache import ActivationCache

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from hub_server import TOKEN, Blob
+from hub_repositories import Blob
+from hub_server import TOKEN
 from published_caches import build_caches
 from published_small_lenses import write_lens
 

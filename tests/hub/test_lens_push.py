@@ -5,7 +5,8 @@ import os
 
 import pytest
 from hub_faults import Fault
-from hub_server import TOKEN, Reply
+from hub_http import Reply
+from hub_server import TOKEN
 from published_small_lenses import COMMIT, METRICS, change, write_lens
 
 from consistency_lens.data.cache_check import VerificationError

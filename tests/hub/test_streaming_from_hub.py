@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hub_server import Reply
+from hub_http import Reply
 from published_caches import build_caches
 
 from consistency_lens.cli.eval import main as evaluate

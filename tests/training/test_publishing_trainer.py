@@ -10,7 +10,8 @@ from threading import Event
 import pytest
 import torch
 from checkpoint_runs import DiesAt, Killed, curve, tensors, tiny_run
-from hub_server import ORGANISATION, TOKEN, error
+from hub_http import error
+from hub_server import ORGANISATION, TOKEN
 from huggingface_hub import snapshot_download
 from transformers import AutoModel
 

@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 from code_blocks import run_card
-from hub_server import Blob, HubServer, Reply
+from hub_http import Reply
+from hub_repositories import Blob
+from hub_server import HubServer
 from published_lenses import add_subject, fit_lens, save_subject
 from tiny_models import random_tokens
 

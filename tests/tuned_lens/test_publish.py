@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 
 import pytest
 import yaml
-from hub_server import TOKEN, Reply
+from hub_http import Reply
+from hub_server import TOKEN
 from published_lenses import ACCEPTANCE, KPIS, LICENSE_TEXT, add_subject, fit_lens, save_subject
 from publishing import COMMIT, FILES, NEXT, REPO, TAG, below, change, files_of, publish
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hub_server import error
+from hub_http import error
 from published_lenses import ACCEPTANCE, KPIS, fit_lens
 from publishing import COMMIT, FILES, NEXT, REPO, TAG, below, change, files_of, publish
 from safetensors.torch import load_file

@@ -1,7 +1,7 @@
 """A saved lens is laid over the model that it was fitted to, at the commit that it was fitted at."""
 
 import pytest
-from hub_server import Blob
+from hub_repositories import Blob
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from hub_server import Reply
+from hub_http import Reply
 from tiny_lenses import tiny_tokenizer
 from tiny_models import MAX_POSITIONS, tiny_model
 from token_texts import BOS, EOS, FRACTION, SEQ_LEN, TEXTS, add_bos, is_held_out, side, words, write_rows
