@@ -1,8 +1,9 @@
 """The decoder: activation to text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .artifact_subject import base_from_config, load_subject
-from .cached_passes import CachedPasses, prompt_cache, without_checkpoints
+from .cached_passes import CachedPasses, Pass, prompt_cache, without_checkpoints
 from .configuration_consistency_lens import LensDecoderConfig
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .residual_stream import ResidualStream
@@ -233,60 +234,75 @@ class LensDecoder(LensClone):
         hidden states (B, d) that these were made of; embeddings (B, d) for a `reader`. See `generate_soft`."""
         if num_text_tokens < 1:
             raise ValueError(f"num_text_tokens must be at least 1, got {num_text_tokens}; 8 is a good start")
-        dtype = self.token_embedding.weight.dtype
-        batch = len(activations)
-        if batch == 0:
+        if len(activations) == 0:
             raise ValueError(NO_ACTIVATIONS)
 
         recompute = use_cache and self.checkpoints_gradients() and torch.is_grad_enabled()
         # what is computed again, or only then, has a graph of its own, whose end the sums would not see
         head, table = (None, None) if recompute or chunk_size > 0 else self.summed_gradients()
-
-        def last_output(inputs: Tensor, cache: DynamicCache | None) -> Tensor:
-            with nullcontext() if head is None else head.in_place_of(self.base.get_output_embeddings()):
-                return self.last_outputs(inputs, 1, chunk_size == 0, cache)[:, -1]
-
+        last_output = partial(self.last_output, with_head=chunk_size == 0, head=head)
+        dtype = self.token_embedding.weight.dtype
         prefix, suffix = (piece.to(dtype) for piece in self.prompt(table))
-        chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix.expand(batch, -1, -1)], dim=1)
+        suffix = suffix.expand(len(activations), -1, -1)
+        chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix], dim=1)
         if use_cache:
-            before = prompt_cache(self.base.get_decoder(), prefix, batch)
-            chunk, slot = chunk + 0 * before.end, 0
-            passes: CachedPasses | TextPasses = CachedPasses(last_output, before.cache, recompute)
-            in_place = not recompute and self.may_attend_in_place(len(prefix) + chunk.shape[1] + num_text_tokens)
+            passes = self.cached_passes(last_output, activations, prefix, num_text_tokens, recompute)
         else:
-            chunk, slot = torch.cat([prefix.expand(batch, -1, -1), chunk], dim=1), len(prefix)
+            passes = self.whole_passes(last_output, activations, prefix)
 
-        @contextmanager
-        def injected() -> Iterator[None]:
-            with without_checkpoints(self.base), self.injected(activations, slot):
-                yield
-
-        for step in range(num_text_tokens):
-            if use_cache:
-                if step == 1 and in_place:
-                    passes = TextPasses(last_output, self.base, before.cache, room=num_text_tokens - 1)
-                states = passes(chunk, injected if step == 0 else partial(without_checkpoints, self.base))
-            else:
-                with self.injected(activations, slot):
-                    states = last_output(chunk, None)
+        sums: dict[LensClone, SummedGradient] = {} if table is None else {self: table}
+        draw = partial(self.drawn, temperature=temperature, tau=tau, sums=sums, keeps_noise=self.keeps_noise)
+        for step, next_pass in zip(range(num_text_tokens), passes, strict=False):
+            states = next_pass(chunk)
             is_last = step == num_text_tokens - 1
             embed_for: dict[str, LensClone] = {} if is_last else {"next": self}
             if reader is not None:
                 embed_for["read"] = reader
-            draw = partial(
-                self.drawn,
-                keys=None if keys is None else fold_in(keys, step),
-                temperature=temperature,
-                tau=tau,
-                embed_for=embed_for,
-                sums={} if table is None else {self: table},
-                keeps_noise=self.keeps_noise,
-            )
-            drawn = self.predictions(states, chunk_size).read(draw)
+            step_keys = None if keys is None else fold_in(keys, step)
+            drawn = self.predictions(states, chunk_size).read(partial(draw, keys=step_keys, embed_for=embed_for))
             yield drawn["ids"], states, drawn.get("read")
             if not is_last:
-                token = drawn["next"][:, None].to(dtype)
-                chunk = token if use_cache else torch.cat([chunk, token], dim=1)
+                chunk = drawn["next"][:, None].to(dtype)
+
+    def cached_passes(
+        self, last_output: Pass, activations: Tensor, prefix: Tensor, num_text_tokens: int, recompute: bool
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Passes over the next embeddings (B, C, d) of a text, behind the keys and values of those before, without
+        end: the first is over the slot and the prompt's suffix, and each of the others over one token."""
+        before = prompt_cache(self.base.get_decoder(), prefix, len(activations))
+        passes = CachedPasses(last_output, before.cache, recompute)
+        length = len(prefix) + 1 + len(self.config.suffix_ids) + num_text_tokens
+        in_place = not recompute and self.may_attend_in_place(length)
+
+        @contextmanager
+        def injected() -> Iterator[None]:
+            with without_checkpoints(self.base), self.injected(activations, 0):
+                yield
+
+        yield lambda embeddings: passes(embeddings + 0 * before.end, injected)
+        by_token = TextPasses(last_output, self.base, before.cache, num_text_tokens - 1) if in_place else passes
+        yield from repeat(partial(by_token, around=partial(without_checkpoints, self.base)))
+
+    def whole_passes(
+        self, last_output: Callable[[Tensor, None], Tensor], activations: Tensor, prefix: Tensor
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Passes that take the same embeddings, but run all of the text so far anew; the reference for tests."""
+        sequence = prefix.expand(len(activations), -1, -1)
+
+        def over_all(embeddings: Tensor) -> Tensor:
+            nonlocal sequence
+            sequence = torch.cat([sequence, embeddings], dim=1)
+            with self.injected(activations, len(prefix)):
+                return last_output(sequence, None)
+
+        return repeat(over_all)
+
+    def last_output(
+        self, inputs: Tensor, cache: DynamicCache | None, with_head: bool, head: SummedGradient | None
+    ) -> Tensor:
+        """What the base makes of the last embedding, (B, V) or (B, d), with `head` in the place of its unembedding."""
+        with nullcontext() if head is None else head.in_place_of(self.base.get_output_embeddings()):
+            return self.last_outputs(inputs, 1, with_head, cache)[:, -1]
 
     @staticmethod
     def drawn(
