@@ -63,7 +63,8 @@ def publish_tuned_lens(
 
     Raises:
         ValueError: for a user's mistake, such as a path without a tuned lens, a tag that is there, a repository that
-            holds something else, a token that does not do, or a licence that the Hub does not know.
+            holds something else, a token that does not do, a number that is NaN or infinite, or a licence that the
+            Hub does not know.
         VerificationError: if a lens does not pass `content_checks`; nothing is uploaded.
         HubError: if the Hub cannot be reached, or fails.
         OSError: if the staged files cannot be written.
