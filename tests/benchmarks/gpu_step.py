@@ -39,6 +39,7 @@ from transformers import TrainerCallback
 
 OBJECTIVES, MODES = ("gumbel", "warm_start", "policy_gradient"), ("eager", "in_place", "compile")
 GROUP_SIZE, LM_WEIGHT, LEARNING_RATE = 4, 0.1, 1e-4
+PASS = 32  # contexts that are read at a time for the plan's rows
 # Dense bfloat16 FLOPs a second, as the makers state them; the longest name that a device's begins with counts.
 PEAKS = {
     "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
@@ -147,11 +148,9 @@ def read_rows(source: Any, lens: Any, shape: Shape, count: int) -> dict[str, tor
     collator = ActivationCollator(0, shape.num_text_tokens, bos_token_id=1)
     rows = collator([ContextRows(source)[index] for index in range(count)])
     on_device = {name: values.to(lens.device) for name, values in rows.items()}
-    read = [
-        read_activations(lens.subject, {name: values[i : i + 1] for name, values in on_device.items()}, False)
-        for i in range(count)
-    ]
-    activations = torch.cat([of_row["activations"] for of_row in read])
+    parts = [{name: values[i : i + PASS] for name, values in on_device.items()} for i in range(0, count, PASS)]
+    read = [read_activations(lens.subject, part, keep_context=False)["activations"] for part in parts]
+    activations = torch.cat(read)
     kept = ("input_ids", "attention_mask", "positions")
     others = activations.roll(shape.positions, 0)  # of another sequence
     return {name: on_device[name] for name in kept} | {"activations": activations, "other_activations": others}
