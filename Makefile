@@ -82,6 +82,7 @@ bench: $(INSTALLED)
 	@for script in $$(grep -l '__main__' tests/benchmarks/*.py | grep -v -e gpu_step -e tuned_lens_peer); do $(BIN)/python $$script || exit 1; done
 
 bench-gpu: $(INSTALLED)
+	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('bench-gpu: there is no GPU here')"
 	$(BIN)/torchrun --nproc_per_node gpu tests/benchmarks/gpu_step.py
 	$(BIN)/python tests/benchmarks/cache_vs_bare_forward.py
 

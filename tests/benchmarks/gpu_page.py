@@ -16,6 +16,7 @@ BEGINNING = (
 END = (
     "Weights are random, the subject is bfloat16, and a step is one of `ConsistencyLensTrainer` under bfloat16 "
     "autocast. Medians. B: activations of a step on each device; four texts an activation under policy gradient. "
+    "In place: eager, with one buffer of keys and values for the tokens of a text (`LensDecoder.attends_in_place`). "
     "Useful TFLOP: 10^12 FLOPs of the matrix products that a device's step cannot do without, forward and backward; "
     "what is made twice, padding and prompts do not count (`tests/benchmarks/step_flops.py` has the count). MFU: "
     "these over the step's seconds times the device's dense bfloat16 peak. The plan's step (`spec_reference.py`) ran "

@@ -10,7 +10,8 @@ way with a tiny model on the CPU and writes there, so that the script can be tes
 then means nothing.
 
 The steps are those of `ConsistencyLensTrainer`: rows read on the fly, K=8 of a sequence, bfloat16 autocast, adapters
-where PEFT is installed, fused AdamW. On one process the plan's step (`spec_reference`, also with adapters, in
+where PEFT is installed, fused AdamW; `in_place` is eager, with one buffer of keys and values for the tokens of a text
+(`LensDecoder.attends_in_place`). On one process the plan's step (`spec_reference`, also with adapters, in
 bfloat16, from activations that are there already) runs in turn with the Gumbel steps, with the largest batch that fits
 beside them. MFU is the useful FLOPs of a step (`step_flops`) / (its seconds x the device's dense bfloat16 peak).
 """
@@ -36,8 +37,9 @@ from spec_reference import SpecStep
 from step_flops import Texts, useful_flops
 from transformers import TrainerCallback
 
-OBJECTIVES, MODES = ("gumbel", "warm_start", "policy_gradient"), ("eager", "compile")
+OBJECTIVES, MODES = ("gumbel", "warm_start", "policy_gradient"), ("eager", "in_place", "compile")
 GROUP_SIZE, LM_WEIGHT, LEARNING_RATE = 4, 0.1, 1e-4
+PASS = 32  # contexts that are read at a time for the plan's rows
 # Dense bfloat16 FLOPs a second, as the makers state them; the longest name that a device's begins with counts.
 PEAKS = {
     "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
@@ -146,11 +148,9 @@ def read_rows(source: Any, lens: Any, shape: Shape, count: int) -> dict[str, tor
     collator = ActivationCollator(0, shape.num_text_tokens, bos_token_id=1)
     rows = collator([ContextRows(source)[index] for index in range(count)])
     on_device = {name: values.to(lens.device) for name, values in rows.items()}
-    read = [
-        read_activations(lens.subject, {name: values[i : i + 1] for name, values in on_device.items()}, False)
-        for i in range(count)
-    ]
-    activations = torch.cat([of_row["activations"] for of_row in read])
+    parts = [{name: values[i : i + PASS] for name, values in on_device.items()} for i in range(0, count, PASS)]
+    read = [read_activations(lens.subject, part, keep_context=False)["activations"] for part in parts]
+    activations = torch.cat(read)
     kept = ("input_ids", "attention_mask", "positions")
     others = activations.roll(shape.positions, 0)  # of another sequence
     return {name: on_device[name] for name in kept} | {"activations": activations, "other_activations": others}
@@ -172,6 +172,7 @@ def measure(options: argparse.Namespace, shape: Shape, objective: str, mode: str
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, dataloader_num_workers=2,
     )  # fmt: skip
     lens = shape.make_lens(args.device, options.clones)
+    lens.decoder.attends_in_place = mode == "in_place"
     width = shape.sizes["hidden_size"]
     lens.set_statistics(torch.zeros(width), 1.0)
     source = shape.make_source(lens, batch * args.world_size * 2)
