@@ -302,6 +302,8 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
         scores, keys = (logits, keys) if noisy is None else (noisy, None)
         ctx.save_for_backward(scores, token_ids, keys, *weights_and_anchors)
         ctx.tau, ctx.chunk_size, ctx.sums = tau, chunk_size, sums
+        # clones may share a table; a checkpoint gives back other objects than it was given, so it is seen here
+        ctx.tables = [next(j for j, other in enumerate(weights) if other is weight) for weight in weights]
         ctx.set_materialize_grads(False)
         return tuple(weight[token_ids] for weight in weights if weight is not None)
 
@@ -312,7 +314,11 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
         weights, anchors = saved[: len(grads)], saved[len(grads) :]
         grad_logits = None
         if ctx.needs_input_grad[0]:
-            uses = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if grad is not None]
+            of_tables: dict[int, Tensor] = {}
+            for table, grad in zip(ctx.tables, grads, strict=True):
+                if grad is not None:
+                    of_tables[table] = of_tables[table] + grad if table in of_tables else grad
+            uses = [(grad, weights[table]) for table, grad in of_tables.items()]
             grad_logits = _soft_gradient(logits, keys, uses, ctx.tau, ctx.chunk_size)
         first = len(ctx.needs_input_grad) - len(saved)
         of_weights: list[Tensor | None] = [None] * len(grads)
@@ -339,16 +345,11 @@ def _soft_gradient(
     `uses`, gradients (N, d) of embeddings in tables W."""
     words = None if keys is None else _index_words(logits.shape[-1], logits.device)
     keys = None if keys is None else keys.to(logits.device)
-    # clones may share a table
-    of_table: dict[int, tuple[Tensor, Tensor]] = {}
-    for grad, table in uses:
-        before = of_table.get(id(table))
-        of_table[id(table)] = (grad if before is None else before[0] + grad, table)
     grad_logits: Tensor | None = None
     # One product for all rows, into the tensor that is returned anyway. Autocast is off so that dtypes are as stated
     # even where backward is called inside it.
     with torch.autocast(logits.device.type, enabled=False):
-        for grad, table in of_table.values():
+        for grad, table in uses:
             grad_logits = table_product((grad / tau).to(logits.dtype), table.to(logits.dtype), grad_logits)
     assert grad_logits is not None
     for rows in row_chunks(logits, chunk_size):
