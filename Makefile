@@ -28,7 +28,7 @@ help:
 	@echo 'make tuned-lens fit, judge and plot the tuned lens of that model (outputs/tuned_lenses)'
 	@echo 'make test       run the tests;  make test-slow: the slow ones too'
 	@echo 'make lint       check style and types;  make format: mend what can be mended'
-	@echo 'make bench      run the benchmarks (tests/benchmarks/results);  make bench-gpu: a training step on GPUs (writes docs/gpu.md)'
+	@echo 'make bench      run the benchmarks (tests/benchmarks/results);  make bench-gpu: steps and caches on GPUs (writes docs/gpu.md)'
 	@echo 'make cards      write README.md and the cards in model_cards/ from what is kept there'
 	@echo 'make keep       keep there what make demo and make tuned-lens left in outputs/'
 	@echo 'make docs       build the site of docs/ (site/index.html)'
@@ -82,7 +82,9 @@ bench: $(INSTALLED)
 	@for script in $$(grep -l '__main__' tests/benchmarks/*.py | grep -v -e gpu_step -e tuned_lens_peer); do $(BIN)/python $$script || exit 1; done
 
 bench-gpu: $(INSTALLED)
+	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('bench-gpu: there is no GPU here')"
 	$(BIN)/torchrun --nproc_per_node gpu tests/benchmarks/gpu_step.py
+	$(BIN)/python tests/benchmarks/cache_vs_bare_forward.py
 
 cards: $(INSTALLED)
 	$(BIN)/python model_cards/render.py

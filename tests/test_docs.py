@@ -15,7 +15,7 @@ TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 # flags of accelerate, torchrun and sbatch, those of all commands, and of scripts that are no commands of this package
 OF_OTHERS = {
     "config_file", "num_processes", "num_machines", "nproc_per_node", "dependency", "help", "debug", "version",
-    "model", "stories",
+    "model", "stories", "shapes", "objectives", "modes",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_lenses import INJECTED, LAYER, LORA_TARGETS, activations, disturb, keys, tiny_lens, tiny_tokenizer, trainable
 from tiny_models import FAMILIES, WIDTH, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import consistency_lens
 from consistency_lens import ConsistencyLensModel, LensDecoder, LensEncoder
-from consistency_lens.lens_clone import clone_subject, encode_prompt, without_dropout
+from consistency_lens.lens_clone import adapters_under_autocast, clone_subject, encode_prompt, without_dropout
+from consistency_lens.plain_arithmetic import plain_arithmetic
 
 TRAININGS = ("full", "lora", "frozen")
 WEIGHTS = "model.safetensors"
@@ -24,6 +27,7 @@ TEXTS = ["w9 w10 w11", "w12"]
 # Run in a process that has never seen the lens: argv is the folder of the lenses, then the file for what they say.
 READ_LENSES = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 import consistency_lens
 from safetensors.torch import load_file, save_file
@@ -319,3 +323,50 @@ class TestLoading:
     def test_a_fully_trained_lens_cannot_be_quantised(self, artifacts):
         with pytest.raises(ValueError, match="neither quantised nor spread over devices"):
             ConsistencyLensModel.from_pretrained(artifacts / "lens_full", quantization_config={"load_in_8bit": True})
+
+
+class Conversions(TorchDispatchMode):
+    """Counts conversions to another dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_autocast_adapters_read_their_inputs_as_they_are():
+    lens = disturb(tiny_lens(training="lora", model={"dtype": torch.bfloat16})).train()
+    lens.subject.check_one_token(64)
+    gradients, counts = [], []
+    for around in (nullcontext, plain_arithmetic, lambda: adapters_under_autocast(lens)):
+        with Conversions() as conversions:
+            with torch.autocast("cpu", torch.bfloat16), around():
+                output = lens(activations=activations(3), noise_keys=keys(3), tau=1.0)
+            output.reconstruction.square().mean().backward()
+        counts.append(conversions.count)
+        gradients.append({name: p.grad for name, p in lens.named_parameters() if p.grad is not None})
+        lens.zero_grad()
+    expected, _, found = gradients
+    assert any(".lora_" in name for name in found)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    num_adapters = sum(".lora_A." in name for name, _ in lens.named_parameters())
+    # one to the dtype of the adapter, and one back, in either direction, for each token of the decoder at least
+    assert counts[2] < counts[0] - 4 * num_adapters
+
+
+def test_where_autocast_is_off_adapters_get_inputs_of_their_own_dtype():
+    lens = disturb(tiny_lens(training="lora", model={"dtype": torch.bfloat16}))
+    layers = [module for module in lens.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    with adapters_under_autocast(lens):
+        assert layers and all(layer.cast_input_dtype_enabled for layer in layers)
+        lens.decode_ids(activations(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        with plain_arithmetic(), adapters_under_autocast(lens):
+            assert all(layer.cast_input_dtype_enabled for layer in layers)
+        with adapters_under_autocast(tiny_lens()):  # without adapters
+            pass
+        with pytest.raises(RuntimeError), adapters_under_autocast(lens):
+            assert not any(layer.cast_input_dtype_enabled for layer in layers)
+            raise RuntimeError
+    assert all(layer.cast_input_dtype_enabled for layer in layers)

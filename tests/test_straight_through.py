@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flop_count import flops
+from torch.utils.checkpoint import checkpoint
 
 from consistency_lens import straight_through
 from consistency_lens.straight_through import (
@@ -74,12 +75,18 @@ def test_several_tables_have_the_gradients_of_one_after_the_other(problem, share
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_a_table_that_is_given_twice_is_multiplied_once(problem):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_table_that_is_given_twice_is_multiplied_once(problem, checkpointed):
     logits, token_ids, keys, table = problem
     counts = []
     for tables in ([table], [table, table], [table, table + 1]):
         given = logits.clone().requires_grad_()
-        embedded = straight_through_embeddings(given, token_ids, keys, tables, 0.7)
+        arguments = (given, token_ids, keys, tables, 0.7)
+        embedded = (
+            checkpoint(straight_through_embeddings, *arguments, use_reentrant=False)
+            if checkpointed
+            else straight_through_embeddings(*arguments)
+        )
         counts.append(flops(lambda embedded=embedded: sum(embedded).sum().backward()))
     assert counts == [counts[0], counts[0], 2 * counts[0]]
 

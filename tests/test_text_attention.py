@@ -195,3 +195,16 @@ def test_another_copy_of_the_code_takes_nothing_away():
     )
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert NAME in attentions(tiny_lens("llama", "full", **PROMPTS))
+
+
+@pytest.mark.parametrize(("wanted", "device", "expected"), [
+    (None, "cpu", True), (None, "meta", False), (True, "cpu", True), (True, "meta", True), (False, "cpu", False),
+])  # fmt: skip
+def test_it_is_for_a_cpu_unless_it_is_asked_for(monkeypatch, wanted, device, expected):
+    decoder = tiny_lens().decoder
+    monkeypatch.setattr("consistency_lens.lens_decoder.can_attend", lambda base, length: True)
+    decoder.projection.to(device)
+    decoder.attends_in_place = wanted
+    assert decoder.may_attend_in_place(8) == expected
+    with torch.no_grad():
+        assert not decoder.may_attend_in_place(8)

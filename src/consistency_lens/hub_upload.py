@@ -66,11 +66,11 @@ def stage_artifact(folder: Path, staging: Path, model_class: type) -> None:
         ValueError: if a number in one of its JSON files is NaN or infinite.
     """
     staging.mkdir(parents=True, exist_ok=True)
-    config = _json(folder / CONFIG_FILE)
+    config = publishable_json(folder / CONFIG_FILE)
     places = {name: public_place(name) for name in subjects(config) if is_path(name)}
     for file in artifact_files(folder):
         if file.name in RECORDS:
-            write_json(staging / file.name, without_paths(_json(file), places))
+            write_json(staging / file.name, without_paths(publishable_json(file), places))
         elif file.name != CONFIG_FILE:
             link_or_copy(file, staging / file.name)
     write_json(staging / CONFIG_FILE, {**renamed(config, places), "auto_map": auto_map(model_class)})
@@ -78,13 +78,22 @@ def stage_artifact(folder: Path, staging: Path, model_class: type) -> None:
         (staging / name).write_text(text, encoding="utf-8")
 
 
-def _json(file: Path) -> Any:
-    """The content of a JSON file; Python reads numbers there that may not be written again."""
+def publishable_json(file: Path) -> Any:
+    """The content of a JSON file; a ValueError as by `check_finite`."""
     content = json.loads(file.read_text(encoding="utf-8"))
+    check_finite(content, file.name)
+    return content
+
+
+def check_finite(content: Any, name: str) -> None:
+    """Raises a ValueError if a number in JSON content is NaN or infinite: Python reads those, and may not write them.
+
+    Args:
+        name: of its file.
+    """
     for key, number in _numbers(content):
         if not math.isfinite(number):
-            raise ValueError(f"path: {file.name} has {number} as {key!r}, and JSON no word for it; measure that anew")
-    return content
+            raise ValueError(f"path: {name} has {number} as {key!r}, and JSON no word for it; measure that anew")
 
 
 def _numbers(content: Any, place: str = "") -> Iterator[tuple[str, float]]:

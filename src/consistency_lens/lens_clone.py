@@ -1,7 +1,8 @@
 """What decoder and encoder share: clones of the subject that copy no frozen weights, their prompts and statistics."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, cast
@@ -14,6 +15,7 @@ from .attention import leave_flash
 from .cached_passes import checkpointed_modules
 from .lens_artifact import TrainedTensorsModel
 from .optional_packages import require
+from .plain_arithmetic import is_plain
 from .quantised import is_quantised, state_beside_weights
 from .straight_through import straight_through_embeddings
 from .summed_gradient import SummedGradient
@@ -113,6 +115,21 @@ def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:  # in bfloat16, an optimizer's small updates would be rounded away
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def adapters_under_autocast(lens: nn.Module) -> Iterator[None]:
+    """Leaves the inputs of adapters to autocast, where that is on and `plain_arithmetic` off.
+
+    PEFT widens each input to the dtype of the adapter, and autocast rounds it back to what it was: the same numbers,
+    by two more operations forward and two backward.
+    """
+    weight = next((p for name, p in lens.named_parameters() if ".lora_" in name), None)
+    if weight is None or is_plain() or not torch.is_autocast_enabled(weight.device.type):
+        yield
+        return
+    with require("peft.helpers", extra="lora", needed_for="training='lora'").disable_input_dtype_casting(lens):
+        yield
 
 
 class LensClone(TrainedTensorsModel):

@@ -55,8 +55,9 @@ class LensDecoder(LensClone):
     artifact_kind = "Decoder of a consistency lens (activation to text)"
     sums_gradients = True
     """Whether the steps of a text share one gradient of the unembedding, and one of the embedding table."""
-    attends_in_place = True
-    """Whether they share one buffer of keys and values, in training on a CPU and where the architecture allows it."""
+    attends_in_place: bool | None = None
+    """Whether they share one buffer of keys and values, in training and where the architecture allows it; None: on a
+    CPU, for nowhere else has it been measured."""
     keeps_noise = True
     """Whether a draw keeps its noise for the backward pass, where that takes no more memory."""
 
@@ -328,9 +329,10 @@ class LensDecoder(LensClone):
     def may_attend_in_place(self, length: int) -> bool:
         """Whether the tokens of a text, `length` with the prompt, share one buffer of keys and values."""
         # Without gradients nothing is kept anyway.
-        wanted = self.attends_in_place and torch.is_grad_enabled() and self.base._compiled_call_impl is None
-        on_cpu = self.projection.weight.device.type == "cpu"  # nowhere else has it been measured
-        return wanted and on_cpu and can_attend(self.base, length)
+        pays = torch.is_grad_enabled() and self.base._compiled_call_impl is None
+        on_cpu = self.projection.weight.device.type == "cpu"
+        wanted = on_cpu if self.attends_in_place is None else self.attends_in_place
+        return wanted and pays and can_attend(self.base, length)
 
     def summed_gradients(self) -> tuple[SummedGradient | None, SummedGradient | None]:
         """Of the unembedding and of the embedding table, one and the same where these are tied; None for what has

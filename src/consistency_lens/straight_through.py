@@ -20,8 +20,9 @@ from .plain_arithmetic import is_plain
 from .summed_gradient import SummedGradient
 from .table_product import table_product
 
-# Elements of a (rows, V) chunk: 4 MiB of float32, so that it stays in cache and every operation is worth its call.
-CHUNK_ELEMENTS = 2**20
+# Elements of a (rows, V) chunk: on a CPU 4 MiB of float32, so that it stays in cache and every operation is worth its
+# call; elsewhere 64 MiB, for a smaller one would be read and written in less time than its kernel takes to start.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_CPU = 2**24, 2**20
 
 _GOLDEN_RATIO = -0x61C8864680B583EB  # 2^64 divided by the golden ratio, as a signed word
 _MASK_31 = 0x7FFFFFFF
@@ -31,7 +32,7 @@ _TO_UNIT = 2.0**-31 * (1 - 2.0**-24)
 
 
 def row_chunks(matrix: Tensor, chunk_size: int | None = None) -> Iterator[slice]:
-    """Slices that cut the rows of a matrix into chunks of `chunk_size` rows, by default of `CHUNK_ELEMENTS` elements.
+    """Slices that cut the rows of a matrix into chunks of `chunk_size` rows, by default as large as suits its device.
 
     Raises:
         ValueError: if `chunk_size` is below one.
@@ -39,7 +40,8 @@ def row_chunks(matrix: Tensor, chunk_size: int | None = None) -> Iterator[slice]
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}; leave it out for the default")
     num_rows, row_elements = matrix.shape
-    size = chunk_size or max(1, CHUNK_ELEMENTS // max(1, row_elements))
+    elements = CHUNK_ELEMENTS_ON_CPU if matrix.device.type == "cpu" else CHUNK_ELEMENTS
+    size = chunk_size or max(1, elements // max(1, row_elements))
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
@@ -300,6 +302,8 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
         scores, keys = (logits, keys) if noisy is None else (noisy, None)
         ctx.save_for_backward(scores, token_ids, keys, *weights_and_anchors)
         ctx.tau, ctx.chunk_size, ctx.sums = tau, chunk_size, sums
+        # clones may share a table; a checkpoint gives back other objects than it was given, so it is seen here
+        ctx.tables = [next(j for j, other in enumerate(weights) if other is weight) for weight in weights]
         ctx.set_materialize_grads(False)
         return tuple(weight[token_ids] for weight in weights if weight is not None)
 
@@ -310,7 +314,11 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
         weights, anchors = saved[: len(grads)], saved[len(grads) :]
         grad_logits = None
         if ctx.needs_input_grad[0]:
-            uses = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if grad is not None]
+            of_tables: dict[int, Tensor] = {}
+            for table, grad in zip(ctx.tables, grads, strict=True):
+                if grad is not None:
+                    of_tables[table] = of_tables[table] + grad if table in of_tables else grad
+            uses = [(grad, weights[table]) for table, grad in of_tables.items()]
             grad_logits = _soft_gradient(logits, keys, uses, ctx.tau, ctx.chunk_size)
         first = len(ctx.needs_input_grad) - len(saved)
         of_weights: list[Tensor | None] = [None] * len(grads)
@@ -337,16 +345,11 @@ def _soft_gradient(
     `uses`, gradients (N, d) of embeddings in tables W."""
     words = None if keys is None else _index_words(logits.shape[-1], logits.device)
     keys = None if keys is None else keys.to(logits.device)
-    # clones may share a table
-    of_table: dict[int, tuple[Tensor, Tensor]] = {}
-    for grad, table in uses:
-        before = of_table.get(table.data_ptr())
-        of_table[table.data_ptr()] = (grad if before is None else before[0] + grad, table)
     grad_logits: Tensor | None = None
     # One product for all rows, into the tensor that is returned anyway. Autocast is off so that dtypes are as stated
     # even where backward is called inside it.
     with torch.autocast(logits.device.type, enabled=False):
-        for grad, table in of_table.values():
+        for grad, table in uses:
             grad_logits = table_product((grad / tau).to(logits.dtype), table.to(logits.dtype), grad_logits)
     assert grad_logits is not None
     for rows in row_chunks(logits, chunk_size):

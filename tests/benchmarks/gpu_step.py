@@ -1,190 +1,238 @@
-"""A training step on GPUs: a Llama of about 1B parameters with random weights, each objective, eager and compiled.
+"""A training step on GPUs: lenses over Llamas of the 1B and 7B shapes, each objective, eager and compiled.
 
     python tests/benchmarks/gpu_step.py
+    python tests/benchmarks/gpu_step.py --shapes 7b --objectives gumbel --modes compile
     torchrun --nproc_per_node 8 tests/benchmarks/gpu_step.py
     accelerate launch --config_file examples/accelerate/fsdp2.yaml tests/benchmarks/gpu_step.py --modes eager
 
-Writes `results/gpu/<name>.json`, and `docs/gpu.md` from all of them. `--tiny FOLDER` goes the same way with a tiny
-model on the CPU and writes there, so that the script can be tested without a GPU; what it measures then means nothing.
+Writes `results/gpu/gpu_step_<case>.json`, and `docs/gpu.md` from all that lies there. `--tiny FOLDER` goes the same
+way with a tiny model on the CPU and writes there, so that the script can be tested without a GPU; what it measures
+then means nothing.
 
-MFU is FLOPs of a step / (seconds of the step x the device's dense bfloat16 peak). The FLOPs are those of the matrix
-products that the step really makes, 2 m n k each: forward and backward passes of decoder and encoder, rollouts, the
-subject's and the reference's passes, the products of the straight-through gradient. torch's FlopCounterMode counts
-them on one eager step; a compiled step does the same work and is given the same count.
+The steps are those of `ConsistencyLensTrainer`: rows read on the fly, K=8 of a sequence, bfloat16 autocast, adapters
+where PEFT is installed, fused AdamW; `in_place` is eager, with one buffer of keys and values for the tokens of a text
+(`LensDecoder.attends_in_place`). On one process the plan's step (`spec_reference`, also with adapters, in
+bfloat16, from activations that are there already) runs in turn with the Gumbel steps, with the largest batch that fits
+beside them. MFU is the useful FLOPs of a step (`step_flops`) / (its seconds x the device's dense bfloat16 peak).
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from harness import RESULTS, machine
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from gpu_page import write_page
+from gpu_shapes import ADAPTERS, SHAPES, TINY, Shape
+from harness import PAGE, RESULTS, machine, seconds
+from spec_reference import SpecStep
+from step_flops import Texts, useful_flops
+from transformers import TrainerCallback
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
-OBJECTIVES, MODES = ("warm_start", "gumbel", "policy_gradient"), ("eager", "compile")
-ONE_BILLION = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 2048,
-}  # fmt: skip
-TINY = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+OBJECTIVES, MODES = ("gumbel", "warm_start", "policy_gradient"), ("eager", "in_place", "compile")
+GROUP_SIZE, LM_WEIGHT, LEARNING_RATE = 4, 0.1, 1e-4
+PASS = 32  # contexts that are read at a time for the plan's rows
 # Dense bfloat16 FLOPs a second, as the makers state them; the longest name that a device's begins with counts.
 PEAKS = {
     "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
     "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
 }  # fmt: skip
-COLUMNS = ("objective", "mode", "strategy", "processes", "step, s", "texts/s", "tokens/s", "peak, GB", "TFLOPs", "MFU")
 
 
-class Rows(torch.utils.data.Dataset):
-    """Random contexts of one length, each with a random activation at its last token."""
+class Opponent:
+    """The plan's step with the largest batch of some rows that fits.
 
-    def __init__(self, count: int, length: int, width: int, vocabulary: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.contexts = torch.randint(3, vocabulary, (count, length), generator=generator).int().numpy()
-        self.activations = torch.randn(count, width, generator=generator).numpy()
+    Attributes:
+        batch: activations of a step; 0 where not even those of one sequence fit.
+        bytes: the peak of a step and its models, without what was there before.
+        all_seconds: of each step that was timed.
+    """
 
-    def __len__(self) -> int:
-        return len(self.contexts)
+    def __init__(self, lens: Any, source: Any, shape: Shape, batch: int, clones: str) -> None:
+        self.device, self.all_seconds = lens.device, list[float]()
+        self.rows, self.batch = read_rows(source, lens, shape, batch), batch
+        before = allocated(self.device)
+        self.plan = SpecStep(lens, training=clones, lora=ADAPTERS if clones == "lora" else None)
+        trained = [parameter for parameter in self.plan.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+        while self.batch > 0 and not self.fits():
+            self.batch = self.batch // (2 * shape.positions) * shape.positions
+        self.bytes = allocated(self.device, most=True) - before
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        position = self.contexts.shape[1] - 1
-        known = {"position": position, "document": index, "row": index}
-        return {"activation": self.activations[index], "input_ids": self.contexts[index], **known}
+    def fits(self) -> bool:
+        """Takes a step; whether there was room for it."""
+        reset_peak(self.device)
+        try:
+            self.step()
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad()
+            return False
+        return True
+
+    def step(self) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            terms = self.plan({name: values[: self.batch] for name, values in self.rows.items()})
+        (terms["kl"] + LM_WEIGHT * terms["lm"]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def measure(self) -> None:
+        """Times a step."""
+        if self.batch > 0:
+            self.all_seconds.append(seconds(self.step, self.device))
 
 
-class Timer(TrainerCallback):
-    """Seconds of each step after `warmup` others, the memory that they took at most, and the FLOPs of the first."""
+class Rounds(TrainerCallback):
+    """Seconds of each of our steps after `warmup` others, in turn with those of an opponent, which is made then.
 
-    def __init__(self, device: torch.device, warmup: int, count_flops: bool) -> None:
-        self.device, self.warmup = device, warmup
-        self.counter = FlopCounterMode(display=False) if count_flops else None
-        self.seconds: list[float] = []
-        self.flops: int | None = None
+    Attributes:
+        peak: bytes that the steps before took at most, but for the first one's.
+    """
 
-    def now(self) -> float:
-        """The time when the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def __init__(self, device: torch.device, warmup: int, make_opponent: Callable[[], Opponent] | None) -> None:
+        self.device, self.warmup, self.make_opponent = device, warmup, make_opponent
+        self.opponent: Opponent | None = None
+        self.all_seconds: list[float] = []
+        self.peak = 0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if state.global_step == 0 and self.counter is not None:
-            self.counter.__enter__()
-        if state.global_step == self.warmup and self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.since = self.now()
+        if state.global_step == 1:
+            reset_peak(self.device)
+        self.since = now(self.device)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        elapsed = self.now() - self.since
-        if state.global_step == 1 and self.counter is not None:
-            self.counter.__exit__(None, None, None)
-            self.flops = self.counter.get_total_flops()
+        elapsed = now(self.device) - self.since
         if state.global_step > self.warmup:
-            self.seconds.append(elapsed)
+            self.all_seconds.append(elapsed)
+            if self.opponent is not None:
+                self.opponent.measure()
+        elif state.global_step == self.warmup:
+            self.peak = allocated(self.device, most=True)
+            if self.make_opponent is not None:
+                self.opponent = self.make_opponent()
 
 
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of one word per token: only its BOS is of use here."""
-    from tokenizers import Tokenizer, models
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, min(vocabulary, 97))}}
-    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+def now(device: torch.device) -> float:
+    """The time when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def make_lens(options: argparse.Namespace, device: torch.device) -> Any:
-    """The lens over a subject with random weights in bfloat16, its clones with adapters where PEFT is installed."""
-    from consistency_lens import ConsistencyLensModel
+def allocated(device: torch.device, most: bool = False) -> int:
+    """Bytes of tensors on a GPU, now or the `most` since `reset_peak`; of a process, the most that it ever had."""
+    from consistency_lens.training.callbacks import peak_memory_bytes
 
-    torch.manual_seed(0)
-    config = LlamaConfig(**options.sizes, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    with torch.device(device):
-        subject = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    adapters = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    lens = ConsistencyLensModel.from_subject(
-        subject,
-        word_tokenizer(config.vocab_size),
-        config.num_hidden_layers // 2,
-        num_text_tokens=options.num_text_tokens,
-        training=options.clones,
-        lora=adapters if options.clones == "lora" else None,
-    )
-    lens.set_statistics(torch.zeros(config.hidden_size), 1.0)
-    return lens
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" and not most else peak_memory_bytes(device)
 
 
-def measure(options: argparse.Namespace, objective: str, mode: str) -> tuple[Timer, Any]:
-    """Trains for a few steps; returns what was timed and the trainer's arguments."""
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def read_rows(source: Any, lens: Any, shape: Shape, count: int) -> dict[str, torch.Tensor]:
+    """The first rows of a source with their activations, each with a context of its own, as the plan reads them."""
     from consistency_lens.data.collator import ActivationCollator
+    from consistency_lens.data.on_the_fly import ContextRows, read_activations
+
+    collator = ActivationCollator(0, shape.num_text_tokens, bos_token_id=1)
+    rows = collator([ContextRows(source)[index] for index in range(count)])
+    on_device = {name: values.to(lens.device) for name, values in rows.items()}
+    parts = [{name: values[i : i + PASS] for name, values in on_device.items()} for i in range(0, count, PASS)]
+    read = [read_activations(lens.subject, part, keep_context=False)["activations"] for part in parts]
+    activations = torch.cat(read)
+    kept = ("input_ids", "attention_mask", "positions")
+    others = activations.roll(shape.positions, 0)  # of another sequence
+    return {name: on_device[name] for name in kept} | {"activations": activations, "other_activations": others}
+
+
+def measure(options: argparse.Namespace, shape: Shape, objective: str, mode: str) -> dict[str, Any]:
+    """Trains for a few steps and returns what they took."""
+    from consistency_lens.data.collator import ActivationCollator
+    from consistency_lens.data.on_the_fly import ContextRows
     from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
     from consistency_lens.training.trainer import ConsistencyLensTrainer
 
+    batch, steps = options.batch or shape.batch, options.warmup + options.steps
     args = ConsistencyLensTrainingArguments(
-        output_dir=str(options.results / "run"), stages=[objective], max_steps=options.warmup + options.steps,
-        per_device_train_batch_size=options.batch, learning_rate=1e-4, bf16=True, use_cpu=options.tiny is not None,
-        torch_compile=mode == "compile", lm_reference="subject", straight_through=True, group_size=4,
-        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, dataloader_num_workers=0,
+        output_dir=str(options.results / "run"), stages=[objective], max_steps=steps, bf16=True,
+        per_device_train_batch_size=batch, positions_together=shape.positions, learning_rate=LEARNING_RATE,
+        use_cpu=options.tiny is not None, torch_compile=mode == "compile", lm_reference="subject",
+        lm_weight=[str(LM_WEIGHT)], delta_residual="detached", straight_through=True, group_size=GROUP_SIZE,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, dataloader_num_workers=2,
     )  # fmt: skip
-    lens = make_lens(options, args.device)
-    sizes = options.sizes
-    rows = Rows(options.batch * args.world_size * 2, options.length, sizes["hidden_size"], sizes["vocab_size"])
-    timer = Timer(args.device, options.warmup, count_flops=mode == "eager")
+    lens = shape.make_lens(args.device, options.clones)
+    lens.decoder.attends_in_place = mode == "in_place"
+    width = shape.sizes["hidden_size"]
+    lens.set_statistics(torch.zeros(width), 1.0)
+    source = shape.make_source(lens, batch * args.world_size * 2)
+    opponent = None
+    if objective == "gumbel" and args.world_size == 1 and not options.alone:
+        opponent = functools.partial(Opponent, lens, source, shape, batch, options.clones)
+    rounds = Rounds(args.device, options.warmup, opponent)
     ConsistencyLensTrainer(
         model=lens,
         args=args,
-        train_dataset=rows,
-        data_collator=ActivationCollator(0, options.num_text_tokens, bos_token_id=1),
-        callbacks=[timer],
+        train_dataset=ContextRows(source),
+        data_collator=ActivationCollator(0, shape.num_text_tokens, bos_token_id=1),
+        callbacks=[rounds],
     ).train()
-    return timer, args
+    lengths = source.lengths.reshape(-1, shape.positions).max(axis=1)
+    texts = Texts(batch, batch // shape.positions, float(lengths.mean()), shape.num_text_tokens)
+    flops = useful_flops(lens, objective, texts, GROUP_SIZE, args.own_share)
+    return result_of(options, shape, objective, mode, args, rounds, flops)
 
 
-def result_of(options: argparse.Namespace, objective: str, mode: str, flops: int | None) -> dict[str, Any]:
-    """Measures one case. `flops` of a process's step are those of the eager one, where this is not it."""
-    from consistency_lens.training.callbacks import peak_memory_bytes
+def result_of(
+    options: argparse.Namespace, shape: Shape, objective: str, mode: str, args: Any, rounds: Rounds, flops: float
+) -> dict[str, Any]:
+    """What was measured, as it is written."""
     from consistency_lens.training.dry_run import launched_strategy
 
-    timer, args = measure(options, objective, mode)
-    seconds, flops = statistics.median(timer.seconds), timer.flops or flops
-    texts = options.batch * (4 if objective == "policy_gradient" else 1) * args.world_size
-    read = options.batch * args.world_size * options.length if objective == "gumbel" else 0
-    peak, strategy = peak_of(args.device), launched_strategy(args.world_size)
-    return {
-        "name": f"gpu_step_{objective}_{mode}_{strategy.replace(' ', '_')}_{args.world_size}",
-        "what": f"one {objective} step of a lens of T={options.num_text_tokens} over a Llama, {options.clones} clones",
+    taken, peak = statistics.median(rounds.all_seconds), peak_of(args.device)
+    strategy = launched_strategy(args.world_size)
+    settings = {
+        "shape": shape.name, "objective": objective, "mode": mode, "strategy": strategy, "processes": args.world_size,
+        "batch": args.per_device_train_batch_size, "S": shape.length, "T": shape.num_text_tokens,
+        "K": shape.positions, "clones": options.clones, "subject": shape.sizes, "layer": shape.layer,
+    }  # fmt: skip
+    result = {
+        "name": f"gpu_step_{shape.name}_{objective}_{mode}_{strategy.replace(' ', '_')}_{args.world_size}",
         "unit": "seconds",
-        "seconds": seconds,
-        "all_seconds": timer.seconds,
-        "texts_per_second": texts / seconds,
-        "tokens_per_second": (texts * options.num_text_tokens + read) / seconds,
-        "peak_memory_bytes": peak_memory_bytes(args.device),
-        "flops": flops,
-        "mfu": None if peak is None or flops is None else flops / seconds / peak,
-        "runs": len(timer.seconds),
-        "settings": {
-            "objective": objective, "mode": mode, "strategy": strategy, "processes": args.world_size,
-            "batch": options.batch, "T": options.num_text_tokens, "S": options.length, "clones": options.clones,
-            "subject": options.sizes,
-        },
+        "seconds": taken,
+        "all_seconds": rounds.all_seconds,
+        "activations_per_second": args.per_device_train_batch_size * args.world_size / taken,
+        "peak_memory_bytes": rounds.peak,
+        "useful_flops": flops,
+        "mfu": None if peak is None else flops / taken / peak,
+        "settings": settings,
         "machine": machine(args.device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-    }  # fmt: skip
+    }
+    other = rounds.opponent
+    if other is not None and other.all_seconds:
+        of_other = statistics.median(other.all_seconds) / other.batch
+        result["plan"] = {
+            "batch": other.batch,
+            "activations_per_second": 1 / of_other,
+            "peak_memory_bytes": other.bytes,
+            "ratio": of_other * args.per_device_train_batch_size / taken,
+        }
+    return result
 
 
 def peak_of(device: torch.device) -> float | None:
@@ -196,41 +244,6 @@ def peak_of(device: torch.device) -> float | None:
     return PEAKS[max(known, key=len)] if known else None
 
 
-def document(results: list[dict[str, Any]]) -> str:
-    """The page of all results, a table for each device and its versions."""
-    parts = ["# A training step on GPUs", "Written by `tests/benchmarks/gpu_step.py` from what it measured."]
-    places = {json.dumps([result["machine"], result["versions"]]): result for result in results}
-    for place, first in places.items():
-        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        parts += [f"## {first['machine']['device']}", f"{versions}."]
-        here = [result for result in results if json.dumps([result["machine"], result["versions"]]) == place]
-        settings = here[0]["settings"]
-        parts.append(
-            f"Random weights, {settings['subject']['num_hidden_layers']} blocks of width "
-            f"{settings['subject']['hidden_size']}, vocabulary {settings['subject']['vocab_size']:,}; clones: "
-            f"{settings['clones']}; T={settings['T']}, {settings['batch']} activations a process, contexts of "
-            f"S={settings['S']} tokens, bfloat16 autocast; four texts an activation under policy gradient. Medians."
-        )
-        rows = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join(['---'] * len(COLUMNS))} |"]
-        parts.append("\n".join(rows + [table_row(result) for result in here]))
-    parts.append(
-        "Tokens are those of the texts, and of the contexts where the subject judges. TFLOPs: of the matrix products "
-        "of a process's step, 2 m n k each, forward, backward, rollouts, subject and reference alike, counted on an "
-        "eager step. MFU: these over the step's seconds times the device's dense bfloat16 peak."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def table_row(result: dict[str, Any]) -> str:
-    """One case as a line of a Markdown table."""
-    settings, mfu, flops = result["settings"], result["mfu"], result["flops"]
-    cells = [settings[name] for name in ("objective", "mode", "strategy", "processes")]
-    cells += [f"{result['seconds']:.3g}", f"{result['texts_per_second']:,.0f}", f"{result['tokens_per_second']:,.0f}"]
-    cells += [f"{result['peak_memory_bytes'] / 1e9:.1f}", "" if flops is None else f"{flops / 1e12:.3g}"]
-    cells.append("not known" if mfu is None else f"{mfu:.1%}")
-    return f"| {' | '.join(map(str, cells))} |"
-
-
 def clones_here() -> str:
     """How the clones are trained: with adapters, but frozen where PEFT is not installed."""
     return "lora" if importlib.util.find_spec("peft") else "frozen"
@@ -240,18 +253,21 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     """Flags, and what follows from them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", type=Path, metavar="FOLDER", help="a tiny model on the CPU; results go there")
+    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--steps", type=int, default=10, help="steps that are measured")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them")
-    parser.add_argument("--batch", type=int, default=64, help="activations a process")
+    parser.add_argument("--steps", type=int, default=8, help="steps that are measured")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before them, at least 2")
+    parser.add_argument("--batch", type=int, help="activations of a step on each device; each shape has its own")
+    parser.add_argument("--alone", action="store_true", help="without the plan's step beside ours")
     options = parser.parse_args(argv)
     is_tiny = options.tiny is not None
-    options.sizes = TINY if is_tiny else ONE_BILLION
-    options.num_text_tokens, options.length = (3, 16) if is_tiny else (16, 256)
+    options.measured = [TINY] if is_tiny else [SHAPES[name] for name in options.shapes]
     options.clones = clones_here()
     options.results = options.tiny / "results" if is_tiny else RESULTS / "gpu"
-    options.document = options.tiny / "gpu.md" if is_tiny else DOCUMENT
+    options.document = options.tiny / "gpu.md" if is_tiny else PAGE
+    if options.warmup < 2:
+        parser.error(f"--warmup: the first step is not like the others; got {options.warmup}, give 2 or more")
     return options
 
 
@@ -261,33 +277,24 @@ def main(argv: list[str] | None = None) -> int:
     if options.tiny is None and not torch.cuda.is_available():
         sys.stderr.write("gpu_step: there is no GPU here; --tiny FOLDER tries the script itself on a tiny model\n")
         return 2
-    try:
-        import consistency_lens.training.trainer  # noqa: F401
-    except ImportError as error:
-        sys.stderr.write(f"gpu_step: {error}; install the package on this machine: pip install -e '.[lora]'\n")
-        return 2
     if options.clones != "lora":
         sys.stdout.write("gpu_step: PEFT is not installed, so the clones are frozen; pip install peft for adapters\n")
-    for objective in options.objectives:
-        flops = None
-        for mode in options.modes:
-            result = result_of(options, objective, mode, flops)
-            flops = result["flops"]
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-                write(options, result)
+    for shape in options.measured:
+        for objective in options.objectives:
+            for mode in options.modes:
+                write(options, measure(options, shape, objective, mode))
     return 0
 
 
 def write(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Writes a result, and the page of all that lie beside it."""
+    """Writes a result, and the page of all that lie beside it; of several processes, the first does."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"{result['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
-    results = [json.loads(path.read_text()) for path in sorted(options.results.glob("gpu_step_*.json"))]
-    options.document.parent.mkdir(parents=True, exist_ok=True)
-    options.document.write_text(document(results), encoding="utf-8")
-    sys.stdout.write(table_row(result) + "\n")
+    sys.stdout.write(write_page(options.results, options.document, result) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"  # of what was measured on GPUs
 # One is fairer than two where others are at work on the machine.
 NUM_THREADS = int(os.environ.get("BENCHMARK_THREADS", "2"))
 # Large logits are otherwise mapped and unmapped at every step, which drowns what is measured.

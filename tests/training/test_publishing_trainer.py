@@ -13,6 +13,7 @@ from checkpoint_runs import DiesAt, Killed, curve, tensors, tiny_run
 from hub_http import error
 from hub_server import ORGANISATION, TOKEN
 from huggingface_hub import snapshot_download
+from staging_processes import another_process
 from transformers import AutoModel
 
 from consistency_lens import ConsistencyLensModel
@@ -56,7 +57,7 @@ def test_checkpoints_and_the_lens_go_up_and_nothing_else(hub, tmp_path):
     assert {path for path in files(hub) if not path.startswith("last-checkpoint/")} == ARTIFACT
     trainer.lens.set_statistics(torch.ones(32), 2.0)
     assert trainer.push_to_hub("The end").oid == repo.head.oid and repo.head.title == "The end"
-    assert not list(run.glob(".push-*"))
+    assert not list(run.glob(".push*"))
     loaded = AutoModel.from_pretrained(REPO, base_model=trainer.lens.subject.model)
     assert all(torch.equal(tensor, tensors(trainer)[name]) for name, tensor in loaded.trained_tensors().items())
 
@@ -160,11 +161,15 @@ def test_what_a_killed_run_has_left_goes_and_what_is_on_its_way_stays(hub, tmp_p
     trainer = publishing_run(tmp_path)
     (job,) = push_steps(trainer, 3)
     run = Path(trainer.args.output_dir)
-    (run / ".push-left").mkdir()
-    publishing_run(tmp_path)
-    assert not (run / ".push-left").exists() and len(list(run.glob(".push-*"))) == 1
+    (run / ".push-2").mkdir()
+    with another_process(run / ".push-3"):  # as a training beside this one, which uploads too
+        publishing_run(tmp_path)
+        assert {path.name for path in run.glob(".push*") if path.is_dir()} == {".push", ".push-3"}
+        assert (run / ".push-3" / "file").is_file()
     go.set()
-    assert job.result().oid == hub.model(REPO).head.oid and not list(run.glob(".push-*"))
+    assert job.result().oid == hub.model(REPO).head.oid
+    publishing_run(tmp_path)
+    assert not list(run.glob(".push*"))
 
 
 def test_a_repository_that_cannot_be_made_is_told_before_the_training(hub, tmp_path):

@@ -299,6 +299,16 @@ def test_bf16_trains_in_full_precision_weights(tmp_path, monkeypatch):
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in parameters(trainer).values())
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_adapters_are_left_to_autocast_in_training(tmp_path, half):
+    trainer = tiny_trainer(tmp_path, max_steps=1, bf16=half, lens_settings=LORA, stages=["gumbel"], lm_weight="0")
+    layer = next(module for module in trainer.lens.modules() if hasattr(module, "cast_input_dtype_enabled"))
+    seen = set()
+    layer.register_forward_hook(lambda *_: seen.add(layer.cast_input_dtype_enabled))
+    trainer.train()
+    assert seen == {not half} and layer.cast_input_dtype_enabled
+
+
 def test_a_lens_that_bf16_trained_says_the_same_when_it_is_loaded_again(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=2, bf16=True, stages=["warm_start"])
     trainer.train()

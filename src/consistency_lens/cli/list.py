@@ -60,7 +60,8 @@ def show(args: ListArguments, console: "Console") -> None:
     found, rows = _found(args)
     if args.json:
         lenses = {name: asdict(entry) for name, entry in found.entries.items()}
-        content = {"repo": found.repo, "commit": found.commit, "releases": found.tags, "lenses": lenses}
+        state = {"commit": found.commit, "releases": found.tags, "unfinished": found.unfinished, "later": found.later}
+        content = {"repo": found.repo, **state, "lenses": lenses}
         console.print(json.dumps(content, indent=2), markup=False, highlight=False, soft_wrap=True)
         return
     table = Table()

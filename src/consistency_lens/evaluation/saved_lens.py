@@ -17,6 +17,10 @@ from .evaluator import Evaluator, write_metrics
 from .samples import Sample, collect_samples, write_samples
 
 DTYPES = ("float32", "bfloat16", "float16")
+VERIFY_BASE = (
+    "Whether the subject must have the very weights that the lens was made for; false takes any model of the "
+    "architecture, such as a fine-tuned one; default: compared where no commit pins them."
+)
 
 
 @dataclass
@@ -32,6 +36,7 @@ class LensArguments:
         default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
     )
     dtype: str | None = field(default=None, metadata={"help": "Precision of the weights; default: as in training."})
+    verify_base: bool | None = field(default=None, metadata={"help": VERIFY_BASE})
 
     def __post_init__(self) -> None:
         if not self.lens:
@@ -112,7 +117,7 @@ def evaluate_saved_lens(
     data = {name: rows.provenance.get(name) for name in ("dataset", "dataset_revision")}
     write_metrics(folder / "metrics.json", metrics | {"data": data}, {**resolved, "recipe": recipe_of(lens)})
     write_samples(folder / "samples.jsonl", samples)
-    if folder.resolve() == Path(args.lens).resolve():
+    if folder.resolve() == _own(args):
         write_lens_card(folder)
     return metrics, samples, folder
 
@@ -121,8 +126,13 @@ def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> 
     """Where the figures go: the lens's own folder for a whole evaluation, one inside it for a part of one.
 
     Raises:
-        ValueError: if it cannot be made.
+        ValueError: if it cannot be made, or is the lens's own and the subject may be another.
     """
+    if args.verify_base is False and (args.output_dir is None or Path(args.output_dir).resolve() == _own(args)):
+        raise ValueError(
+            "verify_base: got false, and the figures of another subject do not belong in the lens's own folder; pass "
+            "--output_dir with another"
+        )
     whole = evaluation.controls is None and set(evaluation.checks) == set(CHECKS)
     folder = Path(args.output_dir) if args.output_dir else Path(args.lens) / ("" if whole else "evaluation")
     try:
@@ -130,6 +140,11 @@ def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> 
     except OSError as error:
         raise ValueError(f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); pass another") from error
     return folder
+
+
+def _own(args: LensArguments) -> Path:
+    """The lens's folder, where it is one."""
+    return Path(args.lens).resolve()
 
 
 def load_lens(args: LensArguments) -> ConsistencyLensModel:
@@ -147,7 +162,12 @@ def load_lens(args: LensArguments) -> ConsistencyLensModel:
                 f"lens: {args.lens!r} is a {config.model_type} model; pass the folder or Hub id of a lens"
             )
         lens = ConsistencyLensModel.from_pretrained(
-            args.lens, base_model=args.model, config=config, revision=args.revision, dtype=dtype
+            args.lens,
+            base_model=args.model,
+            config=config,
+            revision=args.revision,
+            dtype=dtype,
+            verify_base=args.verify_base,
         )
         lens.subject  # noqa: B018 - loaded here, so that a missing one is found before the long work
     except OSError as error:
@@ -242,7 +262,7 @@ def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: Consi
         lens.config.base_model_name_or_path,
         lens.config.base_model_revision,
         # as the training had them: they were compared when they were loaded, if not in another precision
-        known_hash=training.get("weights_hash"),
+        known_hash=None if args.verify_base is False else training.get("weights_hash"),
     )
     folder = next((place for place in data_folders(args, lens) if place.is_dir()), output_folder_of_data(args))
     rows = open_rows(source, reader, folder, seed=provenance.get("seed", training.get("seed", 0)))

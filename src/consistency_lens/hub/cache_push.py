@@ -31,6 +31,7 @@ from ..public_names import is_path, public_name
 from .artifact_checks import raise_if_failed
 from .cache_card import write_cache_card
 from .card_metadata import check_card_metadata
+from .staging_folder import StagingFolder
 
 logger = logging.getLogger(__name__)
 
@@ -101,23 +102,26 @@ def push_cache(
     seen = seen_in_training(caches)
     if not dry_run:
         _make_repository(repo, revision, private)  # first, for it may not be allowed
-    staging = path.with_name(f".{path.name}.push")
     tokenizer = load_cache_tokenizer(next(iter(caches.values())).provenance) if text else None
     if text and tokenizer is None:
         logger.warning("the tokenizer of the cache is not to be had: the decoded contexts are left out")
-    folder = stage(caches, staging, tokenizer, seen, progress)
-    descriptions = {split: describe_cache(cache, tokenizer, progress=progress) for split, cache in caches.items()}
-    published = {split: json.loads((folder / PROVENANCE / f"{split}.json").read_text()) for split in caches}
-    records = {split: _records(staging, split) for split in caches}
-    features = _features(caches, tokenizer)
-    write_cache_card(folder, repo, published, descriptions, records, features, license, list(language))
-    check_no_token(folder)
     rows = {split: len(cache) for split, cache in caches.items()}
     url = f"{HfApi().endpoint}/datasets/{repo}"
-    if dry_run:
-        return PushedCache(url, None, rows, folder)
-    commit = _upload(folder, repo, revision, f"Activation cache, {sum(rows.values()):,} rows")
-    shutil.rmtree(staging)
+    place = path.with_name(f".{path.name}.push")
+    with writing(place):
+        staging = StagingFolder(place, keep=True)
+    with staging:
+        folder = stage(caches, staging.path, tokenizer, seen, progress)
+        descriptions = {split: describe_cache(cache, tokenizer, progress=progress) for split, cache in caches.items()}
+        published = {split: json.loads((folder / PROVENANCE / f"{split}.json").read_text()) for split in caches}
+        records = {split: _records(staging.path, split) for split in caches}
+        features = _features(caches, tokenizer)
+        write_cache_card(folder, repo, published, descriptions, records, features, license, list(language))
+        check_no_token(folder)
+        if dry_run:
+            return PushedCache(url, None, rows, folder)
+        commit = _upload(folder, repo, revision, f"Activation cache, {sum(rows.values()):,} rows")
+        staging.remove()
     return PushedCache(url, commit, rows, None)
 
 

@@ -6,7 +6,6 @@ stays as it is.
 """
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,6 +27,7 @@ from .lens_collection import LensRepository, collection_card, list_lenses
 from .lens_folder import read_lens_folder
 from .lens_index import FIGURES, BaseModel, LensEntry, index_text
 from .releases import look_at, release_tag, upload_release
+from .staging_folder import StagingFolder
 from .upstream_license import UpstreamLicense, upstream_license
 
 CARD = "README.md"
@@ -86,34 +86,33 @@ def push_lenses(
     before = _look_at(repo, tag, private, dry_run)
     known = before.entries if before is not None else {}
     places = _places(folders, repo, name, known)
-    staging = path.with_name(f".{path.name}.push")
-    shutil.rmtree(staging, ignore_errors=True)
-    upload = staging / "upload"
-    entries = {
-        named: stage_lens(folder, place, upload / place, repo, tag, license, license_files)
-        for named, (folder, place) in places.items()
-    }
-    merged = {**known, **entries}
-    if "" not in (entry.path for entry in merged.values()):
-        (upload / CARD).write_text(collection_card(repo, tag, merged), encoding="utf-8")
-    (upload / INDEX_FILE).write_text(index_text(merged), encoding="utf-8")
-    check_no_token(upload)
-    replaced = {named: known[named].release for named in entries if named in known}
     url = f"{HfApi().endpoint}/{repo}"
-    if dry_run:
-        return PushedLenses(url, None, tag, entries, replaced, upload)
-    commit = upload_release(
-        upload,
-        repo,
-        MODEL,
-        tag,
-        ", ".join(entries),
-        before=before.source if before is not None else None,
-        unfinished=before.unfinished if before is not None else None,
-        replaced=[file for named in replaced for file in known[named].paths],
-        private=private,
-    )
-    shutil.rmtree(staging)
+    with StagingFolder(path.with_name(f".{path.name}.push")) as staging:
+        upload = staging.path / "upload"
+        entries = {
+            named: stage_lens(folder, place, upload / place, repo, tag, license, license_files)
+            for named, (folder, place) in places.items()
+        }
+        merged = {**known, **entries}
+        if "" not in (entry.path for entry in merged.values()):
+            (upload / CARD).write_text(collection_card(repo, tag, merged), encoding="utf-8")
+        (upload / INDEX_FILE).write_text(index_text(merged), encoding="utf-8")
+        check_no_token(upload)
+        replaced = {named: known[named].release for named in entries if named in known}
+        if dry_run:
+            return PushedLenses(url, None, tag, entries, replaced, upload)
+        commit = upload_release(
+            upload,
+            repo,
+            MODEL,
+            tag,
+            ", ".join(entries),
+            before=before.source if before is not None else None,
+            unfinished=before.unfinished if before is not None else None,
+            replaced=[file for named in replaced for file in known[named].paths],
+            private=private,
+        )
+        staging.remove()
     return PushedLenses(url, commit, tag, entries, replaced, None)
 
 

@@ -1,8 +1,6 @@
 """A trainer that publishes what it trains: the artifact with its code and its card, and checkpoints if asked to."""
 
 import logging
-import shutil
-import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from transformers.utils import PushInProgress
 
 from ..checkpoints.trainer import WholeCheckpointTrainer
 from ..hub.lens_card import write_lens_card
+from ..hub.staging_folder import StagingFolder, remove_left
 from ..hub_connection import first_line
 from ..hub_upload import commit_folder, create_repo, link_or_copy, stage_artifact
 from ..modeling_consistency_lens import ConsistencyLensModel
@@ -23,10 +22,8 @@ from ..modeling_consistency_lens import ConsistencyLensModel
 logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"
-STAGING = ".push-"
+STAGING = ".push"
 WITH_CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-# what trainers of this process upload: another one may begin in the same folder meanwhile
-_being_uploaded: set[Path] = set()
 
 
 class PublishingTrainer(WholeCheckpointTrainer):
@@ -50,9 +47,7 @@ class PublishingTrainer(WholeCheckpointTrainer):
             return
         self.hub_model_id = make_repository(self.args, token, private)
         self.push_in_progress = None
-        for left in Path(str(self.args.output_dir)).resolve().glob(f"{STAGING}*"):
-            if left not in _being_uploaded:  # but left by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+        remove_left(self.staging_place)
 
     # --- while the run trains
 
@@ -73,15 +68,15 @@ class PublishingTrainer(WholeCheckpointTrainer):
         if before is not None and not before.is_done() and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder = self.new_staging()
-        stage_artifact(checkpoint, folder, type(self.lens))
+        staging = StagingFolder(self.staging_place)
+        stage_artifact(checkpoint, staging.path, type(self.lens))
         delete: list[str] = []
         if self.args.hub_strategy in WITH_CHECKPOINTS:
             name = LAST_CHECKPOINT if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            stage_checkpoint(checkpoint, folder / name)
+            stage_checkpoint(checkpoint, staging.path / name)
             delete.append(f"{name}/*")  # what another checkpoint under that name had, and this one has not
         message = f"Training in progress, step {self.state.global_step}"
-        job = self.begin_upload(folder, message, delete=delete)
+        job = self.begin_upload(staging, message, delete=delete)
         job.add_done_callback(tell_failure)
         if before is None or before.is_done():
             jobs: Any = [job]
@@ -89,32 +84,33 @@ class PublishingTrainer(WholeCheckpointTrainer):
         else:
             before.jobs.append(job)
 
-    def new_staging(self) -> Path:
-        """A folder beside what is staged, so that files can be links."""
-        return Path(tempfile.mkdtemp(prefix=STAGING, dir=Path(str(self.args.output_dir)).resolve()))
+    @property
+    def staging_place(self) -> Path:
+        """Where checkpoints are staged; other trainings may write to the same `output_dir`."""
+        return Path(str(self.args.output_dir)).resolve() / STAGING
 
     @cached_property
     def uploads(self) -> ThreadPoolExecutor:
         """One thread for all uploads, so that an older checkpoint does not land on a newer one."""
         return ThreadPoolExecutor(1)
 
-    def begin_upload(self, folder: Path, *args: Any, **kwargs: Any) -> Future[CommitInfo]:
+    def begin_upload(self, staging: StagingFolder, *args: Any, **kwargs: Any) -> Future[CommitInfo]:
         """As `upload`, in the background, behind those before it; the process waits for it before it ends."""
-        _being_uploaded.add(folder)
-        return self.uploads.submit(self.upload, folder, *args, **kwargs)
+        return self.uploads.submit(self.upload, staging, *args, **kwargs)
 
-    def upload(self, folder: Path, message: str, token: str | None = None, **arguments: Any) -> CommitInfo:
+    def upload(self, staging: StagingFolder, message: str, token: str | None = None, **arguments: Any) -> CommitInfo:
         """Uploads a staged folder and removes it."""
         token = token or self.args.hub_token
         revision = arguments.pop("revision", None) or self.args.hub_revision
         repo_id = str(self.hub_model_id)
         try:
             # of these very weights; written last, for transformers and PEFT have cards of their own
-            write_lens_card(folder, repo_id, revision=revision)
-            return commit_folder(folder, repo_id, commit_message=message, token=token, revision=revision, **arguments)
+            write_lens_card(staging.path, repo_id, revision=revision)
+            return commit_folder(
+                staging.path, repo_id, commit_message=message, token=token, revision=revision, **arguments
+            )
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            _being_uploaded.discard(folder)
+            staging.remove()
 
     # --- when it has trained
 
@@ -151,9 +147,9 @@ class PublishingTrainer(WholeCheckpointTrainer):
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
-        folder = self.new_staging()
-        stage_artifact(Path(str(self.args.output_dir)), folder, type(self.lens))
-        job = self.begin_upload(folder, commit_message or "End of training", token, revision=revision)
+        staging = StagingFolder(self.staging_place)
+        stage_artifact(Path(str(self.args.output_dir)), staging.path, type(self.lens))
+        job = self.begin_upload(staging, commit_message or "End of training", token, revision=revision)
         return job.result() if blocking else job
 
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:

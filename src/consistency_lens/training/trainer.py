@@ -19,6 +19,7 @@ from ..data.passes_by_length import PassesByLength
 from ..data.row_order import LengthGroups, MatesSampler, TogetherSampler, WithMates
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..data.streaming import StreamedActivations, StreamSampler
+from ..lens_clone import adapters_under_autocast
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..spans import span
 from .arguments import ConsistencyLensTrainingArguments
@@ -249,7 +250,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         number, timetable = self.state.global_step, self.timetable()
         step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
-        with span("losses"), self.weights.autocast():
+        with span("losses"), self.weights.autocast(), adapters_under_autocast(self.lens):
             losses = self.current_objective()(model, self.lens, inputs, step)
         weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()

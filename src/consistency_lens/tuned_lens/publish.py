@@ -14,6 +14,7 @@ from ..hub.artifact_checks import raise_if_failed
 from ..hub.download import DATASET, FileRecord, fetch_checked
 from ..hub.index import INDEX_FILE
 from ..hub.releases import look_at, release_tag, upload_release
+from ..hub.staging_folder import StagingFolder
 from ..hub.upstream_license import upstream_license
 from ..hub_upload import check_no_token
 from ..lens_artifact import PROVENANCE_FILE
@@ -62,7 +63,8 @@ def publish_tuned_lens(
 
     Raises:
         ValueError: for a user's mistake, such as a path without a tuned lens, a tag that is there, a repository that
-            holds something else, a token that does not do, or a licence that the Hub does not know.
+            holds something else, a token that does not do, a number that is NaN or infinite, or a licence that the
+            Hub does not know.
         VerificationError: if a lens does not pass `content_checks`; nothing is uploaded.
         HubError: if the Hub cannot be reached, or fails.
         OSError: if the staged files cannot be written.
@@ -73,36 +75,36 @@ def publish_tuned_lens(
     if len(lenses) > 1 and (license is not None or license_files):
         raise ValueError(f"license: {len(lenses)} lenses at {str(path)!r} have one each; publish that one by itself")
     before = _look_at(repo, tag, private, dry_run)
-    staging = path.with_name(f".{path.name}.publish")
-    shutil.rmtree(staging, ignore_errors=True)
-    entries, provenances = {}, _provenances(before, staging / "before")
-    for name, folder in lenses.items():
-        _check_same_local_model(name, folder, provenances)
-        found = upstream_license(folder.provenance["model_id"], _hub_commit(folder), license, license_files)
-        entries[name] = stage_lens(folder, name, repo, tag, found, staging / "upload")
-        provenances[name] = read_tuned_lens(staging / "upload" / entries[name].path).provenance
     known = before.entries if before is not None else {}
-    merged = {**known, **entries}
-    (staging / "upload" / INDEX_FILE).write_text(index_text(merged), encoding="utf-8")
-    write_dataset_card(staging / "upload", repo, tag, merged, provenances)
-    shutil.rmtree(staging / "before", ignore_errors=True)
-    check_no_token(staging / "upload")
-    models = {name: known[name].tl_version if name in known else None for name in entries}
     url = f"{HfApi().endpoint}/datasets/{repo}"
-    if dry_run:
-        return PublishedTunedLenses(url, None, tag, models, staging / "upload")
-    commit = upload_release(
-        staging / "upload",
-        repo,
-        DATASET,
-        tag,
-        ", ".join(entries),
-        before=before.source if before is not None else None,
-        unfinished=before.unfinished if before is not None else None,
-        replaced=[file for name in entries.keys() & known for file in known[name].files],
-        private=private,
-    )
-    shutil.rmtree(staging)
+    with StagingFolder(path.with_name(f".{path.name}.publish")) as staging:
+        upload = staging.path / "upload"
+        entries, provenances = {}, _provenances(before, staging.path / "before")
+        for name, folder in lenses.items():
+            _check_same_local_model(name, folder, provenances)
+            found = upstream_license(folder.provenance["model_id"], _hub_commit(folder), license, license_files)
+            entries[name] = stage_lens(folder, name, repo, tag, found, upload)
+            provenances[name] = read_tuned_lens(upload / entries[name].path).provenance
+        merged = {**known, **entries}
+        (upload / INDEX_FILE).write_text(index_text(merged), encoding="utf-8")
+        write_dataset_card(upload, repo, tag, merged, provenances)
+        shutil.rmtree(staging.path / "before", ignore_errors=True)
+        check_no_token(upload)
+        models = {name: known[name].tl_version if name in known else None for name in entries}
+        if dry_run:
+            return PublishedTunedLenses(url, None, tag, models, upload)
+        commit = upload_release(
+            upload,
+            repo,
+            DATASET,
+            tag,
+            ", ".join(entries),
+            before=before.source if before is not None else None,
+            unfinished=before.unfinished if before is not None else None,
+            replaced=[file for name in entries.keys() & known for file in known[name].files],
+            private=private,
+        )
+        staging.remove()
     return PublishedTunedLenses(url, commit, tag, models, None)
 
 

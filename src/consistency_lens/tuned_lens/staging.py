@@ -1,12 +1,12 @@
 """The files of one tuned lens as they are published: its own without local paths, its licences, NOTICE and card."""
 
-import json
 import shutil
 from pathlib import Path
 
 from ..atomic_write import write_json
 from ..data.activation_cache import file_hash
 from ..hub.upstream_license import UpstreamLicense
+from ..hub_upload import check_finite, publishable_json
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from ..public_names import without_paths
 from .cards import write_lens_card, write_notice
@@ -29,15 +29,19 @@ def stage_lens(
 
     Returns:
         Its entry for INDEX.json.
+
+    Raises:
+        ValueError: if a number in one of its JSON files is NaN or infinite.
     """
+    check_finite(folder.config, CONFIG_FILE)
+    check_finite(folder.provenance, PROVENANCE_FILE)
     own = target / TREE / name
     own.mkdir(parents=True)
     config, provenance, stand_ins = public_json(folder)
     shutil.copyfile(folder.path / WEIGHTS_FILE, own / WEIGHTS_FILE)
     write_json(own / CONFIG_FILE, config)
     if (folder.path / METRICS_FILE).is_file():
-        metrics = json.loads((folder.path / METRICS_FILE).read_text(encoding="utf-8"))
-        write_json(own / METRICS_FILE, without_paths(metrics, stand_ins))
+        write_json(own / METRICS_FILE, without_paths(publishable_json(folder.path / METRICS_FILE), stand_ins))
     licenses = _write_licenses(name, license, target)
     write_notice(own, name, repo, tag, provenance, license, list(licenses))
     write_lens_card(own, name, repo, tag, config, provenance, license)

@@ -1,0 +1,169 @@
+"""What a step of a large lens would take, without the machine that it needs: bytes, FLOPs and operations.
+
+A step of Gumbel training (KL and LM terms, adapters, bfloat16 autocast, fused AdamW) runs over torch's fake tensors,
+which have shapes and no content. So what is counted is what the code really asks for, the same on every machine:
+
+- the bytes of all tensors that are alive at once, weights and optimizer included. An allocator holds some more.
+- the FLOPs of the matrix products, beside the useful ones (`step_flops`).
+- the operations that start a kernel, which on a GPU take some microseconds each, however small.
+
+The ways are those that a GPU takes. Run with `python tests/benchmarks/step_on_paper.py`, which writes
+`step_bytes_on_paper_<shape>` and `step_flops_on_paper_<shape>`.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu_shapes import SHAPES, Shape
+from harness import prepare, write_result
+from step_flops import Texts, useful_flops
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from flop_count import Flops  # noqa: E402
+from live_bytes import LiveBytes  # noqa: E402
+
+from consistency_lens import ConsistencyLensModel, cached_passes, straight_through  # noqa: E402
+from consistency_lens.data.activation_source import ActivationSource  # noqa: E402
+from consistency_lens.data.collator import ActivationCollator  # noqa: E402
+from consistency_lens.data.on_the_fly import ContextRows, read_activations  # noqa: E402
+from consistency_lens.data.passes_by_length import PassesByLength  # noqa: E402
+from consistency_lens.data.shared_contexts import SharedContexts  # noqa: E402
+from consistency_lens.lens_clone import adapters_under_autocast  # noqa: E402
+from consistency_lens.training.lm_reference import SubjectReference  # noqa: E402
+from consistency_lens.training.objectives import Gumbel, Step  # noqa: E402
+
+DEVICE_BYTES = 80 * 10**9
+# Of these nothing runs: they look at a tensor in another way, or make room for one.
+NO_KERNEL = {
+    "view", "_unsafe_view", "_reshape_alias", "as_strided", "detach", "alias", "expand", "transpose", "t", "permute",
+    "slice", "select", "unsqueeze", "squeeze", "split", "split_with_sizes", "unbind", "chunk", "empty", "empty_like",
+    "new_empty", "empty_strided", "lift_fresh", "device", "is_same_size",
+}  # fmt: skip
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that start a kernel, in `count`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._overloadpacket.__name__ not in NO_KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class OnPaper:
+    """What a step takes: the most `bytes` at once, those of weights among them, `flops` and `kernels`."""
+
+    bytes: int
+    flops: int
+    kernels: int
+
+
+def make_batch(shape: Shape, lens: ConsistencyLensModel) -> dict[str, Any]:
+    """The batch of a step as the trainer's loader makes it, on a GPU: contexts shared, and read by length."""
+    source: ActivationSource = shape.make_source(lens, shape.batch)
+    collator = PassesByLength(SharedContexts(ActivationCollator(0, shape.num_text_tokens, 1)), cached_passes.PASS_COST)
+    return collator([ContextRows(source)[row] for row in range(shape.batch)])
+
+
+def faked(mode: FakeTensorMode, roots: list[nn.Module], device: torch.device) -> None:
+    """Puts fake tensors in place of all parameters and buffers, one for each, however many modules share it."""
+    fakes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            made: Tensor = FakeTensor(mode, tensor.detach().to("meta"), device)
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            fakes[id(tensor)] = (made, tensor)  # the tensor too, so that no other one gets its id
+        return fakes[id(tensor)][0]
+
+    for module in {id(module): module for root in roots for module in root.modules()}.values():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def make_step(lens: ConsistencyLensModel, batch: dict[str, Any]) -> Callable[[], None]:
+    """A whole step of Gumbel training, as the GPU benchmark takes it."""
+    objective = Gumbel(lens.subject, SubjectReference(lens.subject), "reverse", needs_entropy=False)
+    trained = [parameter for parameter in lens.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(lens.device.type, torch.bfloat16), adapters_under_autocast(lens):
+            terms = objective(lens, lens, read_activations(lens.subject, batch, keep_context=True), Step(0, 0)).terms
+        (terms["kl"] + 0.1 * terms["lm"]).backward()
+        optimizer.step()
+
+    return step
+
+
+def counted(step: Callable[[], None], lens: ConsistencyLensModel) -> OnPaper:
+    """What a step takes; the models count with all their tensors."""
+    roots = (lens, lens.subject.model)
+    weights = {id(t.untyped_storage()): t.untyped_storage().nbytes() for r in roots for t in tensors_of(r)}
+    with LiveBytes(nn.ModuleList(roots)) as live, Flops() as flops, Kernels() as kernels:
+        step()
+    return OnPaper(live.peak + sum(weights.values()), flops.count, kernels.count)
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+@contextmanager
+def as_on_a_gpu(lens: ConsistencyLensModel) -> Iterator[None]:
+    """Has what depends on the device go the way of a GPU, though the fake tensors say that they lie on a CPU."""
+    lens.decoder.attends_in_place = False
+    with (
+        mock.patch.object(cached_passes, "PASS_COST_ON_CPU", cached_passes.PASS_COST),
+        mock.patch.object(straight_through, "CHUNK_ELEMENTS_ON_CPU", straight_through.CHUNK_ELEMENTS),
+    ):
+        yield
+
+
+def on_paper(shape: Shape) -> tuple[OnPaper, float]:
+    """What a step of a shape takes, and its useful FLOPs."""
+    with torch.device("meta"):
+        lens = shape.make_lens("meta")
+    lens.subject._checked_length = float("inf")  # its check compares numbers, and there are none
+    batch = make_batch(shape, lens)
+    useful = useful_flops(lens, "gumbel", Texts.of(batch, shape.num_text_tokens))
+    with as_on_a_gpu(lens), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        faked(mode, [lens, lens.subject.model], torch.device("cpu"))
+        batch = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        return counted(make_step(lens, batch), lens), useful
+
+
+def main() -> None:
+    """Counts all shapes, or those that are named."""
+    prepare()
+    device = torch.device("cpu")  # whatever there is, it is not used
+    for name in sys.argv[1:] or SHAPES:
+        shape = SHAPES[name]
+        step, useful = on_paper(shape)
+        of = (
+            f"a step of Gumbel training of a lens with adapters over a Llama of the {name} shape, bfloat16, "
+            f"B={shape.batch} S={shape.length} T={shape.num_text_tokens} K={shape.positions}, counted over tensors "
+            "without content"
+        )
+        what = f"bytes of all tensors at once, {of}, {step.kernels:,} kernels, against a device of 80 GB"
+        write_result(f"step_bytes_on_paper_{name}", what, "bytes", step.bytes, DEVICE_BYTES, 1, device)
+        what = f"FLOPs of matrix products, {of}, against the useful ones"
+        write_result(f"step_flops_on_paper_{name}", what, "FLOPs", step.flops, useful, 1, device)
+
+
+if __name__ == "__main__":
+    main()
