@@ -121,6 +121,8 @@ def test_every_picture_of_the_readme_exists():
         ("step_bytes_on_paper_7b", 1.0),
         ("step_flops_on_paper_1b", 0.9),
         ("step_flops_on_paper_7b", 0.9),
+        ("step_flops_vs_reference_on_paper_1b", 8.0),
+        ("step_flops_vs_reference_on_paper_7b", 8.0),
         ("tuned_lens_time_to_peer_kl", 10.0),
         ("tuned_lens_kl_equal_tokens", 1 / 0.85),
         ("tuned_lens_memory", 1.0),

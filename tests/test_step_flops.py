@@ -64,12 +64,24 @@ def test_a_step_makes_the_useful_flops_and_few_others(on_paper, shape, name, clo
 def test_a_step_on_paper_takes_what_a_real_one_takes(on_paper, shape):
     lens = make_lens(shape, "lora")
     with on_paper.as_on_a_gpu(lens):
-        real = on_paper.counted(on_paper.make_step(lens, on_paper.make_batch(shape, lens)), lens)
+        batch = on_paper.make_batch(shape, lens)
+        real = on_paper.counted([lens, lens.subject.model], lambda: on_paper.our_terms(lens, batch))
     paper, useful = on_paper.on_paper(shape)
     assert paper.flops == real.flops and paper.bytes == real.bytes
     # attention of a CPU lays out its output in another way than fake tensors say
     assert paper.kernels == pytest.approx(real.kernels, rel=0.01)
     assert useful <= paper.flops <= 1.2 * useful  # passes that a GPU does not divide, for each starts many kernels
+
+
+def test_the_plan_s_step_on_paper_takes_what_a_real_one_takes(on_paper, shape):
+    small = dataclasses.replace(shape, sizes=SIZES | {"num_hidden_layers": 2}, num_text_tokens=2)
+    lens = make_lens(small, "lora")
+    plan, batch = on_paper.make_plan(lens), on_paper.make_plans_batch(small, lens)
+    real = on_paper.counted([plan], lambda: plan(batch))
+    assert on_paper.plan_on_paper(small).flops == real.flops
+    # contexts of one sequence are padded less, so a batch of them alone flatters the plan
+    few = dataclasses.replace(small, batch=small.positions)
+    assert 0.7 < on_paper.plan_on_paper(few).flops / few.batch / (real.flops / small.batch) <= 1
 
 
 def test_ways_of_a_gpu_are_taken_back(on_paper, shape):

@@ -8,20 +8,22 @@ which have shapes and no content. So what is counted is what the code really ask
 - the operations that start a kernel, which on a GPU take some microseconds each, however small.
 
 The ways are those that a GPU takes. Run with `python tests/benchmarks/step_on_paper.py`, which writes
-`step_bytes_on_paper_<shape>` and `step_flops_on_paper_<shape>`.
+`step_bytes_on_paper_<shape>`, `step_flops_on_paper_<shape>` and, of the plan's step (`spec_reference`) with adapters,
+`step_flops_vs_reference_on_paper_<shape>`.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from gpu_shapes import SHAPES, Shape
+from gpu_shapes import ADAPTERS, SHAPES, Shape
 from harness import prepare, write_result
+from spec_reference import SpecStep
 from step_flops import Texts, useful_flops
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -71,20 +73,33 @@ class OnPaper:
     kernels: int
 
 
+def make_rows(shape: Shape, lens: ConsistencyLensModel) -> list[dict[str, Any]]:
+    """The rows of a step, K of each sequence."""
+    source: ActivationSource = shape.make_source(lens, shape.batch)
+    return [ContextRows(source)[row] for row in range(shape.batch)]
+
+
 def make_batch(shape: Shape, lens: ConsistencyLensModel) -> dict[str, Any]:
     """The batch of a step as the trainer's loader makes it, on a GPU: contexts shared, and read by length."""
-    source: ActivationSource = shape.make_source(lens, shape.batch)
-    collator = PassesByLength(SharedContexts(ActivationCollator(0, shape.num_text_tokens, 1)), cached_passes.PASS_COST)
-    return collator([ContextRows(source)[row] for row in range(shape.batch)])
+    collator = SharedContexts(ActivationCollator(0, shape.num_text_tokens, 1))
+    return PassesByLength(collator, cached_passes.PASS_COST)(make_rows(shape, lens))
 
 
-def faked(mode: FakeTensorMode, roots: list[nn.Module], device: torch.device) -> None:
-    """Puts fake tensors in place of all parameters and buffers, one for each, however many modules share it."""
+def make_plans_batch(shape: Shape, lens: ConsistencyLensModel) -> dict[str, Any]:
+    """That of the plan's step: each row with a context of its own, and activations that are there already."""
+    rows = ActivationCollator(0, shape.num_text_tokens, 1)(make_rows(shape, lens))
+    activations = torch.zeros(shape.batch, shape.sizes["hidden_size"])
+    return rows | {"activations": activations, "other_activations": activations}
+
+
+def faked(mode: FakeTensorMode, roots: list[nn.Module], batch: dict[str, Any]) -> dict[str, Any]:
+    """Puts fake tensors in place of all parameters and buffers, one for each, however many modules share it; returns
+    those of the batch."""
     fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in fakes:
-            made: Tensor = FakeTensor(mode, tensor.detach().to("meta"), device)
+            made: Tensor = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
             if isinstance(tensor, nn.Parameter):
                 made = nn.Parameter(made, requires_grad=tensor.requires_grad)
             fakes[id(tensor)] = (made, tensor)  # the tensor too, so that no other one gets its id
@@ -93,29 +108,26 @@ def faked(mode: FakeTensorMode, roots: list[nn.Module], device: torch.device) ->
     for module in {id(module): module for root in roots for module in root.modules()}.values():
         for tensors in (module._parameters, module._buffers):
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+    return {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def make_step(lens: ConsistencyLensModel, batch: dict[str, Any]) -> Callable[[], None]:
-    """A whole step of Gumbel training, as the GPU benchmark takes it."""
+def our_terms(lens: ConsistencyLensModel, batch: dict[str, Any]) -> dict[str, Tensor]:
     objective = Gumbel(lens.subject, SubjectReference(lens.subject), "reverse", needs_entropy=False)
-    trained = [parameter for parameter in lens.parameters() if parameter.requires_grad]
+    with adapters_under_autocast(lens):
+        return objective(lens, lens, read_activations(lens.subject, batch, keep_context=True), Step(0, 0)).terms
+
+
+def counted(roots: list[nn.Module], terms: Callable[[], dict[str, Tensor]]) -> OnPaper:
+    """What a whole step takes that makes these terms, with adapters as they are trained; the tensors of `roots`
+    count too."""
+    trained = [parameter for parameter in roots[0].parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def step() -> None:
-        with torch.autocast(lens.device.type, torch.bfloat16), adapters_under_autocast(lens):
-            terms = objective(lens, lens, read_activations(lens.subject, batch, keep_context=True), Step(0, 0)).terms
-        (terms["kl"] + 0.1 * terms["lm"]).backward()
-        optimizer.step()
-
-    return step
-
-
-def counted(step: Callable[[], None], lens: ConsistencyLensModel) -> OnPaper:
-    """What a step takes; the models count with all their tensors."""
-    roots = (lens, lens.subject.model)
-    weights = {id(t.untyped_storage()): t.untyped_storage().nbytes() for r in roots for t in tensors_of(r)}
+    weights = {id(t.untyped_storage()): t.untyped_storage().nbytes() for root in roots for t in tensors_of(root)}
     with LiveBytes(nn.ModuleList(roots)) as live, Flops() as flops, Kernels() as kernels:
-        step()
+        with torch.autocast("cpu", torch.bfloat16):
+            made = terms()
+        (made["kl"] + 0.1 * made["lm"]).backward()
+        optimizer.step()
     return OnPaper(live.peak + sum(weights.values()), flops.count, kernels.count)
 
 
@@ -139,12 +151,27 @@ def on_paper(shape: Shape) -> tuple[OnPaper, float]:
     with torch.device("meta"):
         lens = shape.make_lens("meta")
     lens.subject._checked_length = float("inf")  # its check compares numbers, and there are none
-    batch = make_batch(shape, lens)
+    batch, roots = make_batch(shape, lens), [lens, lens.subject.model]
     useful = useful_flops(lens, "gumbel", Texts.of(batch, shape.num_text_tokens))
     with as_on_a_gpu(lens), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        faked(mode, [lens, lens.subject.model], torch.device("cpu"))
-        batch = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in batch.items()}
-        return counted(make_step(lens, batch), lens), useful
+        batch = faked(mode, roots, batch)
+        return counted(roots, lambda: our_terms(lens, batch)), useful
+
+
+def make_plan(lens: ConsistencyLensModel) -> SpecStep:
+    """The plan's step with adapters."""
+    return SpecStep(lens, training="lora", lora=ADAPTERS)
+
+
+def plan_on_paper(shape: Shape) -> OnPaper:
+    """What the plan's step takes."""
+    with torch.device("meta"):
+        lens = shape.make_lens("meta")
+        plan = make_plan(lens)
+    batch = make_plans_batch(shape, lens)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        batch = faked(mode, [plan], batch)
+        return counted([plan], lambda: plan(batch))
 
 
 def main() -> None:
@@ -153,7 +180,8 @@ def main() -> None:
     device = torch.device("cpu")  # whatever there is, it is not used
     for name in sys.argv[1:] or SHAPES:
         shape = SHAPES[name]
-        step, useful = on_paper(shape)
+        few = replace(shape, batch=shape.positions)  # of more activations, each takes as many FLOPs, or more padding
+        (step, useful), plan = on_paper(shape), plan_on_paper(few)
         of = (
             f"a step of Gumbel training of a lens with adapters over a Llama of the {name} shape, bfloat16, "
             f"B={shape.batch} S={shape.length} T={shape.num_text_tokens} K={shape.positions}, counted over tensors "
@@ -163,6 +191,10 @@ def main() -> None:
         write_result(f"step_bytes_on_paper_{name}", what, "bytes", step.bytes, DEVICE_BYTES, 1, device)
         what = f"FLOPs of matrix products, {of}, against the useful ones"
         write_result(f"step_flops_on_paper_{name}", what, "FLOPs", step.flops, useful, 1, device)
+        what = f"FLOPs of matrix products, {of}, against the plan's with adapters"
+        ours, theirs = step.flops / shape.batch, plan.flops / few.batch
+        name = f"step_flops_vs_reference_on_paper_{name}"
+        write_result(name, what, "FLOPs an activation", ours, theirs, 1, device)
 
 
 if __name__ == "__main__":
