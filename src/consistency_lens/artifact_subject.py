@@ -160,7 +160,7 @@ def check_weights(base_config: dict[str, Any], subject: PreTrainedModel, pinned:
         raise ValueError(
             f"subject: {subject.name_or_path!r} has weights of hash {found[:12]}…, the lens was made for "
             f"{pinned.sha256[:12]}…; pass its own subject as base_model (--model), or "
-            "verify_base=False to read another (--verify_base false, where a command has it)"
+            "verify_base=False to read another (explain and serve: --verify_base false)"
         )
 
 

@@ -56,17 +56,6 @@ def lens(trained, tmp_path):
     return tmp_path / "lens"
 
 
-@pytest.fixture
-def other_subject(trained, tmp_path):
-    """The subject with a weight that is another."""
-    model = AutoModelForCausalLM.from_pretrained(trained / "subject")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[5] += 1
-    shutil.copytree(trained / "subject", tmp_path / "other")
-    model.save_pretrained(tmp_path / "other")
-    return tmp_path / "other"
-
-
 def metrics_in(folder):
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
@@ -124,11 +113,6 @@ class TestEvaluation:
         record(lens, cache_dir=str(trained / "lens" / "data"))
         assert evaluate(lens) == 0
         assert metrics_in(lens)["fve"] == metrics_in(trained / "lens")["fve"]
-
-    def test_another_subject_of_the_same_architecture_may_be_asked_for(self, trained, lens, other_subject, tmp_path):
-        asked = {"activations": "on_the_fly", "output_dir": tmp_path / "figures", "model": other_subject}
-        assert evaluate(lens, verify_base="false", **asked) == 0
-        assert figures(metrics_in(tmp_path / "figures"))["fve"] != figures(metrics_in(trained / "lens"))["fve"]
 
     def test_a_share_held_out_may_be_given(self, trained, lens):
         assert evaluate(lens, validation_fraction=0.15, rows=1000, output_dir=lens / "fewer") == 0
@@ -219,19 +203,15 @@ class TestMistakes:
         assert "the lens was trained on 'someone/activations', not on a text" in one_error(capsys)
         assert not list(lens.rglob("corpus-*"))
 
-    def test_another_model_is_not_taken_for_the_subject(self, lens, other_subject, capsys):
+    def test_another_model_is_not_taken_for_the_subject(self, trained, lens, tmp_path, capsys):
+        model = AutoModelForCausalLM.from_pretrained(trained / "subject")
+        with torch.no_grad():
+            model.get_input_embeddings().weight[5] += 1
+        shutil.copytree(trained / "subject", tmp_path / "other")
+        model.save_pretrained(tmp_path / "other")
         for activations in ("on_the_fly", lens / "data" / "activations-layer1"):
-            assert evaluate(lens, model=other_subject, activations=activations) == 2
+            assert evaluate(lens, model=tmp_path / "other", activations=activations) == 2
             assert "the lens was made for" in one_error(capsys)
-
-    def test_nor_are_its_figures_the_lenss_own_where_it_is_asked_for(self, lens, other_subject, tmp_path, capsys):
-        asked = {"model": other_subject, "verify_base": "false"}
-        for folder in ({}, {"output_dir": lens}):
-            assert evaluate(lens, **asked, **folder) == 2
-            assert "verify_base: got false, and the figures of another subject do not belong" in one_error(capsys)
-        asked["output_dir"] = tmp_path / "figures"
-        assert evaluate(lens, **asked, activations=lens / "data" / "activations-layer1") == 2
-        assert "weights_hash" in one_error(capsys)  # of the training's activations, which the other does not have
 
     def test_a_lens_without_a_record_of_its_training(self, lens, capsys):
         (lens / "provenance.json").unlink()

@@ -9,7 +9,6 @@ from tiny_models import tiny_model
 
 from consistency_lens.cli.tuned_lens import gates as gates_command
 from consistency_lens.cli.tuned_lens import sweep as sweep_command
-from consistency_lens.fingerprints import weights_hash
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.records import read_records
 
@@ -59,14 +58,6 @@ def error_of(capsys):
 
 
 class TestSweep:
-    def test_another_model_is_read_where_it_is_asked_for(self, place, capsys):
-        provenance = place / "tuned_lenses" / "tiny" / "provenance.json"
-        provenance.write_text(json.dumps(PROVENANCE | {"weights_hash": weights_hash(tiny_model("llama"))}))
-        tiny_model("llama", seed=1).save_pretrained(place / "tiny")
-        assert sweep() == 2 and "the lens was made for" in error_of(capsys)
-        assert sweep("--verify_base", "false") == 0
-        assert read(place / "outputs" / "sweeps" / "tiny" / "sweep-arguments.json")["verify_base"] is False
-
     def test_finds_the_lens_of_a_model_and_shows_layers_kpis_and_gates(self, place, capsys):
         assert sweep() == 0
         folder = place / "outputs" / "sweeps" / "tiny"

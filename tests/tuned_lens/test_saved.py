@@ -1,13 +1,10 @@
 """A saved lens is laid over the model that it was fitted to, at the commit that it was fitted at."""
 
-import json
-
 import pytest
 from hub_repositories import Blob
 from tiny_lenses import tiny_tokenizer
 from tiny_models import tiny_model
 
-from consistency_lens.fingerprints import weights_hash
 from consistency_lens.tuned_lens.lens_places import clean_name
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.saved import open_lens
@@ -51,17 +48,6 @@ def test_the_model_is_read_at_the_commit_of_the_fit(repo, saved, model):
 def test_another_commit_is_refused(repo, saved):
     with pytest.raises(ValueError, match=f"is at {repo.head.oid}, the lens .* was fitted at {repo.commits[0].oid}"):
         open_lens(saved, MODEL, revision="main", device="cpu")
-
-
-def test_other_weights_and_another_commit_are_taken_where_they_are_asked_for(repo, saved, tmp_path):
-    provenance = {"weights_hash": weights_hash(tiny_model("llama"))}
-    (saved / "provenance.json").write_text(json.dumps(provenance))
-    for model, revision in ((MODEL, "main"), (str(tmp_path / "tiny1"), None)):
-        with pytest.raises(ValueError, match="was fitted at|the lens was made for"):
-            open_lens(saved, model, revision, device="cpu")
-        opened = open_lens(saved, model, revision, device="cpu", verify_base=False)
-        weight = opened.lens.subject_model.get_output_embeddings().weight
-        assert weight.equal(tiny_model("llama", seed=1).get_output_embeddings().weight)
 
 
 def test_without_a_lens_the_model_is_read_alone(repo):

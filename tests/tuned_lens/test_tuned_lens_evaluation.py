@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_models import NUM_LAYERS, WIDTH, tiny_model
+from tiny_models import NUM_LAYERS, WIDTH
 from tuned_fits import SEQ_LEN, run_fit, write_inputs
 
 from consistency_lens.cli.main import main
@@ -75,16 +75,6 @@ def test_of_a_text_the_held_out_documents_are_read(inputs, lens, tmp_path):
     assert read(folder / "metrics.json")["kl"]["tuned"] == pytest.approx(fit["kl"]["tuned"], rel=1e-6)
 
 
-def test_another_model_is_read_where_it_is_asked_for(inputs, lens, tmp_path, capsys):
-    other = shutil.copytree(inputs / "subject", tmp_path / "other")
-    tiny_model("llama", seed=7).save_pretrained(other)
-    asked = ("--model", other, "--output_dir", tmp_path / "figures")
-    assert evaluate(lens, *asked) == 2 and "the lens was made for" in capsys.readouterr().err
-    assert evaluate(lens, *asked, "--verify_base", "false") == 0
-    assert read(tmp_path / "figures" / "metrics.json")["kl"] != read(lens / "metrics.json")["kl"]
-    assert not (lens / "evaluation").exists()
-
-
 def test_a_lens_of_others_is_read_without_temperatures_of_its_own(inputs, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -107,7 +97,6 @@ def test_a_lens_of_others_is_read_without_temperatures_of_its_own(inputs, tmp_pa
         (("--seed", "-1"), "seed must be 0 or more, got -1"),
         (("--dataset", "text.txt", "--tokens", "511"), "tokens: got 511, less than one sequence of 512; raise it"),
         (("--dataset", ""), "dataset: got none; pass it"),
-        (("--verify_base", "false"), "verify_base: got false, and the figures of another model do not belong in the"),
         (("--lens", ""), "lens: got none; pass the folder of a lens"),
         (("--lens", "nowhere"), "lens: no tuned lens at 'nowhere'; pass the folder of one"),
     ],

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args,) = parse_arguments((ServeArguments,), argv, "serve", first="lens")
         uvicorn = require("uvicorn", "serve", "serve")
         check_free(args.host, args.port)
-        lens = load_lens(args).eval()
+        lens = load_lens(args, args.verify_base).eval()
         app = make_app(
             lens,
             args.lens,

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..explanation import Explanation
-from .saved_lens import LensArguments, load_lens
+from .saved_lens import ReadingArguments, load_lens
 
 
 @dataclass
-class ExplainArguments(LensArguments):
+class ExplainArguments(ReadingArguments):
     """Which text is read, with which lens."""
 
     text: str = field(default="", metadata={"help": "The text; it may also stand first, without its flag."})
@@ -34,7 +34,7 @@ def explain_with(args: ExplainArguments) -> Explanation:
         ValueError: if the lens or the file cannot be read, or the text is empty or too long for the subject.
     """
     text = args.text if args.file is None else read_text(args.file)
-    return load_lens(args).explain(text, positions=args.positions)
+    return load_lens(args, args.verify_base).explain(text, positions=args.positions)
 
 
 def read_text(file: str) -> str:

@@ -17,10 +17,6 @@ from .evaluator import Evaluator, write_metrics
 from .samples import Sample, collect_samples, write_samples
 
 DTYPES = ("float32", "bfloat16", "float16")
-VERIFY_BASE = (
-    "Whether the subject must have the very weights that the lens was made for; false takes any model of the "
-    "architecture, such as a fine-tuned one; default: compared where no commit pins them."
-)
 
 
 @dataclass
@@ -36,13 +32,26 @@ class LensArguments:
         default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
     )
     dtype: str | None = field(default=None, metadata={"help": "Precision of the weights; default: as in training."})
-    verify_base: bool | None = field(default=None, metadata={"help": VERIFY_BASE})
 
     def __post_init__(self) -> None:
         if not self.lens:
             raise ValueError("lens: got none; pass the folder or Hub id of a lens, e.g. --lens outputs/tiny_stories")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass
+class ReadingArguments(LensArguments):
+    """Which lens reads texts, of its own subject or of another; nothing is kept of what it says."""
+
+    verify_base: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the subject must have the very weights that the lens was made for; false takes any model "
+            "of the architecture, such as a fine-tuned one; default: compared where no commit pins them, if they are "
+            "loaded in the precision of the training."
+        },
+    )
 
 
 @dataclass
@@ -117,7 +126,7 @@ def evaluate_saved_lens(
     data = {name: rows.provenance.get(name) for name in ("dataset", "dataset_revision")}
     write_metrics(folder / "metrics.json", metrics | {"data": data}, {**resolved, "recipe": recipe_of(lens)})
     write_samples(folder / "samples.jsonl", samples)
-    if folder.resolve() == _own(args):
+    if folder.resolve() == Path(args.lens).resolve():
         write_lens_card(folder)
     return metrics, samples, folder
 
@@ -126,13 +135,8 @@ def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> 
     """Where the figures go: the lens's own folder for a whole evaluation, one inside it for a part of one.
 
     Raises:
-        ValueError: if it cannot be made, or is the lens's own and the subject may be another.
+        ValueError: if it cannot be made.
     """
-    if args.verify_base is False and (args.output_dir is None or Path(args.output_dir).resolve() == _own(args)):
-        raise ValueError(
-            "verify_base: got false, and the figures of another subject do not belong in the lens's own folder; pass "
-            "--output_dir with another"
-        )
     whole = evaluation.controls is None and set(evaluation.checks) == set(CHECKS)
     folder = Path(args.output_dir) if args.output_dir else Path(args.lens) / ("" if whole else "evaluation")
     try:
@@ -142,16 +146,11 @@ def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> 
     return folder
 
 
-def _own(args: LensArguments) -> Path:
-    """The lens's folder, where it is one."""
-    return Path(args.lens).resolve()
-
-
-def load_lens(args: LensArguments) -> ConsistencyLensModel:
-    """The lens with its subject, on its device.
+def load_lens(args: LensArguments, verify_base: bool | None = None) -> ConsistencyLensModel:
+    """The lens with its subject, on its device; for `verify_base` see `from_pretrained`.
 
     Raises:
-        ValueError: if there is none at `args.lens`.
+        ValueError: if there is none at `args.lens`, or the subject is another than it was made for.
     """
     device = device_of(args)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
@@ -167,7 +166,7 @@ def load_lens(args: LensArguments) -> ConsistencyLensModel:
             config=config,
             revision=args.revision,
             dtype=dtype,
-            verify_base=args.verify_base,
+            verify_base=verify_base,
         )
         lens.subject  # noqa: B018 - loaded here, so that a missing one is found before the long work
     except OSError as error:
@@ -262,7 +261,7 @@ def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: Consi
         lens.config.base_model_name_or_path,
         lens.config.base_model_revision,
         # as the training had them: they were compared when they were loaded, if not in another precision
-        known_hash=None if args.verify_base is False else training.get("weights_hash"),
+        known_hash=training.get("weights_hash"),
     )
     folder = next((place for place in data_folders(args, lens) if place.is_dir()), output_folder_of_data(args))
     rows = open_rows(source, reader, folder, seed=provenance.get("seed", training.get("seed", 0)))

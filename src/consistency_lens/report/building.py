@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..atomic_write import write_text
-from ..evaluation.saved_lens import VERIFY_BASE, SavedLensArguments, load_lens
+from ..evaluation.saved_lens import SavedLensArguments, load_lens
 from ..tuned_lens.lens_places import CONFIG_FILE
 from .document import ReportDocument, report_document
 from .explorer import Explorer, read_texts
@@ -65,7 +65,6 @@ class ReportArguments:
         default=None, metadata={"help": "Such as cpu or cuda:1; default: a GPU if there is one."}
     )
     dtype: str | None = field(default=None, metadata={"help": "Precision of the weights; default: as in training."})
-    verify_base: bool | None = field(default=None, metadata={"help": VERIFY_BASE})
 
     def __post_init__(self) -> None:
         if not self.run:
@@ -82,7 +81,7 @@ class ReportArguments:
     @property
     def is_asked_to_read(self) -> bool:
         """Whether it is said what is to be read, so that it is an error if it cannot be."""
-        return self.lens is not None or self.texts is not None or self.verify_base is False
+        return self.lens is not None or self.texts is not None
 
 
 def build_report(args: ReportArguments) -> tuple[Path, ReportDocument]:
@@ -145,12 +144,7 @@ def is_current(explorer: Explorer, args: ReportArguments) -> bool:
 def read_with_lens(args: ReportArguments, run: RunFolder) -> Explorer:
     """Loads the lens and reads the texts."""
     saved = SavedLensArguments(
-        lens=args.place_of_lens,
-        model=args.model,
-        output_dir=str(run.path),
-        device=args.device,
-        dtype=args.dtype,
-        verify_base=args.verify_base,
+        lens=args.place_of_lens, model=args.model, output_dir=str(run.path), device=args.device, dtype=args.dtype
     )
     lens = load_lens(saved).eval()
     if args.texts is None:

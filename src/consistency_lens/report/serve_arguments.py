@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from ..evaluation.saved_lens import LensArguments
+from ..evaluation.saved_lens import ReadingArguments
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass
-class ServeArguments(LensArguments):
+class ServeArguments(ReadingArguments):
     """Which lens is served, where, and what a text may cost."""
 
     host: str = field(

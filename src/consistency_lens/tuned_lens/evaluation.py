@@ -56,13 +56,6 @@ class EvaluationArguments:
         default=None, metadata={"help": "Of the weights; unset: as the lens was fitted, else float32."}
     )
     device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:1; unset: a GPU if there is one."})
-    verify_base: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether the model must be the one that the lens was fitted to; false takes another one of the "
-            "architecture, such as a fine-tuned one."
-        },
-    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the figures; unset: evaluation, in the folder of the lens."}
     )
@@ -84,11 +77,6 @@ class EvaluationArguments:
             )
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        if self.verify_base is False and self.output_dir is None:
-            raise ValueError(
-                "verify_base: got false, and the figures of another model do not belong in the folder of the lens; "
-                "pass --output_dir"
-            )
 
     @property
     def folder(self) -> Path:
@@ -109,7 +97,7 @@ def evaluate_tuned_lens(args: EvaluationArguments) -> dict[str, Any]:
     wanted = None if args.dataset is None else text_of(args)
     if wanted is None:
         check_own_text(Path(args.lens))
-    opened = open_lens(Path(args.lens), args.model, args.revision, args.dtype, args.device, args.verify_base)
+    opened = open_lens(Path(args.lens), args.model, args.revision, args.dtype, args.device)
     blocks = open_token_blocks(Path(args.lens, BLOCKS_FOLDER)) if wanted is None else read_blocks(args, wanted, opened)
     lens = opened.lens
     assert lens is not None

@@ -33,7 +33,6 @@ def open_lens(
     revision: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
-    verify_base: bool | None = None,
 ) -> OpenedLens:
     """Loads a model, and lays its tuned lens over it.
 
@@ -43,8 +42,6 @@ def open_lens(
         revision: commit, tag or branch of the model; None for the one that the lens was fitted at.
         dtype: of the weights; None for the one that the lens was fitted with, else float32.
         device: None for a GPU if there is one.
-        verify_base: whether the model must have the weights that the lens was fitted to, see
-            `TunedLens.from_pretrained`; False takes any revision too.
 
     Raises:
         ValueError: if one of them is not to be found, the model has no head, or the lens is of another model or
@@ -66,17 +63,16 @@ def open_lens(
     check_head(name, loaded.model)
     if folder is None or made_for is None:
         return OpenedLens(None, loaded.model, loaded.tokenizer, name, loaded.revision)
-    fitted_at = None if verify_base is False else made_for.revision
+    fitted_at = made_for.revision
     if fitted_at is not None and loaded.revision is not None and fitted_at != loaded.revision:
         raise ValueError(
             f"revision: {name!r} is at {loaded.revision}, the lens {str(folder)!r} was fitted at {fitted_at}; pass "
             f"--revision {fitted_at}"
         )
     if is_foreign(folder):
-        check = verify_base is not False
-        lens = from_alignment_research(folder, loaded.model, loaded.tokenizer, check_unembedding=check)
+        lens = from_alignment_research(folder, loaded.model, loaded.tokenizer)
     else:
-        lens = TunedLens.from_pretrained(folder, base_model=loaded.model, verify_base=verify_base)
+        lens = TunedLens.from_pretrained(folder, base_model=loaded.model)
     lens.tokenizer = lens.tokenizer or loaded.tokenizer
     return OpenedLens(lens, loaded.model, lens.tokenizer, name, loaded.revision)
 

@@ -23,9 +23,6 @@ class SweepArguments(SuiteArguments):
         default="auto",
         metadata={"help": "auto: with the tuned lens if there is one; require: not without it; off: norm lens alone."},
     )
-    verify_base: bool | None = field(
-        default=None, metadata={"help": "As for eval: false takes another model than that of the fit, of its sizes."}
-    )
     prompt: list[str] | None = field(default=None, metadata={"help": "Prompts in place of a suite."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the files; default: outputs/sweeps/<name of the model>."}
@@ -73,7 +70,7 @@ def sweep_and_show(args: SweepArguments, console: "Console") -> None:
     suite = read_suite(args.suite) if args.prompt is None else suite_of_texts(args.prompt)
     suite_name = args.suite if args.prompt is None else "command line"
     folder = Path(args.output_dir or Path("outputs", "sweeps", clean_name(args.model)))
-    opened = open_lens(lens_folder, args.model, args.revision, args.dtype, args.device, args.verify_base)
+    opened = open_lens(lens_folder, args.model, args.revision, args.dtype, args.device)
     run = sweep(
         opened.lens,
         opened.subject,
