@@ -146,14 +146,11 @@ def check_weights(base_config: dict[str, Any], subject: PreTrainedModel, pinned:
     Raises:
         ValueError: if it has not, naming both hashes.
     """
-    loaded, recorded = precision(subject.config.to_dict(), subject.dtype), precision(base_config)
-    if loaded != recorded:
+    why_not = why_not_compared(base_config, subject)
+    if why_not is not None:
         if pinned.always:
-            raise ValueError(
-                f"verify_base: the subject is loaded in {loaded}, the hash of its weights was taken in {recorded}; "
-                "load it like that, or leave out verify_base"
-            )
-        logger.info("the subject's weights, loaded in %s, are not compared: their hash is of %s", loaded, recorded)
+            raise ValueError(f"verify_base: the subject is {why_not}; load it like that, or leave out verify_base")
+        logger.info("the subject's weights are not compared: it is %s", why_not)
         return
     found = weights_hash(subject)
     if found != pinned.sha256:
@@ -162,6 +159,12 @@ def check_weights(base_config: dict[str, Any], subject: PreTrainedModel, pinned:
             f"{pinned.sha256[:12]}…; pass its own subject as base_model (--model), or "
             "verify_base=False to read another (explain and serve: --verify_base false)"
         )
+
+
+def why_not_compared(base_config: dict[str, Any], subject: PreTrainedModel) -> str | None:
+    """In words, what keeps a subject's weights from being compared with a hash of the training's; None if nothing."""
+    loaded, recorded = precision(subject.config.to_dict(), subject.dtype), precision(base_config)
+    return None if loaded == recorded else f"loaded in {loaded}, the hash of its weights was taken in {recorded}"
 
 
 def precision(config: dict[str, Any], dtype: torch.dtype | None = None) -> str:

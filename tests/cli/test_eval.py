@@ -56,6 +56,17 @@ def lens(trained, tmp_path):
     return tmp_path / "lens"
 
 
+@pytest.fixture
+def other_subject(trained, tmp_path):
+    """The subject with a weight that is another."""
+    model = AutoModelForCausalLM.from_pretrained(trained / "subject")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] += 1
+    shutil.copytree(trained / "subject", tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
 def metrics_in(folder):
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
@@ -139,6 +150,10 @@ def change_provenance(lens, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def without(record, name):
+    return {key: value for key, value in record.items() if key != name}
+
+
 def record_in_cache(lens, **changes):
     path = lens / "data" / "activations-layer1" / "provenance.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -203,15 +218,36 @@ class TestMistakes:
         assert "the lens was trained on 'someone/activations', not on a text" in one_error(capsys)
         assert not list(lens.rglob("corpus-*"))
 
-    def test_another_model_is_not_taken_for_the_subject(self, trained, lens, tmp_path, capsys):
-        model = AutoModelForCausalLM.from_pretrained(trained / "subject")
-        with torch.no_grad():
-            model.get_input_embeddings().weight[5] += 1
-        shutil.copytree(trained / "subject", tmp_path / "other")
-        model.save_pretrained(tmp_path / "other")
+    def test_another_model_is_not_taken_for_the_subject(self, lens, other_subject, capsys):
         for activations in ("on_the_fly", lens / "data" / "activations-layer1"):
-            assert evaluate(lens, model=tmp_path / "other", activations=activations) == 2
-            assert "the lens was made for" in one_error(capsys)
+            assert evaluate(lens, model=other_subject, activations=activations) == 2
+            assert "has weights of hash" in one_error(capsys)
+
+    @pytest.mark.parametrize("checks", ["none", " ".join(CHECKS)])
+    def test_nor_do_figures_of_one_that_cannot_be_compared_go_to_the_lens(self, lens, other_subject, capsys, checks):
+        asked = {"dtype": "bfloat16", "activations": "on_the_fly", "checks": checks}
+        before = {path.name: path.read_bytes() for path in lens.iterdir() if path.is_file()}
+        # its own subject lies in a folder too, whose weights may have changed
+        for changes in ({"model": other_subject}, {"model": other_subject, "output_dir": lens}, {}):
+            assert evaluate(lens, **asked, **changes) == 2
+            assert one_error(capsys).endswith(
+                "was not compared with the model that the lens was made for: it is loaded in bfloat16, the hash of "
+                "its weights was taken in float32; load it in float32, or pass another --output_dir"
+            )
+        assert {path.name: path.read_bytes() for path in lens.iterdir() if path.is_file()} == before
+
+    def test_nor_of_one_for_a_lens_that_has_no_record(self, trained, lens, capsys):
+        provenance = json.loads((lens / "provenance.json").read_text())
+        change_provenance(lens, cache=without(provenance["cache"], "weights_hash"))
+        assert evaluate(lens, model=trained / "subject") == 2
+        assert "the lens has no record of its subject's weights; leave out --model, or pass" in one_error(capsys)
+        assert evaluate(lens) == 0
+
+    def test_nor_does_it_read_activations_of_the_training(self, lens, other_subject, tmp_path, capsys):
+        asked = {"model": other_subject, "dtype": "bfloat16", "output_dir": tmp_path / "figures"}
+        assert evaluate(lens, **asked) == 2
+        assert "has weights_hash" in one_error(capsys)
+        assert evaluate(lens, activations="on_the_fly", **asked) == 0
 
     def test_a_lens_without_a_record_of_its_training(self, lens, capsys):
         (lens / "provenance.json").unlink()

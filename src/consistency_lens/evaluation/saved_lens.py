@@ -12,6 +12,7 @@ from ..data.collator import ActivationCollator
 from ..data.sources import CACHE, ON_THE_FLY, Reader, SourceArguments, SplitRows, cache_folder, open_rows
 from ..hub.lens_card import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
+from ..own_subject import check_known, is_known
 from .arguments import CHECKS, EvaluationArguments
 from .evaluator import Evaluator, write_metrics
 from .samples import Sample, collect_samples, write_samples
@@ -113,10 +114,13 @@ def evaluate_saved_lens(
         The metrics, the samples and the folder that they were written to.
 
     Raises:
-        ValueError: if lens or cache are not to be found, or do not belong together.
+        ValueError: if lens or cache are not to be found, or do not belong together, or the figures would be the
+            lens's own and the subject may not be.
     """
     folder = output_folder(args, evaluation)
     lens = load_lens(args)
+    if args.output_dir is None or is_own_folder(args, folder):
+        check_subject(args, lens, "pass another --output_dir")
     source = source_arguments(args, lens)
     rows = open_held_out(args, source, lens)
     collator = collator_for(lens)
@@ -126,7 +130,7 @@ def evaluate_saved_lens(
     data = {name: rows.provenance.get(name) for name in ("dataset", "dataset_revision")}
     write_metrics(folder / "metrics.json", metrics | {"data": data}, {**resolved, "recipe": recipe_of(lens)})
     write_samples(folder / "samples.jsonl", samples)
-    if folder.resolve() == Path(args.lens).resolve():
+    if is_own_folder(args, folder):
         write_lens_card(folder)
     return metrics, samples, folder
 
@@ -144,6 +148,21 @@ def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> 
     except OSError as error:
         raise ValueError(f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); pass another") from error
     return folder
+
+
+def is_own_folder(args: LensArguments, folder: Path) -> bool:
+    """Whether a folder is the lens's own."""
+    return folder.resolve() == Path(args.lens).resolve()
+
+
+def check_subject(args: LensArguments, lens: ConsistencyLensModel, otherwise: str) -> None:
+    """Checks that the subject of a lens that was loaded is known to be its own; see `check_known`."""
+    check_known(lens, lens.subject.model, is_at_its_commit(args, lens), args.model is not None, otherwise)
+
+
+def is_at_its_commit(args: LensArguments, lens: ConsistencyLensModel) -> bool:
+    """Whether the subject was loaded at the commit that the lens pins."""
+    return args.model is None and lens.config.base_model_revision is not None
 
 
 def load_lens(args: LensArguments, verify_base: bool | None = None) -> ConsistencyLensModel:
@@ -255,13 +274,14 @@ def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: Consi
             of the training may be among them.
     """
     provenance, training = lens.provenance or {}, trained_on(lens)
+    is_own = is_known(lens, lens.subject.model, is_at_its_commit(args, lens))
     reader = Reader(
         lens.subject,
         lens.require_tokenizer(),
         lens.config.base_model_name_or_path,
         lens.config.base_model_revision,
-        # as the training had them: they were compared when they were loaded, if not in another precision
-        known_hash=training.get("weights_hash"),
+        # as the training had them; another model has to show that the rows are its own
+        known_hash=training.get("weights_hash") if is_own else None,
     )
     folder = next((place for place in data_folders(args, lens) if place.is_dir()), output_folder_of_data(args))
     rows = open_rows(source, reader, folder, seed=provenance.get("seed", training.get("seed", 0)))
