@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.data.activation_cache import ActivationCache
 from consistency_lens.data.activation_source import ActivationRows
+from consistency_lens.fingerprints import weights_hash
 from consistency_lens.report import building
 from consistency_lens.report.building import ReportArguments, build_report
 from consistency_lens.report.explorer_file import read_explorer, weights_sha256, write_explorer
@@ -111,6 +112,18 @@ class TestTexts:
         monkeypatch.setattr(building, "read_with_lens", lambda *_: other)
         assert build(run, **changes)[1]["explorer"] == other
         assert read_explorer(run / "explorer.json") == other
+
+    def test_of_a_subject_that_was_not_compared_are_nothing_of_the_run(self, run, texts, tmp_path):
+        subject = ConsistencyLensModel.from_pretrained(run).subject.model
+        (run / "provenance.json").write_text(json.dumps({"cache": {"weights_hash": weights_hash(subject)}}))
+        tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+        asked = {"model": str(tmp_path / "other"), "dtype": "bfloat16"}
+        page = {"output": str(tmp_path / "page.html")}
+        for changes in ({}, {"texts": str(texts)}, {"lens": str(run)}, page):
+            with pytest.raises(ValueError, match="load it in float32, or pass --texts and --output$"):
+                build(run, **asked, **changes)
+        assert not (run / "explorer.json").exists() and not (run / "report.html").exists()
+        assert len(build(run, **asked, **page, texts=str(texts))[1]["explorer"]["texts"]) == 2
 
     def test_that_cannot_be_had_are_missing_from_the_page(self, run):
         path, document = build(run)

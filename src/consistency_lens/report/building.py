@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..atomic_write import write_text
-from ..evaluation.saved_lens import SavedLensArguments, load_lens
+from ..evaluation.saved_lens import SavedLensArguments, check_subject, load_lens
+from ..own_subject import UnknownSubjectError
 from ..tuned_lens.lens_places import CONFIG_FILE
 from .document import ReportDocument, report_document
 from .explorer import Explorer, read_texts
@@ -79,6 +80,12 @@ class ReportArguments:
         return self.lens or self.run
 
     @property
+    def is_for_the_run(self) -> bool:
+        """Whether what is read by the run's own lens stays in the run's folder, as an explorer or on its page."""
+        is_own = Path(self.place_of_lens).resolve() == Path(self.run).resolve()
+        return is_own and (not self.is_asked_to_read or self.output is None)
+
+    @property
     def is_asked_to_read(self) -> bool:
         """Whether it is said what is to be read, so that it is an error if it cannot be."""
         return self.lens is not None or self.texts is not None
@@ -112,7 +119,8 @@ def explorer_of(args: ReportArguments, run: RunFolder) -> tuple[Explorer | None,
         None where there is nothing to read with, and then why.
 
     Raises:
-        ValueError: if what was asked for cannot be read, or what was kept is broken.
+        ValueError: if what was asked for cannot be read, what was kept is broken, or what would be read for the run's
+            folder may be of another subject.
     """
     kept = run.path / EXPLORER_FILE
     if not args.is_asked_to_read and kept.is_file():
@@ -124,6 +132,8 @@ def explorer_of(args: ReportArguments, run: RunFolder) -> tuple[Explorer | None,
         return None, ["No explorer: this folder holds no lens. Pass --lens with the folder or Hub id of one."]
     try:
         explorer = read_with_lens(args, run)
+    except UnknownSubjectError:
+        raise
     except ValueError as error:
         if args.is_asked_to_read:
             raise
@@ -147,6 +157,8 @@ def read_with_lens(args: ReportArguments, run: RunFolder) -> Explorer:
         lens=args.place_of_lens, model=args.model, output_dir=str(run.path), device=args.device, dtype=args.dtype
     )
     lens = load_lens(saved).eval()
+    if args.is_for_the_run:
+        check_subject(saved, lens, "pass --texts and --output")
     if args.texts is None:
         source, texts = "Documents that the training held out", held_out_texts(lens, saved, args.seed or 0)
     else:
