@@ -9,6 +9,7 @@ from tiny_models import tiny_model
 
 from consistency_lens.cli.tuned_lens import gates as gates_command
 from consistency_lens.cli.tuned_lens import sweep as sweep_command
+from consistency_lens.fingerprints import weights_hash
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
 from consistency_lens.tuned_lens.records import read_records
 
@@ -184,6 +185,23 @@ class TestGates:
         assert message in error_of(capsys)
         assert read(place / "tuned_lenses" / "tiny" / "provenance.json") == PROVENANCE
         assert not (place / "tuned_lenses" / "tiny" / "gates.json").exists()
+
+    def test_a_model_that_cannot_be_compared_does_not_pass_for_the_one_of_the_fit(self, place, capsys):
+        tiny_model("llama", seed=1).save_pretrained(place / "other")
+        tiny_tokenizer().save_pretrained(place / "other")
+        file = place / "tuned_lenses" / "tiny" / "provenance.json"
+        assert gates("--model", "other") == 2
+        assert "the lens has no record of its subject's weights; leave out --model" in error_of(capsys)
+        provenance = PROVENANCE | {"weights_hash": weights_hash(tiny_model("llama"))}
+        file.write_text(json.dumps(provenance))
+        for model in ("other", "tiny"):
+            assert gates("--model", model, "--dtype", "bfloat16") == 2
+            assert error_of(capsys).endswith(
+                f"subject: '{model}' was not compared with the model that the lens was made for: it is loaded in "
+                "bfloat16, the hash of its weights was taken in float32; load it in float32"
+            )
+        assert read(file) == provenance and not file.with_name("gates.json").exists()
+        assert gates("--model", "tiny") == 3
 
     def test_a_provenance_without_a_lens_is_refused(self, place, capsys):
         (place / "tuned_lenses" / "tiny" / "model.safetensors").unlink()

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_models import NUM_LAYERS, WIDTH
+from tiny_models import NUM_LAYERS, WIDTH, tiny_model
 from tuned_fits import SEQ_LEN, run_fit, write_inputs
 
 from consistency_lens.cli.main import main
@@ -73,6 +73,17 @@ def test_of_a_text_the_held_out_documents_are_read(inputs, lens, tmp_path):
     assert evaluate(lens, *text, "--position_range", 0, 1) == 0
     fit = read(lens / "metrics.json")
     assert read(folder / "metrics.json")["kl"]["tuned"] == pytest.approx(fit["kl"]["tuned"], rel=1e-6)
+
+
+def test_figures_of_a_model_that_was_not_compared_are_not_the_lenss_own(inputs, lens, tmp_path, capsys):
+    other, own = shutil.copytree(inputs / "subject", tmp_path / "other"), (lens / "metrics.json").read_bytes()
+    tiny_model("llama", seed=7).save_pretrained(other)
+    asked = ("--model", other, "--dtype", "bfloat16")
+    assert evaluate(lens, *asked, "--output_dir", lens) == 2
+    assert "load it in float32, or pass another --output_dir" in capsys.readouterr().err
+    assert (lens / "metrics.json").read_bytes() == own
+    assert evaluate(lens, *asked) == 0
+    assert evaluate(lens, "--model", inputs / "subject", "--output_dir", lens) == 0
 
 
 def test_a_lens_of_others_is_read_without_temperatures_of_its_own(inputs, tmp_path):

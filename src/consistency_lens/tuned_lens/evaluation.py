@@ -11,7 +11,7 @@ from .held_out import EVAL_POSITIONS, LENSES, NORM, TUNED, held_out_kl
 from .lens_places import is_lens
 from .modeling_tuned_lens import SEED
 from .residual_batches import make_head, position_bounds
-from .saved import OpenedLens, open_lens
+from .saved import OpenedLens, check_opened, open_lens
 from .token_arguments import TokenArguments
 from .token_blocks import TokenBlocks, open_token_blocks, read_token_blocks
 
@@ -91,13 +91,16 @@ def evaluate_tuned_lens(args: EvaluationArguments) -> dict[str, Any]:
         What `HeldOutKL.metrics` gives, and which text it was read on.
 
     Raises:
-        ValueError: if the lens, its model or the text is not to be had.
+        ValueError: if the lens, its model or the text is not to be had, or the figures would be the lens's own and the
+            model may be another.
         HubError: if the Hub cannot be reached.
     """
     wanted = None if args.dataset is None else text_of(args)
     if wanted is None:
         check_own_text(Path(args.lens))
     opened = open_lens(Path(args.lens), args.model, args.revision, args.dtype, args.device)
+    if args.folder.resolve() == Path(args.lens).resolve():  # where the fit has left its own, which are published
+        check_opened(opened, args.model is not None, "pass another --output_dir")
     blocks = open_token_blocks(Path(args.lens, BLOCKS_FOLDER)) if wanted is None else read_blocks(args, wanted, opened)
     lens = opened.lens
     assert lens is not None

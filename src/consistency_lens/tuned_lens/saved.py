@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifact_subject import subject_location
 from ..data.subject_loading import DTYPES, load_subject_and_tokenizer
+from ..own_subject import check_known
 from .configuration_tuned_lens import TunedLensConfig
 from .interchange import from_alignment_research, read_config
 from .lens_places import CONFIG_FILE, is_foreign, is_lens
@@ -75,6 +76,15 @@ def open_lens(
         lens = TunedLens.from_pretrained(folder, base_model=loaded.model)
     lens.tokenizer = lens.tokenizer or loaded.tokenizer
     return OpenedLens(lens, loaded.model, lens.tokenizer, name, loaded.revision)
+
+
+def check_opened(opened: OpenedLens, is_named: bool, otherwise: str | None = None) -> None:
+    """Checks that the model is known to be the one that its lens was fitted to; see `own_subject.check_known`."""
+    lens = opened.lens
+    assert lens is not None
+    fitted_at = lens.config.base_model_revision
+    by_commit = fitted_at is not None and fitted_at == opened.revision
+    check_known(lens, opened.subject, by_commit, is_named, otherwise)
 
 
 class _MadeFor(NamedTuple):

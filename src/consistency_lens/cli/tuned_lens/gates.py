@@ -48,12 +48,13 @@ def judge_and_show(args: GatesArguments, console: "Console") -> int:
     """The work of the command; the exit code.
 
     Raises:
-        ValueError: for prompts, a model or a lens that are not to be had.
+        ValueError: for prompts, a model or a lens that are not to be had, or a model that may be another than the lens
+            was fitted to.
     """
     from ...atomic_write import write_json
     from ...tuned_lens.gates import apply_to_provenance, check_letters, read_provenance
     from ...tuned_lens.lens_places import is_foreign
-    from ...tuned_lens.saved import open_lens
+    from ...tuned_lens.saved import check_opened, open_lens
     from ...tuned_lens.suite import read_suite
     from ...tuned_lens.sweep import judge_lens
     from ..command import DONE, NOT_VERIFIED
@@ -67,6 +68,8 @@ def judge_and_show(args: GatesArguments, console: "Console") -> int:
         read_provenance(folder)
     opened = open_lens(folder, args.model, args.revision, args.dtype, args.device)
     assert opened.lens is not None
+    if has_provenance:
+        check_opened(opened, args.model is not None)
     judgement, beside = judge_lens(
         opened.lens, suite, args.suite, args.num_bootstrap, args.seed, progress=not args.disable_tqdm
     )
