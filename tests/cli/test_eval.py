@@ -125,6 +125,14 @@ class TestEvaluation:
         assert evaluate(lens) == 0
         assert metrics_in(lens)["fve"] == metrics_in(trained / "lens")["fve"]
 
+    def test_at_the_commit_that_is_pinned_any_precision_is_the_lenss_own(self, lens):
+        config = (lens / "config.json").read_text()
+        (lens / "config.json").write_text(
+            config.replace('"base_model_revision": null', f'"base_model_revision": "{"a" * 40}"')
+        )
+        assert evaluate(lens, dtype="bfloat16") == 0
+        assert metrics_in(lens / "evaluation")["arguments"]["lens"]["dtype"] == "bfloat16"
+
     def test_a_share_held_out_may_be_given(self, trained, lens):
         assert evaluate(lens, validation_fraction=0.15, rows=1000, output_dir=lens / "fewer") == 0
         assert evaluate(trained / "lens", rows=1000, output_dir=lens / "as_trained") == 0
