@@ -145,7 +145,10 @@ def test_a_missing_file_is_named(subject, parameters, tmp_path, name):
         ({"d_model": 64}, "the lens has d_model 64, the subject 32; pass the model .*'org/tiny'"),
         ({"num_hidden_layers": 12}, "the lens has num_hidden_layers 12, the subject 3"),
         ({"lens_type": "mlp_tuned_lens"}, "lens_type is 'mlp_tuned_lens', only linear_tuned_lens"),
-        ({"unembed_hash": "0" * 64}, r"its unembedding is not the one .*unembed_hash 000000000000…"),
+        (
+            {"unembed_hash": "0" * 64},
+            r"its unembedding is not the one .*unembed_hash 000000000000…\); pass .*from Python",
+        ),
     ],
 )
 def test_a_lens_of_another_model_is_refused(subject, parameters, tmp_path, fields, message):

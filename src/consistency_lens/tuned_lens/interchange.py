@@ -171,8 +171,8 @@ def _check_unembedding(config: dict[str, Any], readout: Readout) -> None:
     if expected not in {unembedding_hash(readout.weight.to(dtype)) for dtype in HASHED_DTYPES}:
         raise ValueError(
             f"subject: its unembedding is not the one that the lens was fitted on (unembed_hash {expected[:12]}…); "
-            f"pass {config['base_model_name_or_path']!r} at revision {config.get('base_model_revision') or 'main'}, "
-            "or check_unembedding=False"
+            f"pass {config['base_model_name_or_path']!r} at revision {config.get('base_model_revision') or 'main'} "
+            "(from Python, from_alignment_research(..., check_unembedding=False) reads another)"
         )
 
 
