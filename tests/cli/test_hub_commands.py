@@ -67,6 +67,13 @@ def test_what_main_has_come_to_since_the_release_is_in_the_json_too(hub, lens, c
     assert {key: listed("--revision", "main")[key] for key in state} == state
 
 
+def test_the_help_of_list_says_what_is_in_its_json(capsys):
+    with pytest.raises(SystemExit):
+        main(["list", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "`unfinished`, a release that has no tag; `later`, the commit that main has gone on to since" in said
+
+
 def test_a_collection(hub, tmp_path, capsys):
     for name in ("one", "two"):
         write_lens(tmp_path / "all" / name, base="somewhere", revision=None)

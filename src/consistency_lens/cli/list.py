@@ -24,7 +24,13 @@ class ListArguments:
         default=None,
         metadata={"help": "Tag of a release, commit or branch; default: main, or the newest finished release."},
     )
-    json: bool = field(default=False, metadata={"help": "All that the index says, as JSON."})
+    json: bool = field(
+        default=False,
+        metadata={
+            "help": "As JSON: all that the index says, commit and releases; `unfinished`, a release that has no tag; "
+            "`later`, the commit that main has gone on to since."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not self.repo:
