@@ -63,7 +63,7 @@ def stage_artifact(folder: Path, staging: Path, model_class: type) -> None:
         model_class: of the artifact.
 
     Raises:
-        ValueError: if a number in one of its JSON files is NaN or infinite.
+        ValueError: if one of its JSON files is broken, or a number in it NaN or infinite.
     """
     staging.mkdir(parents=True, exist_ok=True)
     config = publishable_json(folder / CONFIG_FILE)
@@ -79,8 +79,15 @@ def stage_artifact(folder: Path, staging: Path, model_class: type) -> None:
 
 
 def publishable_json(file: Path) -> Any:
-    """The content of a JSON file; a ValueError as by `check_finite`."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: if it is broken, or as by `check_finite`.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"path: {str(file)!r} is no JSON ({error}); mend or remove it") from error
     check_finite(content, file.name)
     return content
 
@@ -93,7 +100,7 @@ def check_finite(content: Any, name: str) -> None:
     """
     for key, number in _numbers(content):
         if not math.isfinite(number):
-            raise ValueError(f"path: {name} has {number} as {key!r}, and JSON no word for it; measure that anew")
+            raise ValueError(f"path: {name} has {number} as {key!r}, and JSON no word for it; mend or remove it")
 
 
 def _numbers(content: Any, place: str = "") -> Iterator[tuple[str, float]]:

@@ -263,7 +263,14 @@ def test_a_number_that_is_none_is_told_with_its_file_and_key_before_anything_is_
     hub, lens, file, keys, message
 ):
     change(lens, file, **keys)
-    with pytest.raises(ValueError, match=f"path: {message}, and JSON no word for it; measure that anew"):
+    with pytest.raises(ValueError, match=f"path: {message}, and JSON no word for it; mend or remove it"):
+        push(lens)
+    assert ("model", REPO) not in hub.repos
+
+
+def test_a_record_that_is_broken_is_told_with_its_path_before_anything_is_uploaded(hub, lens):
+    (lens / "training_arguments.json").write_text('{"seed": 3,')
+    with pytest.raises(ValueError, match=r"path: '.*training_arguments.json' is no JSON \(.*\); mend or remove it$"):
         push(lens)
     assert ("model", REPO) not in hub.repos
 

@@ -86,7 +86,14 @@ def test_a_number_that_is_none_is_told_with_its_file_and_key_before_anything_is_
 ):
     content = json.loads((lens / file).read_text()) | keys
     (lens / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"path: {message}, and JSON no word for it; measure that anew"):
+    with pytest.raises(ValueError, match=f"path: {message}, and JSON no word for it; mend or remove it"):
+        publish(lens)
+    assert ("dataset", REPO) not in hub.repos
+
+
+def test_figures_that_are_broken_are_told_with_their_path(hub, lens):
+    (lens / "metrics.json").write_text("{kl: 1}")
+    with pytest.raises(ValueError, match=r"path: '.*metrics.json' is no JSON \(.*\); mend or remove it$"):
         publish(lens)
     assert ("dataset", REPO) not in hub.repos
 

@@ -31,7 +31,7 @@ def stage_lens(
         Its entry for INDEX.json.
 
     Raises:
-        ValueError: if a number in one of its JSON files is NaN or infinite.
+        ValueError: if one of its JSON files is broken, or a number in it NaN or infinite.
     """
     check_finite(folder.config, CONFIG_FILE)
     check_finite(folder.provenance, PROVENANCE_FILE)
