@@ -11,6 +11,14 @@ from consistency_lens.cli.diagnosis import diagnose, installed, lacking
 from consistency_lens.cli.main import main
 
 
+@pytest.fixture(autouse=True)
+def looked_through_anew():
+    """What is installed changes in these tests."""
+    diagnosis.distributions_of_packages.cache_clear()
+    yield
+    diagnosis.distributions_of_packages.cache_clear()
+
+
 def found(name):
     return next(of for section in diagnose().values() for of in section if of.name == name)
 
@@ -56,6 +64,19 @@ def test_a_build_under_a_name_of_its_own_is_found(monkeypatch, tmp_path, version
     (folder / "top_level.txt").write_text("vllm\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert (found("vllm").found, found("vllm").state) == (told, state)
+
+
+def test_it_is_found_by_the_name_that_is_imported_in_one_look(monkeypatch):
+    looks = []
+
+    def look():
+        looks.append(1)
+        return {"packaging": ["packaging"], "no_such_kernels": ["packaging"]}
+
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", look)
+    assert installed(Requirement("no-such-kernels")).name == "packaging"
+    assert lacking(Requirement("no-such-package-of-ours")) == "no-such-package-of-ours is not installed"
+    assert diagnose() and looks == [1]
 
 
 def test_the_token_is_not_shown(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Literal
@@ -97,8 +98,15 @@ def distribution_of(name: str) -> Distribution | None:
     try:
         return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        others = importlib.metadata.packages_distributions().get(name, [])
+        of_packages = distributions_of_packages()
+        others = of_packages.get(name) or of_packages.get(name.replace("-", "_"))
         return importlib.metadata.distribution(others[0]) if others else None
+
+
+@cache
+def distributions_of_packages() -> Mapping[str, list[str]]:
+    """Name of a package, as it is imported -> the distributions that have it, of all that is installed."""
+    return importlib.metadata.packages_distributions()
 
 
 def installed(requirement: Requirement) -> Distribution | None:
