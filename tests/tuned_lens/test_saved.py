@@ -7,7 +7,7 @@ from tiny_models import tiny_model
 
 from consistency_lens.tuned_lens.lens_places import clean_name
 from consistency_lens.tuned_lens.modeling_tuned_lens import TunedLens
-from consistency_lens.tuned_lens.saved import open_lens
+from consistency_lens.tuned_lens.saved import check_opened, open_lens
 
 MODEL = "me/tiny"
 
@@ -43,6 +43,14 @@ def test_the_model_is_read_at_the_commit_of_the_fit(repo, saved, model):
     assert weight.equal(tiny_model("llama", seed=0).get_output_embeddings().weight)
     assert opened.lens.subject_model is opened.subject
     assert opened.lens.tokenizer is opened.tokenizer
+
+
+@pytest.mark.parametrize("model", [None, MODEL])
+def test_at_the_commit_of_the_fit_the_model_is_known_in_any_precision(repo, saved, tmp_path, model):
+    check_opened(open_lens(saved, model, dtype="bfloat16", device="cpu"), is_named=model is not None)
+    elsewhere = open_lens(saved, str(tmp_path / "tiny0"), dtype="bfloat16", device="cpu")
+    with pytest.raises(ValueError, match="tiny0' was not compared with the model that the lens was made for"):
+        check_opened(elsewhere, is_named=True)
 
 
 def test_another_commit_is_refused(repo, saved):
