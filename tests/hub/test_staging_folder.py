@@ -2,12 +2,11 @@
 
 import pytest
 from hub_server import ORGANISATION
-from published_caches import build_caches
 from published_lenses import fit_lens
 from published_small_lenses import write_lens
 from staging_processes import another_process
 
-from consistency_lens.hub import cache_push, lens_push
+from consistency_lens.hub import lens_push
 from consistency_lens.hub.staging_folder import StagingFolder, remove_left
 from consistency_lens.tuned_lens import publish
 
@@ -72,16 +71,11 @@ def tuned_lens_to_push(folder):
     return publish.publish_tuned_lens, fit_lens(folder).path
 
 
-def cache_to_push(folder):
-    return cache_push.push_cache, build_caches(folder).layer
-
-
 @pytest.mark.parametrize(
     ("make", "upload"),
     [
         (lens_to_push, (lens_push, "upload_release")),
         (tuned_lens_to_push, (publish, "upload_release")),
-        (cache_to_push, (cache_push, "_upload")),
     ],
 )
 def test_a_push_leaves_alone_what_another_one_uploads(hub, tmp_path, monkeypatch, make, upload):
