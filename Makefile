@@ -81,10 +81,13 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	@for script in $$(grep -l '__main__' tests/benchmarks/*.py | grep -v -e gpu_step -e tuned_lens_peer); do $(BIN)/python $$script || exit 1; done
 
+# What is compiled comes last, for it takes minutes to compile; what does not fit a device keeps nothing else back.
 bench-gpu: $(INSTALLED)
 	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('bench-gpu: there is no GPU here')"
-	$(BIN)/torchrun --nproc_per_node gpu tests/benchmarks/gpu_step.py
-	$(BIN)/python tests/benchmarks/cache_vs_bare_forward.py
+	@steps="$(BIN)/torchrun --nproc_per_node gpu tests/benchmarks/gpu_step.py"; status=0; \
+	$$steps --modes eager in_place || status=1; \
+	$(BIN)/python tests/benchmarks/cache_vs_bare_forward.py || status=1; \
+	$$steps --modes compile || status=1; exit $$status
 
 cards: $(INSTALLED)
 	$(BIN)/python model_cards/render.py

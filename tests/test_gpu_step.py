@@ -47,6 +47,51 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(gpu_step, monkeypatch, caps
     ]
 
 
+def test_one_process_before_several_gpus_is_refused(gpu_step, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert gpu_step.main([]) == 2
+    assert "got one process and 4 GPUs; start it by torchrun --nproc_per_node gpu" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert gpu_step.what_is_missing(gpu_step.read_options([])) is None
+    with pytest.raises(SystemExit):
+        gpu_step.main(["--minutes", "5"])
+    assert "--minutes: several processes would not agree" in capsys.readouterr().err
+
+
+def test_the_cases_that_are_asked_for_first_run_first(gpu_step):
+    names = [gpu_step.case_name(*case) for case in gpu_step.cases(gpu_step.read_options([]))]
+    assert names[:2] == ["1b_gumbel_eager", "7b_gumbel_eager"]
+    assert [name for name in names if "in_place" in name] == ["1b_gumbel_in_place", "7b_gumbel_in_place"]
+    assert all("compile" in name for name in names[-6:]) and len(names) == 14
+    policy = next(case for case in gpu_step.cases(gpu_step.read_options([])) if "policy" in case[1])
+    assert policy[0].activations("policy_gradient") * gpu_step.GROUP_SIZE == policy[0].activations("gumbel")
+
+
+def test_a_case_that_does_not_fit_keeps_no_other_back(gpu_step, monkeypatch, tmp_path, capsys):
+    written = []
+
+    def measure(options, shape, objective, mode):
+        if objective == "gumbel":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+        return {"name": objective}
+
+    monkeypatch.setattr(gpu_step, "measure", measure)
+    monkeypatch.setattr(gpu_step, "write", lambda options, result: written.append(result["name"]))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    tiny = ["--tiny", str(tmp_path), "--modes", "eager"]
+    assert gpu_step.main(tiny) == 1
+    assert written == ["warm_start", "policy_gradient"]
+    said = "gpu_step: tiny_gumbel_eager does not fit: CUDA out of memory. Tried to allocate 2 GiB."
+    assert said in capsys.readouterr().err.splitlines()
+    assert gpu_step.main([*tiny, "--minutes", "0"]) == 1
+    assert "tiny_warm_start_eager is left out, 0 minutes are over" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_step.main(tiny)
+
+
 def test_too_few_steps_before_those_that_count_are_refused(gpu_step, capsys):
     with pytest.raises(SystemExit):
         gpu_step.main(["--warmup", "1"])
@@ -87,6 +132,18 @@ def test_the_plan_s_step_runs_in_turn_with_ours(gpu_step, tiny, monkeypatch, tmp
     assert written["plan"]["ratio"] == pytest.approx(1 / written["plan"]["activations_per_second"] / per_activation)
 
 
+def test_in_place_texts_attend_in_place(gpu_step, monkeypatch, tmp_path):
+    from consistency_lens.text_attention import TextPasses
+
+    passes, call = [], TextPasses.__call__
+    monkeypatch.setattr(TextPasses, "__call__", lambda *args, **how: passes.append(1) or call(*args, **how))
+    options = ["--tiny", str(tmp_path), "--steps", "1", "--warmup", "2", "--objectives", "gumbel", "--alone"]
+    for mode, expected in (("eager", False), ("in_place", True)):
+        passes.clear()
+        assert gpu_step.main([*options, "--modes", mode]) == 0
+        assert bool(passes) == expected
+
+
 def test_the_plan_s_batch_is_halved_until_it_fits(gpu_step, tiny, monkeypatch):
     sizes = []
 
@@ -121,37 +178,62 @@ def test_the_plan_with_adapters_trains_them_alone(gpu_step, tiny):
 def test_a_result_is_a_line_of_the_page(gpu_step):
     import gpu_page
 
-    line = "| 7b | gumbel | compile | ddp | 8 | 192 | 0.5 | 3,072 | 70.0 | 200 | 40.4% |  |  |  |"
+    line = "| 7b | lora | gumbel | compile | ddp | 8 | 192 | 0.5 | 3,072 | 70.0 | 200 | 40.4% |  |  |  |"
     assert gpu_page.row_of(result()) == line
     plan = {"batch": 24, "activations_per_second": 300.4, "peak_memory_bytes": 1, "ratio": 10.2345}
     assert gpu_page.row_of(result(plan=plan)).endswith("| 40.4% | 24 | 300 | 10.23 |")
-    cached = {"name": "cache_7b", "what": "a cache", "ours": 36.12, "theirs": 30.0, "ratio": 0.8306}
+    cached = {"name": "cache_7b", "what": "a cache", "ours": 36.12, "theirs": 30.0, "ratio": 0.8306, "unit": "seconds"}
     cached |= {"machine": {"device": "NVIDIA H200"}, "versions": {"torch": "2.13.0"}}
     assert gpu_page.row_of(cached) == "| `cache_7b` | a cache | 36.1 | 30 | 0.83 |"
-    page = gpu_page.document([result(), cached, result(device="NVIDIA A100", mfu=None)])
+    of_bytes = cached | {"name": "memory_7b", "unit": "bytes"}
+    page = gpu_page.document([result(), cached, of_bytes, result(device="NVIDIA A100", mfu=None)])
     assert page.count("\n## ") == 2 and page.count(line) == 1 and "| not known |" in page
-    assert page.index("`cache_7b`") < page.index("NVIDIA A100")
+    assert page.index("`cache_7b`") < page.index("NVIDIA A100") and "memory_7b" not in page
 
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("Another", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L40S", 362e12),
+        ("Another", None),
+    ],  # fmt: skip
 )
 def test_the_peak_is_that_of_the_device(gpu_step, monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert gpu_step.peak_of(torch.device("cuda")) == peak
 
 
-def test_a_cache_of_a_shape_is_built_and_compared(gpu_step, tiny, monkeypatch, tmp_path):
+def test_a_cache_of_a_shape_is_built_and_compared(gpu_step, tiny, tmp_path):
     import cache_vs_bare_forward as caching
 
-    monkeypatch.setattr("harness.RESULTS", tmp_path)
-    monkeypatch.setattr(caching, "RESULTS", tmp_path)
-    monkeypatch.setattr(caching, "PAGE", tmp_path / "gpu.md")
-    monkeypatch.setattr(caching, "POSITIONS", tiny.positions)
-    monkeypatch.setattr(caching, "write_page", lambda results, page, newest: written.append(newest))
-    written = []
-    caching.measure_shape(tiny, torch.device("cpu"))
-    (newest,) = written
-    assert newest["name"] == "cache_vs_bare_forward_tiny" and newest["ratio"] == newest["theirs"] / newest["ours"]
+    caching.measure_shape(tiny, torch.device("cpu"), tmp_path / "results", tmp_path / "gpu.md")
+    newest = json.loads((tmp_path / "results/cache_vs_bare_forward_tiny.json").read_text())
+    assert newest["ratio"] == newest["theirs"] / newest["ours"]
     assert "cache of 16 activations, tiny shape, K=2" in newest["what"] and "2 of 3 blocks" in newest["what"]
+    assert "seconds of a build are the hash of the weights" in newest["what"]
+    assert "`cache_vs_bare_forward_tiny`" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("rows_per_shard", [8, 8192])
+def test_the_bare_side_reads_the_batches_of_the_build(gpu_step, tiny, monkeypatch, tmp_path, rows_per_shard):
+    import cache_vs_bare_forward as caching
+
+    from consistency_lens.subject import Subject
+
+    monkeypatch.setattr(caching, "ROWS_PER_SHARD", rows_per_shard)
+    model, read = tiny.make_subject("cpu"), []
+
+    def build(name):
+        return caching.build_activation_cache(
+            Subject(model, tiny.layer), tiny.make_corpus(12), tmp_path / name, tokenizer=caching.word_tokenizer(),
+            subject_name="", dataset_name="", positions_per_sequence=2, min_position=10, batch_size=3,
+            rows_per_shard=rows_per_shard, progress=False,
+        )  # fmt: skip
+
+    batches = caching.batches_of(build("cache"), 2, 3, torch.device("cpu"))
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
+    build("again")
+    assert read == [ids.shape for ids, _ in batches]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    "shape", "objective", "mode", "strategy", "processes", "B", "step, s", "activations/s", "peak, GB",
+    "shape", "clones", "objective", "mode", "strategy", "processes", "B", "step, s", "activations/s", "peak, GB",
     "useful TFLOP", "MFU", "the plan's B", "the plan's activations/s", "ratio",
 )  # fmt: skip
 COMPARED = ("benchmark", "what", "ours, s", "theirs, s", "ratio")
@@ -15,12 +15,14 @@ BEGINNING = (
 )
 END = (
     "Weights are random, the subject is bfloat16, and a step is one of `ConsistencyLensTrainer` under bfloat16 "
-    "autocast. Medians. B: activations of a step on each device; four texts an activation under policy gradient. "
-    "In place: eager, with one buffer of keys and values for the tokens of a text (`LensDecoder.attends_in_place`). "
-    "Useful TFLOP: 10^12 FLOPs of the matrix products that a device's step cannot do without, forward and backward; "
-    "what is made twice, padding and prompts do not count (`tests/benchmarks/step_flops.py` has the count). MFU: "
-    "these over the step's seconds times the device's dense bfloat16 peak. The plan's step (`spec_reference.py`) ran "
-    "in turn with ours, with the largest batch that fits beside it; the ratio is of activations a second."
+    "autocast, without the wait for the loader. Medians. B: activations of a step on each device; four texts an "
+    "activation under policy gradient. In place: eager, with one buffer of keys and values for the tokens of a text "
+    "(`LensDecoder.attends_in_place`). Useful TFLOP: 10^12 FLOPs of the matrix products that a device's step cannot "
+    "do without, forward and backward; what is made twice, such as a drawn text that is then scored, padding and "
+    "prompts do not count (`tests/benchmarks/step_flops.py` has the count). MFU: these over the step's seconds times "
+    "the device's dense bfloat16 peak. The plan's step (`spec_reference.py`), with adapters where ours has them, ran in "
+    "turn with ours, with as many activations or half of them, a quarter and so on until they fit; the ratio is of "
+    "activations a second."
 )
 
 
@@ -40,10 +42,11 @@ def document(results: list[dict[str, Any]]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         parts += [f"## {first['machine']['device']}", f"{versions}."]
         steps = [result for result in here if "settings" in result]
-        if steps:
-            of = steps[0]["settings"]
-            parts.append(f"S={of['S']}, T={of['T']}, K={of['K']}; clones: {of['clones']}.")
-        for columns, rows in ((COLUMNS, steps), (COMPARED, [result for result in here if "settings" not in result])):
+        compared = [result for result in here if "settings" not in result and result["unit"] == "seconds"]
+        sizes = {f"S={of['S']}, T={of['T']}, K={of['K']}" for of in (result["settings"] for result in steps)}
+        if sizes:
+            parts.append(f"{'; '.join(sorted(sizes))}.")
+        for columns, rows in ((COLUMNS, steps), (COMPARED, compared)):
             if rows:
                 lines = [columns, ["---"] * len(columns)]
                 parts.append("\n".join([f"| {' | '.join(line)} |" for line in lines] + [row_of(row) for row in rows]))
@@ -58,7 +61,7 @@ def row_of(result: dict[str, Any]) -> str:
 
 def step_cells(result: dict[str, Any]) -> list[str]:
     settings, mfu, plan = result["settings"], result["mfu"], result.get("plan")
-    cells = [settings[name] for name in ("shape", "objective", "mode", "strategy", "processes", "batch")]
+    cells = [settings[name] for name in ("shape", "clones", "objective", "mode", "strategy", "processes", "batch")]
     cells += [f"{result['seconds']:.3g}", f"{result['activations_per_second']:,.0f}"]
     cells += [f"{result['peak_memory_bytes'] / 1e9:.1f}", f"{result['useful_flops'] / 1e12:.3g}"]
     cells.append("not known" if mfu is None else f"{mfu:.1%}")

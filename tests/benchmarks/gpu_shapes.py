@@ -18,6 +18,7 @@ from consistency_lens.data.on_the_fly import OnTheFlyActivations
 
 ADAPTERS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 MIN_POSITION = 10
+GROUP_SIZE = 4  # texts of an activation under policy gradient
 WORDS = 97  # of the tokenizer, of which only the special tokens are ever used
 
 
@@ -27,7 +28,7 @@ class Shape:
 
     Attributes:
         sizes: of the configuration.
-        batch: activations of a step, on each device.
+        batch: texts of a step, on each device; under policy gradient an activation has `GROUP_SIZE` of them.
         cache_sequences: sequences that an activation cache is made of.
         length, num_text_tokens, positions: S, T and K.
     """
@@ -44,6 +45,10 @@ class Shape:
     def layer(self) -> int:
         """Whose output is read: that of the block in the middle."""
         return self.sizes["num_hidden_layers"] // 2
+
+    def activations(self, objective: str) -> int:
+        """How many a step of an objective reads, on each device."""
+        return self.batch // GROUP_SIZE if objective == "policy_gradient" else self.batch
 
     def make_subject(self, device: torch.device | str) -> LlamaForCausalLM:
         """In bfloat16 from the start, for a copy in float32 may not fit."""
@@ -124,7 +129,7 @@ TINY = Shape(
         "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 64,
     },
-    batch=4,
+    batch=8,
     cache_sequences=8,
     length=16,
     num_text_tokens=3,

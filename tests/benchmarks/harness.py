@@ -67,9 +67,17 @@ def interleaved(
 
 
 def write_result(
-    name: str, what: str, unit: str, ours: float, theirs: float, runs: int, device: torch.device
+    name: str,
+    what: str,
+    unit: str,
+    ours: float,
+    theirs: float,
+    runs: int,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Writes `results/<name>.json` (`results/gpu/<name>.json` on a GPU) for a quantity of which less is better."""
+    """Writes `<name>.json` for a quantity of which less is better; into `results`, on a GPU `results/gpu`, if not into
+    a `folder`."""
     result = {
         "name": name,
         "what": what,
@@ -79,13 +87,10 @@ def write_result(
         "ratio": theirs / ours,
         "runs": runs,
         "machine": machine(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }
-    path = (RESULTS / "gpu" if device.type == "cuda" else RESULTS) / f"{name}.json"
+    usual = RESULTS / "gpu" if device.type == "cuda" else RESULTS
+    path = (folder or usual) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(f"{name}: {theirs:.4g} -> {ours:.4g} {unit}, {result['ratio']:.2f}x ({what})\n")
@@ -97,6 +102,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
     return {"device": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "malloc": MALLOC}
+
+
+def versions() -> dict[str, str]:
+    """What a result was measured with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _cpu_name() -> str:

@@ -14,7 +14,16 @@ from pathlib import Path
 
 import torch
 from harness import prepare, write_result
-from training_step import LENGTH, LM_WEIGHT, NUM_TEXT_TOKENS, SETTINGS, Setting, make_batch, our_losses
+from training_step import (
+    LENGTH,
+    LM_WEIGHT,
+    NUM_TEXT_TOKENS,
+    SETTINGS,
+    Setting,
+    check_models,
+    make_batch,
+    our_losses,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from flop_count import flops  # noqa: E402
@@ -41,7 +50,7 @@ def step_of(lens: ConsistencyLensModel, batch_size: int, chunk_size: int) -> Cal
 def measure_flops(setting: Setting, device: torch.device) -> None:
     """Writes what a step of fully trained clones costs for each activation."""
     lens = setting.make_lens().to(device)
-    lens.subject.check_one_token(2 * LENGTH)
+    check_models(lens)
     counts = [flops(step_of(lens, FLOPS_BATCH, size)) / FLOPS_BATCH for size in SIZES]
     what = f"a step's matrix products, {shape_of(lens)}, {CHUNK_SIZE} rows of logits at a time against all"
     write_result(f"logits_in_chunks_flops{setting.suffix}", what, "FLOPs an activation", *counts, 1, device)
@@ -50,7 +59,7 @@ def measure_flops(setting: Setting, device: torch.device) -> None:
 def measure_memory(setting: Setting, device: torch.device) -> None:
     """Writes what a step holds where adapters are trained, beside weights and gradients."""
     lens = setting.make_lens(LARGE_VOCABULARY, training="lora", lora=LORA).to(device)
-    lens.subject.check_one_token(2 * LENGTH)
+    check_models(lens)
     for parameter in lens.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     known = torch.nn.ModuleList([lens, lens.subject.model])

@@ -72,7 +72,7 @@ class SpecStep(nn.Module):
         batch, table = len(activations), self.decoder.get_input_embeddings().weight
         slot = self.projection((activations - self.mean) / self.rms)[:, None]
         prefix, suffix = (part.expand(batch, -1, -1) for part in self.decoder_prompt)
-        embeddings = torch.cat([prefix, slot, suffix], dim=1)
+        embeddings = torch.cat([prefix, slot, suffix], dim=1).to(table.dtype)
         one_hots, logits, past = [], [], None
         for step in range(self.length):
             output = self.decoder(inputs_embeds=embeddings, past_key_values=past, use_cache=self.cached)
@@ -82,7 +82,7 @@ class SpecStep(nn.Module):
             hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
             one_hots.append(hard - soft.detach() + soft)
             logits.append(last)
-            token = (one_hots[-1] @ table)[:, None]
+            token = (one_hots[-1] @ table)[:, None].to(table.dtype)
             embeddings, past = (
                 (token, output.past_key_values) if self.cached else (torch.cat([embeddings, token], 1), None)
             )
@@ -90,9 +90,9 @@ class SpecStep(nn.Module):
 
     def reconstruct(self, one_hots: Tensor) -> Tensor:
         """Â (B, d), from one-hots (B, T, V)."""
-        text = one_hots @ self.encoder.get_input_embeddings().weight
-        prefix, suffix = (part.expand(len(text), -1, -1) for part in self.encoder_prompt)
-        embeddings = torch.cat([prefix, text, suffix], dim=1)
+        table = self.encoder.get_input_embeddings().weight
+        prefix, suffix = (part.expand(len(one_hots), -1, -1) for part in self.encoder_prompt)
+        embeddings = torch.cat([prefix, one_hots @ table, suffix], dim=1).to(table.dtype)
         blocks = self.encoder.get_decoder()
         hidden = blocks(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True).hidden_states
         return self.output_map((hidden[self.layer + 1][:, -1] - self.mean) / self.rms) * self.rms + self.mean

@@ -1,15 +1,18 @@
 """What a step of a large lens would take, without the machine that it needs: bytes, FLOPs and operations.
 
-A step of Gumbel training (KL and LM terms, adapters, bfloat16 autocast, fused AdamW) runs over torch's fake tensors,
-which have shapes and no content. So what is counted is what the code really asks for, the same on every machine:
+A step of training (each objective with its KL and LM terms, adapters, bfloat16 autocast, fused AdamW) runs over
+torch's fake tensors, which have shapes and no content. So what is counted is what the code really asks for, the same
+on every machine:
 
 - the bytes of all tensors that are alive at once, weights and optimizer included. An allocator holds some more.
 - the FLOPs of the matrix products, beside the useful ones (`step_flops`).
 - the operations that start a kernel, which on a GPU take some microseconds each, however small.
 
-The ways are those that a GPU takes. Run with `python tests/benchmarks/step_on_paper.py`, which writes
-`step_bytes_on_paper_<shape>`, `step_flops_on_paper_<shape>` and, of the plan's step (`spec_reference`) with adapters,
-`step_flops_vs_reference_on_paper_<shape>`.
+The fake tensors lie on a CPU. Which passes are divided, how many rows of logits a chunk has and that keys and values
+are appended is as on a GPU; autocast and the attention kernel are the CPU's.
+Run with `python tests/benchmarks/step_on_paper.py`, which writes, for Gumbel training, `step_bytes_on_paper_<shape>`
+and `step_flops_on_paper_<shape>`; the bytes of the other objectives, as `step_bytes_on_paper_<shape>_<objective>`; and
+of the plan's step (`spec_reference`) with adapters, `step_flops_vs_reference_on_paper_<shape>`.
 """
 
 import sys
@@ -21,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_shapes import ADAPTERS, SHAPES, Shape
+from gpu_shapes import ADAPTERS, GROUP_SIZE, SHAPES, Shape
 from harness import prepare, write_result
 from spec_reference import SpecStep
 from step_flops import Texts, useful_flops
@@ -41,7 +44,7 @@ from consistency_lens.data.passes_by_length import PassesByLength  # noqa: E402
 from consistency_lens.data.shared_contexts import SharedContexts  # noqa: E402
 from consistency_lens.lens_clone import adapters_under_autocast  # noqa: E402
 from consistency_lens.training.lm_reference import SubjectReference  # noqa: E402
-from consistency_lens.training.objectives import Gumbel, Step  # noqa: E402
+from consistency_lens.training.objectives import Gumbel, Objective, PolicyGradient, Step, WarmStart  # noqa: E402
 
 DEVICE_BYTES = 80 * 10**9
 # Of these nothing runs: they look at a tensor in another way, or make room for one.
@@ -73,21 +76,21 @@ class OnPaper:
     kernels: int
 
 
-def make_rows(shape: Shape, lens: ConsistencyLensModel) -> list[dict[str, Any]]:
-    """The rows of a step, K of each sequence."""
-    source: ActivationSource = shape.make_source(lens, shape.batch)
-    return [ContextRows(source)[row] for row in range(shape.batch)]
+def make_rows(shape: Shape, lens: ConsistencyLensModel, count: int) -> list[dict[str, Any]]:
+    """So many rows, K of each sequence."""
+    source: ActivationSource = shape.make_source(lens, count)
+    return [ContextRows(source)[row] for row in range(count)]
 
 
-def make_batch(shape: Shape, lens: ConsistencyLensModel) -> dict[str, Any]:
+def make_batch(shape: Shape, lens: ConsistencyLensModel, objective: str = "gumbel") -> dict[str, Any]:
     """The batch of a step as the trainer's loader makes it, on a GPU: contexts shared, and read by length."""
     collator = SharedContexts(ActivationCollator(0, shape.num_text_tokens, 1))
-    return PassesByLength(collator, cached_passes.PASS_COST)(make_rows(shape, lens))
+    return PassesByLength(collator, cached_passes.PASS_COST)(make_rows(shape, lens, shape.activations(objective)))
 
 
 def make_plans_batch(shape: Shape, lens: ConsistencyLensModel) -> dict[str, Any]:
     """That of the plan's step: each row with a context of its own, and activations that are there already."""
-    rows = ActivationCollator(0, shape.num_text_tokens, 1)(make_rows(shape, lens))
+    rows = ActivationCollator(0, shape.num_text_tokens, 1)(make_rows(shape, lens, shape.batch))
     activations = torch.zeros(shape.batch, shape.sizes["hidden_size"])
     return rows | {"activations": activations, "other_activations": activations}
 
@@ -111,10 +114,17 @@ def faked(mode: FakeTensorMode, roots: list[nn.Module], batch: dict[str, Any]) -
     return {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def our_terms(lens: ConsistencyLensModel, batch: dict[str, Any]) -> dict[str, Tensor]:
-    objective = Gumbel(lens.subject, SubjectReference(lens.subject), "reverse", needs_entropy=False)
+def our_terms(lens: ConsistencyLensModel, batch: dict[str, Any], name: str = "gumbel") -> dict[str, Tensor]:
+    """The terms of an objective, as the GPU benchmark trains it."""
+    subject, reference = lens.subject, SubjectReference(lens.subject)
+    objective: Objective = {
+        "gumbel": Gumbel(subject, reference, "reverse", needs_entropy=False),
+        "warm_start": WarmStart(own_share=0.25),
+        "policy_gradient": PolicyGradient(reference, GROUP_SIZE, straight_through=True),
+    }[name]
     with adapters_under_autocast(lens):
-        return objective(lens, lens, read_activations(lens.subject, batch, keep_context=True), Step(0, 0)).terms
+        read = read_activations(subject, batch, keep_context=objective.needs_kl)
+        return objective(lens, lens, read, Step(0, 0)).terms
 
 
 def counted(roots: list[nn.Module], terms: Callable[[], dict[str, Tensor]]) -> OnPaper:
@@ -126,7 +136,8 @@ def counted(roots: list[nn.Module], terms: Callable[[], dict[str, Tensor]]) -> O
     with LiveBytes(nn.ModuleList(roots)) as live, Flops() as flops, Kernels() as kernels:
         with torch.autocast("cpu", torch.bfloat16):
             made = terms()
-        (made["kl"] + 0.1 * made["lm"]).backward()
+        # under the Gumbel objective the squared error is only told
+        torch.stack([term for name, term in made.items() if name != "mse" or "kl" not in made]).sum().backward()
         optimizer.step()
     return OnPaper(live.peak + sum(weights.values()), flops.count, kernels.count)
 
@@ -146,16 +157,16 @@ def as_on_a_gpu(lens: ConsistencyLensModel) -> Iterator[None]:
         yield
 
 
-def on_paper(shape: Shape) -> tuple[OnPaper, float]:
+def on_paper(shape: Shape, objective: str = "gumbel") -> tuple[OnPaper, float]:
     """What a step of a shape takes, and its useful FLOPs."""
     with torch.device("meta"):
         lens = shape.make_lens("meta")
     lens.subject._checked_length = float("inf")  # its check compares numbers, and there are none
-    batch, roots = make_batch(shape, lens), [lens, lens.subject.model]
-    useful = useful_flops(lens, "gumbel", Texts.of(batch, shape.num_text_tokens))
+    batch, roots = make_batch(shape, lens, objective), [lens, lens.subject.model]
+    useful = useful_flops(lens, objective, Texts.of(batch, shape.num_text_tokens), GROUP_SIZE)
     with as_on_a_gpu(lens), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch = faked(mode, roots, batch)
-        return counted(roots, lambda: our_terms(lens, batch)), useful
+        return counted(roots, lambda: our_terms(lens, batch, objective)), useful
 
 
 def make_plan(lens: ConsistencyLensModel) -> SpecStep:
@@ -180,21 +191,29 @@ def main() -> None:
     device = torch.device("cpu")  # whatever there is, it is not used
     for name in sys.argv[1:] or SHAPES:
         shape = SHAPES[name]
-        few = replace(shape, batch=shape.positions)  # of more activations, each takes as many FLOPs, or more padding
-        (step, useful), plan = on_paper(shape), plan_on_paper(few)
-        of = (
-            f"a step of Gumbel training of a lens with adapters over a Llama of the {name} shape, bfloat16, "
-            f"B={shape.batch} S={shape.length} T={shape.num_text_tokens} K={shape.positions}, counted over tensors "
-            "without content"
-        )
-        what = f"bytes of all tensors at once, {of}, {step.kernels:,} kernels, against a device of 80 GB"
-        write_result(f"step_bytes_on_paper_{name}", what, "bytes", step.bytes, DEVICE_BYTES, 1, device)
-        what = f"FLOPs of matrix products, {of}, against the useful ones"
-        write_result(f"step_flops_on_paper_{name}", what, "FLOPs", step.flops, useful, 1, device)
-        what = f"FLOPs of matrix products, {of}, against the plan's with adapters"
-        ours, theirs = step.flops / shape.batch, plan.flops / few.batch
-        name = f"step_flops_vs_reference_on_paper_{name}"
-        write_result(name, what, "FLOPs an activation", ours, theirs, 1, device)
+        for objective in ("gumbel", "warm_start", "policy_gradient"):
+            step, useful = on_paper(shape, objective)
+            what = (
+                f"a {objective} step of a lens with adapters over a Llama of the {name} shape, bfloat16, "
+                f"B={shape.activations(objective)} S={shape.length} T={shape.num_text_tokens} K={shape.positions}, "
+                "counted over tensors without content"
+            )
+            against = f"bytes of all tensors at once, {what}, {step.kernels:,} kernels, against a device of 80 GB"
+            suffix = "" if objective == "gumbel" else f"_{objective}"
+            write_result(f"step_bytes_on_paper_{name}{suffix}", against, "bytes", step.bytes, DEVICE_BYTES, 1, device)
+            if objective == "gumbel":
+                against = f"FLOPs of matrix products, {what}, against the useful ones"
+                write_result(f"step_flops_on_paper_{name}", against, "FLOPs", step.flops, useful, 1, device)
+                measure_plan(shape, step.flops / shape.batch, what, device)
+
+
+def measure_plan(shape: Shape, ours: float, what: str, device: torch.device) -> None:
+    """Writes the FLOPs of an activation in our step and in the plan's."""
+    few = replace(shape, batch=shape.positions)  # of more activations, each takes as many, and padding beside
+    theirs = plan_on_paper(few).flops / few.batch
+    against = f"FLOPs of matrix products, {what}, against the plan's with adapters, B={few.batch} of one sequence"
+    name = f"step_flops_vs_reference_on_paper_{shape.name}"
+    write_result(name, against, "FLOPs an activation", ours, theirs, 1, device)
 
 
 if __name__ == "__main__":

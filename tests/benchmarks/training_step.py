@@ -220,12 +220,18 @@ def measure_share(setting: Setting, device: torch.device) -> None:
     write("kl_share_of_step", what, "of a step", shares["ours"], shares["plan"], setting, device)
 
 
+def check_models(lens: ConsistencyLensModel) -> None:
+    """Has a lens make now what it tries once a process, so that it is not counted as a step's."""
+    lens.subject.check_one_token(2 * LENGTH)
+    lens.decoder.may_attend_in_place(LENGTH)
+
+
 def measure_flops(setting: Setting, device: torch.device) -> None:
     """Writes how many FLOPs of matrix products a step makes for each activation: the same on every machine."""
     lens = setting.make_lens().to(device)
     sides = Sides.of(lens, device)
     for num_positions, suffix in ((1, ""), (8, "_k8"), (1, "_last")):
-        lens.subject.check_one_token(2 * LENGTH)
+        check_models(lens)
         work = sides.steps(make_batch(lens, NUM_COUNTED, num_positions, last=suffix == "_last"))
         counts = {name: flops(step) / NUM_COUNTED for name, step in work.items()}
         what = f"a step's matrix products, layer {setting.layer}, S={LENGTH} T={NUM_TEXT_TOKENS} K={num_positions}"

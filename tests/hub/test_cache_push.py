@@ -14,6 +14,7 @@ from published_caches import REPO, build_caches, built, files_of, layer, push, r
 from consistency_lens.data import cache_parquet
 from consistency_lens.data.activation_cache import ActivationCache, file_hash
 from consistency_lens.data.cache_columns import cache_features
+from consistency_lens.data.cache_folder import CacheWriteError
 from consistency_lens.hub import cache_push
 from consistency_lens.hub.cache_pull import pull_cache
 from consistency_lens.hub_connection import HubError
@@ -196,6 +197,36 @@ def test_what_was_staged_of_another_cache_is_not_taken(hub, layer, tmp_path):
     assert "train-00000-of-00003.parquet" in staged
     table = pq.read_table(tmp_path / "x.parquet").combine_chunks()
     assert table.equals(rows_of(layer / "train").slice(0, len(table)))
+
+
+def test_what_was_staged_of_another_cache_and_cannot_be_removed_is_not_pushed(hub, layer, monkeypatch):
+    push(layer, dry_run=True)
+
+    def deny(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "of another user")
+
+    monkeypatch.setattr(shutil, "rmtree", deny)
+    with pytest.raises(CacheWriteError, match="cannot write to '.*push': of another user"):
+        push(layer, text=False)
+    assert ("dataset", REPO) not in hub.repos or len(hub.dataset(REPO).commits) == 1
+
+
+def test_a_second_push_at_the_same_time_is_refused_and_harms_nothing(hub, layer, monkeypatch):
+    upload, refused = cache_push._upload, []
+
+    def upload_while_another_starts(folder, *arguments):
+        before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+        with pytest.raises(ValueError, match="path: another push is at work in '.*push'; wait for it") as caught:
+            push(layer, dry_run=True)
+        refused.append(str(caught.value))
+        assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+        return upload(folder, *arguments)
+
+    monkeypatch.setattr(cache_push, "_upload", upload_while_another_starts)
+    assert push(layer).commit == hub.dataset(REPO).head.oid
+    assert len(refused) == 1 and "\n" not in refused[0]
+    assert not [path for path in layer.parent.glob(".*.push*") if path.is_dir()]
 
 
 def test_an_upload_that_fails_is_made_up_for_by_the_next(hub, layer):

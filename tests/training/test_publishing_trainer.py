@@ -1,5 +1,7 @@
 """Runs that publish what they train, on a Hub on loopback, by the real client."""
 
+import errno
+import fcntl
 import json
 import logging
 import shutil
@@ -40,6 +42,10 @@ def files(hub, repo=REPO):
     }
 
 
+def staged(run):
+    return {path.name for path in run.glob(".push*") if path.is_dir()}
+
+
 def test_checkpoints_and_the_lens_go_up_and_nothing_else(hub, tmp_path):
     trainer = publishing_run(tmp_path, hub_private_repo=True, hub_strategy="checkpoint")
     run = Path(trainer.args.output_dir)
@@ -57,7 +63,7 @@ def test_checkpoints_and_the_lens_go_up_and_nothing_else(hub, tmp_path):
     assert {path for path in files(hub) if not path.startswith("last-checkpoint/")} == ARTIFACT
     trainer.lens.set_statistics(torch.ones(32), 2.0)
     assert trainer.push_to_hub("The end").oid == repo.head.oid and repo.head.title == "The end"
-    assert not list(run.glob(".push*"))
+    assert staged(run) == set()
     loaded = AutoModel.from_pretrained(REPO, base_model=trainer.lens.subject.model)
     assert all(torch.equal(tensor, tensors(trainer)[name]) for name, tensor in loaded.trained_tensors().items())
 
@@ -164,12 +170,48 @@ def test_what_a_killed_run_has_left_goes_and_what_is_on_its_way_stays(hub, tmp_p
     (run / ".push-2").mkdir()
     with another_process(run / ".push-3"):  # as a training beside this one, which uploads too
         publishing_run(tmp_path)
-        assert {path.name for path in run.glob(".push*") if path.is_dir()} == {".push", ".push-3"}
+        assert staged(run) == {".push", ".push-3"}
         assert (run / ".push-3" / "file").is_file()
     go.set()
     assert job.result().oid == hub.model(REPO).head.oid
     publishing_run(tmp_path)
-    assert not list(run.glob(".push*"))
+    assert staged(run) == set()
+
+
+def test_what_cannot_be_staged_is_a_warning_until_the_end_and_leaves_no_folder(hub, tmp_path, caplog, monkeypatch):
+    trainer = publishing_run(tmp_path, hub_strategy="every_save", max_steps=3)
+    run = Path(trainer.args.output_dir)
+    stage_artifact, places = publishing_trainer.stage_artifact, []
+
+    def stage(folder, staging, model_class):
+        places.append(staging.name)
+        (folder / "metrics.json").write_text('{"fve": NaN}')
+        stage_artifact(folder, staging, model_class)
+
+    monkeypatch.setattr(publishing_trainer, "stage_artifact", stage)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "not uploaded: path: metrics.json has nan as 'fve'" in caplog.text
+    errors = []  # each of them keeps what it has passed through
+    for _ in range(2):
+        with pytest.raises(ValueError, match="metrics.json has nan as 'fve'") as caught:
+            trainer.push_to_hub()
+        errors.append(caught)
+    assert places == [".push"] * 3 and staged(run) == set()
+
+
+def test_a_place_without_locks_is_a_warning_until_the_end(hub, tmp_path, caplog, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (Path(publishing_run(tmp_path).args.output_dir) / ".push").mkdir(parents=True)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(fcntl, "flock", no_locks)
+        trainer = publishing_run(tmp_path, hub_strategy="every_save", max_steps=3)
+        trainer.train()
+    assert f"not uploaded: [Errno {errno.ENOLCK}] No locks available" in caplog.text
+    trainer.push_to_hub()
+    assert files(hub).keys() == ARTIFACT
 
 
 def test_a_repository_that_cannot_be_made_is_told_before_the_training(hub, tmp_path):

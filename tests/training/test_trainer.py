@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from lens_runs import tiny_cache, tiny_lens, tiny_trainer
+from tiny_models import tiny_model
 from transformers import TrainerCallback
 
+from consistency_lens import text_attention
 from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.lens_decoder import LensDecoder
 
@@ -307,6 +309,29 @@ def test_adapters_are_left_to_autocast_in_training(tmp_path, half):
     layer.register_forward_hook(lambda *_: seen.add(layer.cast_input_dtype_enabled))
     trainer.train()
     assert seen == {not half} and layer.cast_input_dtype_enabled
+
+
+def test_texts_of_adapters_over_a_bfloat16_subject_attend_in_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_attention, "_works", {})  # whether the model can is tried in the step itself
+    passes, call = [], text_attention.TextPasses.__call__
+    monkeypatch.setattr(
+        text_attention.TextPasses, "__call__", lambda *args, **how: passes.append(1) or call(*args, **how)
+    )
+    model = tiny_model("llama").bfloat16()
+    trainer = tiny_trainer(
+        tmp_path, model=model, max_steps=1, bf16=True, lens_settings=LORA, stages=["gumbel"], lm_weight="0"
+    )
+    trainer.train()
+    assert list(text_attention._works.values()) == [True]
+    assert len(passes) == 2 + trainer.lens.config.num_text_tokens - 1  # two of the trial
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_what_text_is_held_close_to_keeps_the_way_of_its_adapters(tmp_path, half):
+    trainer = tiny_trainer(tmp_path, max_steps=2, bf16=half, lens_settings=LORA, stages=["warm_start 1s", "gumbel"])
+    trainer.train()
+    layers = [m for m in trainer.lm_reference().decoder.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    assert layers and all(layer.cast_input_dtype_enabled for layer in layers)
 
 
 def test_a_lens_that_bf16_trained_says_the_same_when_it_is_loaded_again(tmp_path):

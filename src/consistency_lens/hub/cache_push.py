@@ -1,18 +1,21 @@
 """Publishing activation caches as a data set on the Hub: parquet, provenance, and a card rendered from both.
 
-The parquet files are staged in `.<name>.push` beside what is pushed. A push that was killed goes on there; a finished
-one removes it. What is staged depends on the cache alone, so a second push of the same cache changes nothing.
+The parquet files are staged in `.<name>.push` beside what is pushed, by one push at a time. One that was killed or has
+failed goes on there; a finished one removes it. What is staged depends on the cache alone, so a second push of the
+same cache changes nothing.
 """
 
 import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from tqdm.auto import tqdm
@@ -31,7 +34,6 @@ from ..public_names import is_path, public_name
 from .artifact_checks import raise_if_failed
 from .cache_card import write_cache_card
 from .card_metadata import check_card_metadata
-from .staging_folder import StagingFolder
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +87,8 @@ def push_cache(
 
     Raises:
         ValueError: for a user's mistake, such as a path without a cache, splits of different subjects or with
-            documents in common, a repository that holds something else or a split that this push would drop, a token
-            that does not do, or a licence or language that the Hub does not know.
+            documents in common, another push of it at work, a repository that holds something else or a split that
+            this push would drop, a token that does not do, or a licence or language that the Hub does not know.
         VerificationError: if a cache does not pass `verify_cache`.
         HubError: if the Hub cannot be reached, or fails.
         CacheWriteError: if the staged files cannot be written.
@@ -108,20 +110,18 @@ def push_cache(
     rows = {split: len(cache) for split, cache in caches.items()}
     url = f"{HfApi().endpoint}/datasets/{repo}"
     place = path.with_name(f".{path.name}.push")
-    with writing(place):
-        staging = StagingFolder(place, keep=True)
-    with staging:
-        folder = stage(caches, staging.path, tokenizer, seen, progress)
+    with _only_push(place):
+        folder = stage(caches, place, tokenizer, seen, progress)
         descriptions = {split: describe_cache(cache, tokenizer, progress=progress) for split, cache in caches.items()}
         published = {split: json.loads((folder / PROVENANCE / f"{split}.json").read_text()) for split in caches}
-        records = {split: _records(staging.path, split) for split in caches}
+        records = {split: _records(place, split) for split in caches}
         features = _features(caches, tokenizer)
         write_cache_card(folder, repo, published, descriptions, records, features, license, list(language))
         check_no_token(folder)
         if dry_run:
             return PushedCache(url, None, rows, folder)
         commit = _upload(folder, repo, revision, f"Activation cache, {sum(rows.values()):,} rows")
-        staging.remove()
+        shutil.rmtree(place, ignore_errors=True)
     return PushedCache(url, commit, rows, None)
 
 
@@ -215,6 +215,18 @@ def seen_in_training(caches: Mapping[str, ActivationCache]) -> list[int] | None:
 # Staging
 
 
+@contextmanager
+def _only_push(place: Path) -> Iterator[None]:
+    """Keeps other pushes out of a staging folder; the system ends the lock of one that is killed."""
+    with writing(place):
+        try:
+            lock = FileLock(place.with_name(f"{place.name}.lock")).acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(f"path: another push is at work in {str(place)!r}; wait for it") from error
+    with lock:
+        yield
+
+
 def stage(
     caches: Mapping[str, ActivationCache],
     staging: Path,
@@ -266,7 +278,8 @@ def _claim(staging: Path, settings: dict[str, Any]) -> None:
     """Makes the folder that of these settings, empty unless it was so before."""
     file = staging / SETTINGS_FILE
     if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != settings:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging.exists():
+            shutil.rmtree(staging)
         write_json(file, settings)
 
 

@@ -68,16 +68,15 @@ class PublishingTrainer(WholeCheckpointTrainer):
         if before is not None and not before.is_done() and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        staging = StagingFolder(self.staging_place)
-        stage_artifact(checkpoint, staging.path, type(self.lens))
-        delete: list[str] = []
+        name = None
         if self.args.hub_strategy in WITH_CHECKPOINTS:
             name = LAST_CHECKPOINT if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            stage_checkpoint(checkpoint, staging.path / name)
-            delete.append(f"{name}/*")  # what another checkpoint under that name had, and this one has not
         message = f"Training in progress, step {self.state.global_step}"
-        job = self.begin_upload(staging, message, delete=delete)
-        job.add_done_callback(tell_failure)
+        try:
+            job = self.begin_upload(checkpoint, message, checkpoint_name=name)
+        except (OSError, ValueError) as error:
+            return tell_failure(error)
+        job.add_done_callback(lambda job: tell_failure(job.exception()))
         if before is None or before.is_done():
             jobs: Any = [job]
             self.push_in_progress = PushInProgress(jobs)
@@ -94,20 +93,47 @@ class PublishingTrainer(WholeCheckpointTrainer):
         """One thread for all uploads, so that an older checkpoint does not land on a newer one."""
         return ThreadPoolExecutor(1)
 
-    def begin_upload(self, staging: StagingFolder, *args: Any, **kwargs: Any) -> Future[CommitInfo]:
-        """As `upload`, in the background, behind those before it; the process waits for it before it ends."""
-        return self.uploads.submit(self.upload, staging, *args, **kwargs)
+    def begin_upload(
+        self,
+        folder: Path,
+        message: str,
+        token: str | None = None,
+        revision: str | None = None,
+        checkpoint_name: str | None = None,
+    ) -> Future[CommitInfo]:
+        """Stages an artifact, and uploads it in the background; the process waits for it before it ends.
 
-    def upload(self, staging: StagingFolder, message: str, token: str | None = None, **arguments: Any) -> CommitInfo:
+        Args:
+            folder: of the artifact.
+            checkpoint_name: folder in the repository for all that `folder` holds; None: the artifact alone.
+
+        Raises:
+            OSError, ValueError: if it cannot be staged.
+        """
+        staging = StagingFolder(self.staging_place)
+        delete: list[str] = []
+        try:
+            stage_artifact(folder, staging.path, type(self.lens))
+            if checkpoint_name is not None:
+                stage_checkpoint(folder, staging.path / checkpoint_name)
+                delete.append(f"{checkpoint_name}/*")  # what another one under that name had, and this one has not
+            return self.uploads.submit(self.upload, staging, message, token, revision, delete)
+        except BaseException:
+            staging.remove()
+            raise
+
+    def upload(
+        self, staging: StagingFolder, message: str, token: str | None, revision: str | None, delete: list[str]
+    ) -> CommitInfo:
         """Uploads a staged folder and removes it."""
         token = token or self.args.hub_token
-        revision = arguments.pop("revision", None) or self.args.hub_revision
+        revision = revision or self.args.hub_revision
         repo_id = str(self.hub_model_id)
         try:
             # of these very weights; written last, for transformers and PEFT have cards of their own
             write_lens_card(staging.path, repo_id, revision=revision)
             return commit_folder(
-                staging.path, repo_id, commit_message=message, token=token, revision=revision, **arguments
+                staging.path, repo_id, commit_message=message, token=token, revision=revision, delete=delete
             )
         finally:
             staging.remove()
@@ -147,9 +173,8 @@ class PublishingTrainer(WholeCheckpointTrainer):
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
-        staging = StagingFolder(self.staging_place)
-        stage_artifact(Path(str(self.args.output_dir)), staging.path, type(self.lens))
-        job = self.begin_upload(staging, commit_message or "End of training", token, revision=revision)
+        folder = Path(str(self.args.output_dir))
+        job = self.begin_upload(folder, commit_message or "End of training", token, revision)
         return job.result() if blocking else job
 
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
@@ -179,8 +204,7 @@ def stage_checkpoint(checkpoint: Path, staging: Path) -> None:
             link_or_copy(file, target)
 
 
-def tell_failure(job: Future[CommitInfo]) -> None:
-    """Warns of an upload that has failed in the background."""
-    error = job.exception()
+def tell_failure(error: BaseException | None) -> None:
+    """Warns of a checkpoint that could not be uploaded."""
     if error is not None:
         logger.warning("not uploaded: %s; the next checkpoint, or the end of the training, will be", first_line(error))

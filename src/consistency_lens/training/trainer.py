@@ -250,8 +250,9 @@ class ConsistencyLensTrainer(ControlledTrainer):
         number, timetable = self.state.global_step, self.timetable()
         step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
+        objective = self.current_objective()  # made first, for it may copy the decoder, whose adapters are as always
         with span("losses"), self.weights.autocast(), adapters_under_autocast(self.lens):
-            losses = self.current_objective()(model, self.lens, inputs, step)
+            losses = objective(model, self.lens, inputs, step)
         weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
         if model.training:
