@@ -1,5 +1,5 @@
-"""How many FLOPs of matrix products something makes, 2 m n k each, as torch counts them, and those of attention on a
-CPU, which torch leaves out."""
+"""How many FLOPs of matrix products something makes, 2 m n k each, as torch counts them: without the attention of a
+CPU, unless it is asked for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,20 +30,21 @@ ON_A_CPU = {
 class Flops(TorchDispatchMode):
     """Counts them in `count`. torch's `FlopCounterMode` also follows modules, which fails on some backward passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_attention: bool = False) -> None:
         super().__init__()
+        self.formulas = {**flop_registry, **(ON_A_CPU if with_attention else {})}
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        formula = ON_A_CPU.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
             self.count += formula(*args, **(kwargs or {}), out_val=output)
         return output
 
 
-def flops(work: Callable[[], Any]) -> int:
+def flops(work: Callable[[], Any], with_attention: bool = False) -> int:
     """What `work` makes."""
-    with Flops() as counted:
+    with Flops(with_attention) as counted:
         work()
     return counted.count

@@ -68,7 +68,7 @@ def made(lens, objective, batch, read=True):
         terms = objective(lens, lens, given, Step(0, 0)).terms
         sum(term for name, term in terms.items() if name != "mse" or not objective.needs_kl).backward()
 
-    return flops(step)
+    return flops(step, with_attention=True)
 
 
 def parts_of(step_flops, shape, lens, name, batch):
@@ -83,9 +83,12 @@ def test_what_a_token_takes_is_what_the_blocks_make(step_flops, shape, clones):
     embeddings = torch.randn(batch, length, width, dtype=base.dtype, requires_grad=True)
     outputs = []
     token = step_flops.through(blocks, width, length)  # the keys that a mask hides are multiplied, too
-    forward = flops(lambda: outputs.append(base.get_decoder()(inputs_embeds=embeddings).last_hidden_state))
-    assert forward == batch * length * token.forward
-    assert flops(lambda: outputs[0].sum().backward()) == batch * length * token.backward
+
+    def run():
+        outputs.append(base.get_decoder()(inputs_embeds=embeddings).last_hidden_state)
+
+    assert flops(run, with_attention=True) == batch * length * token.forward
+    assert flops(lambda: outputs[0].sum().backward(), with_attention=True) == batch * length * token.backward
 
 
 @CLONES

@@ -208,3 +208,13 @@ def test_it_is_for_a_cpu_unless_it_is_asked_for(monkeypatch, wanted, device, exp
     assert decoder.may_attend_in_place(8) == expected
     with torch.no_grad():
         assert not decoder.may_attend_in_place(8)
+
+
+def test_the_trial_of_a_model_draws_nothing_and_is_not_misled_by_dropout(monkeypatch):
+    monkeypatch.setattr(text_attention, "_works", {})
+    lora = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "lora_dropout": 0.5}
+    decoder = disturb(tiny_lens("llama", "lora", lora=lora), scale=0.5).decoder.train()
+    modes, state = [module.training for module in decoder.modules()], torch.get_rng_state()
+    assert decoder.may_attend_in_place(8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in decoder.modules()] == modes

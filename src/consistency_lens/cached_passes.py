@@ -100,6 +100,18 @@ def without_checkpoints(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts `model` in eval mode, and each of its modules back into the mode that it was in."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
 class PromptCache(NamedTuple):
     """What all rows begin with, after it has run.
 

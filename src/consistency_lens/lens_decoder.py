@@ -362,18 +362,6 @@ class LensDecoder(LensClone):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts `model` in eval mode, and each of its modules back into the mode that it was in."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
-
-
-@contextmanager
 def overwritten_input(block: nn.Module, slot: int, vector: Tensor) -> Iterator[None]:
     """Replaces the input of `block` at index `slot` by `vector` (B, d).
 

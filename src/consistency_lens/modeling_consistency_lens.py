@@ -2,8 +2,8 @@
 
 Every tensor is used inside `ConsistencyLensModel.forward`, so DDP, FSDP and DeepSpeed see every gradient, and a lens
 whose weights are spread over processes gathers them for every use. The soft path (`noise_keys`) generates a text with
-straight-through gradients and reconstructs from it; the teacher-forced path (`text_ids`) scores given tokens and
-reconstructs from them; `decode_ids` and `read_ids` take one half of the way.
+straight-through gradients, the teacher-forced path (`text_ids`) scores a given one; both reconstruct from the text,
+and `decode_ids` and `read_ids` take one half of the way.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .artifact_subject import load_subject
+from .cached_passes import evaluating
 from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
 from .explanation import Explanation, explain_text, text_ids
 from .lens_artifact import TrainedTensorsModel
 from .lens_clone import encode_prompt
-from .lens_decoder import LensDecoder, SoftText, evaluating
+from .lens_decoder import LensDecoder, SoftText
 from .lens_encoder import LensEncoder
 from .residual_stream import ResidualStream
 from .spans import span
@@ -323,8 +324,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
     ) -> Tensor:
         """The token ids (B, T) that `decode` turns into strings; `chunk_size`: rows of logits held at a time."""
         settings = {"num_text_tokens": num_text_tokens, "noise_keys": keys, "temperature": temperature}
-        # in train mode gradient checkpointing would cost the cache
-        with in_turn(self.decoder), evaluating(self.decoder):
+        with in_turn(self.decoder), evaluating(self.decoder):  # gradient checkpointing would cost the cache
             return cast(Tensor, self(activations, sample=True, chunk_size=chunk_size, **settings).text_ids)
 
     @torch.no_grad()

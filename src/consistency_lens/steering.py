@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from .cached_passes import evaluating
 from .explanation import format_top, from_start, printed, text_ids, top_tokens
-from .lens_decoder import evaluating
 from .losses import kl_divergence
 
 if TYPE_CHECKING:

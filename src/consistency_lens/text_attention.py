@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from .attention import attending_by
-from .cached_passes import Pass, keys_and_values, without_checkpoints
+from .cached_passes import Pass, evaluating, keys_and_values, without_checkpoints
 from .context_cache import beside
 from .summed_gradient import BackwardSum
 
@@ -94,7 +94,8 @@ def _is_right(model: PreTrainedModel) -> bool:
 
     # what is float32 is compared in float32; in half precision, adapters may need the autocast that is on
     exact = torch.autocast(weight.device.type, enabled=False) if model.dtype == torch.float32 else nullcontext()
-    with without_checkpoints(model), exact:
+    # dropout would make two things of one, and draw numbers that a run that is resumed does not draw again
+    with evaluating(model), without_checkpoints(model), exact:
         expected, past = run(embeddings, DynamicCache()), DynamicCache()
         run(embeddings[:, :2], past)
         text = TextPasses(run, model, past, room=2)

@@ -19,10 +19,10 @@ END = (
     "activation under policy gradient. In place: eager, with one buffer of keys and values for the tokens of a text "
     "(`LensDecoder.attends_in_place`). Useful TFLOP: 10^12 FLOPs of the matrix products that a device's step cannot "
     "do without, forward and backward; what is made twice, such as a drawn text that is then scored, padding and "
-    "prompts do not count (`tests/benchmarks/step_flops.py` has the count). MFU: these over the step's seconds times "
-    "the device's dense bfloat16 peak. The plan's step (`spec_reference.py`), with adapters where ours has them, ran in "
-    "turn with ours, with as many activations or half of them, a quarter and so on until they fit; the ratio is of "
-    "activations a second."
+    "prompts do not count (`tests/benchmarks/step_flops.py` has the count). MFU: these over the step's seconds "
+    "times the device's dense bfloat16 peak. The plan's step (`spec_reference.py`), with adapters where ours has "
+    "them, ran in turn with ours, with as many activations or half of them, a quarter and so on until they fit; the "
+    "ratio is of activations a second."
 )
 
 

@@ -133,7 +133,7 @@ def counted(roots: list[nn.Module], terms: Callable[[], dict[str, Tensor]]) -> O
     trained = [parameter for parameter in roots[0].parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     weights = {id(t.untyped_storage()): t.untyped_storage().nbytes() for root in roots for t in tensors_of(root)}
-    with LiveBytes(nn.ModuleList(roots)) as live, Flops() as flops, Kernels() as kernels:
+    with LiveBytes(nn.ModuleList(roots)) as live, Flops(with_attention=True) as flops, Kernels() as kernels:
         with torch.autocast("cpu", torch.bfloat16):
             made = terms()
         # under the Gumbel objective the squared error is only told

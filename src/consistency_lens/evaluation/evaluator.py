@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
+from ..cached_passes import evaluating
 from ..data.activation_source import Rows, rows_at
 from ..data.collator import ActivationCollator
-from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .ablation import ablation

@@ -20,12 +20,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..atomic_write import atomic_file, write_json, write_text
-from ..cached_passes import cost_on
+from ..cached_passes import cost_on, evaluating
 from ..data.activation_source import Rows
 from ..data.passes_by_length import PassesByLength
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..fingerprints import tensors_hash
-from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .evaluated import judge_places

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..atomic_write import write_text
+from ..cached_passes import evaluating
 from ..data.activation_source import Rows, rows_at
 from ..data.collator import ActivationCollator
 from ..explanation import top_tokens
-from ..lens_decoder import evaluating
 from ..losses import kl_divergence
 from ..modeling_consistency_lens import ConsistencyLensModel
 from .evaluated import Batch, judge

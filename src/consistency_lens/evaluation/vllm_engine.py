@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..cached_passes import evaluating
 from ..fingerprints import tensors_hash
 from ..lens_clone import clone_subject
-from ..lens_decoder import LensDecoder, evaluating
+from ..lens_decoder import LensDecoder
 from ..modeling_consistency_lens import ConsistencyLensModel, DecodedText
 from ..optional_packages import require
 from ..quantised import is_quantised

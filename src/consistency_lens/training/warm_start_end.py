@@ -8,8 +8,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..cached_passes import evaluating
 from ..evaluation.metrics import fve
-from ..lens_decoder import evaluating
 from ..modeling_consistency_lens import ConsistencyLensModel
 
 # Held-out activations that are read at each check, at most.
