@@ -21,8 +21,8 @@ NAMES = (
     "straight_through_memory", "table_product", "logits_in_chunks_flops", "logits_in_chunks_memory",
     "logits_in_chunks_flops_tiny_stories", "logits_in_chunks_memory_tiny_stories", "shared_weights_memory",
     "explain_batched", "explain_vs_generate", "cache_vs_plain_loop", "cache_vs_bare_forward",
-    "step_bytes_on_paper_1b", "step_bytes_on_paper_1b_warm_start", "step_bytes_on_paper_1b_policy_gradient",
-    "step_bytes_on_paper_7b", "step_bytes_on_paper_7b_warm_start", "step_bytes_on_paper_7b_policy_gradient",
+    "step_bytes_on_paper_1b", "step_bytes_on_paper_1b_policy_gradient",
+    "step_bytes_on_paper_7b", "step_bytes_on_paper_7b_policy_gradient",
     "step_flops_on_paper_1b", "step_flops_on_paper_7b",
     "step_flops_vs_reference_on_paper_1b", "step_flops_vs_reference_on_paper_7b",
 )  # fmt: skip

@@ -13,7 +13,8 @@ _plain: ContextVar[bool] = ContextVar("plain", default=False)
 @contextmanager
 def plain_arithmetic(plain: bool = True) -> Iterator[None]:
     """Inside the `with` block, the losses over the vocabulary, the straight-through embedding and the products with
-    its tables go the plain way, or with `plain=False` the fast one. What has run in it is differentiated likewise."""
+    its tables go the plain way, or with `plain=False` the fast one, and adapters under autocast get their inputs as
+    PEFT gives them. What has run in it is differentiated likewise."""
     token = _plain.set(plain)
     try:
         yield

@@ -119,9 +119,10 @@ class WarmStart:
         mse = normalised_mse(activations, output.reconstruction, lens.rms)
         cross_entropy = masked_mean(-output.token_values["log_probability"], tails.mask)
         terms = {"ce": cross_entropy.mean(), "mse": mse.mean()}
+        # not by selecting rows, for which the device would have to say how many they are
         metrics = {
-            "mse_true_text": mse[~own].sum() / (~own).sum().clamp(min=1),
-            "mse_own_text": mse[own].sum() / own.sum().clamp(min=1),
+            "mse_true_text": mse.masked_fill(own, 0).sum() / (~own).sum().clamp(min=1),
+            "mse_own_text": mse.masked_fill(~own, 0).sum() / own.sum().clamp(min=1),
         }
         return Losses(terms, metrics)
 
