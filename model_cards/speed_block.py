@@ -33,7 +33,8 @@ def quantity(value: float, unit: str) -> str:
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
     if unit.startswith("FLOPs"):
-        return f"{value / 1e9:.3g} GFLOP{unit.removeprefix('FLOPs')}"
+        count = f"{value / 1e12:.3g} TFLOP" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP"
+        return count + unit.removeprefix("FLOPs")
     return f"{value:.1%}" if unit == "of a step" else f"{value:.3g} {unit}"
 
 
