@@ -92,6 +92,16 @@ def test_a_case_that_does_not_fit_keeps_no_other_back(gpu_step, monkeypatch, tmp
         gpu_step.main(tiny)
 
 
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one(gpu_step, monkeypatch, tmp_path):
+    def measure(*_case):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_step, "measure", measure)
+    with pytest.raises(RuntimeError, match="illegal"):
+        gpu_step.main(["--tiny", str(tmp_path), "--modes", "eager"])
+    assert gpu_step.is_of_memory(RuntimeError("CUDA error: out of memory"))
+
+
 def test_too_few_steps_before_those_that_count_are_refused(gpu_step, capsys):
     with pytest.raises(SystemExit):
         gpu_step.main(["--warmup", "1"])

@@ -40,10 +40,17 @@ from spec_reference import SpecStep  # noqa: E402
 from step_flops import Texts, useful_flops  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+from consistency_lens.data.collator import ActivationCollator  # noqa: E402
+from consistency_lens.data.on_the_fly import ContextRows, read_activations  # noqa: E402
+from consistency_lens.lens_clone import adapters_under_autocast  # noqa: E402
+from consistency_lens.training.arguments import ConsistencyLensTrainingArguments  # noqa: E402
+from consistency_lens.training.callbacks import peak_memory_bytes  # noqa: E402
+from consistency_lens.training.dry_run import launched_strategy  # noqa: E402
+from consistency_lens.training.trainer import ConsistencyLensTrainer  # noqa: E402
+
 OBJECTIVES, MODES = ("gumbel", "warm_start", "policy_gradient"), ("eager", "in_place", "compile")
 LM_WEIGHT, LEARNING_RATE = 0.1, 1e-4
 PASS = 32  # contexts that are read at a time for the plan's rows
-NO_ROOM = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 # Dense bfloat16 FLOPs a second, as the makers state them; the longest name that a device's begins with counts.
 PEAKS = {
     "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
@@ -77,14 +84,14 @@ class Opponent:
         reset_peak(self.device)
         try:
             self.step()
-        except NO_ROOM:
+        except RuntimeError as error:
+            if not is_of_memory(error):
+                raise
             self.optimizer.zero_grad()
             return False
         return True
 
     def step(self) -> None:
-        from consistency_lens.lens_clone import adapters_under_autocast
-
         with torch.autocast(self.device.type, torch.bfloat16), adapters_under_autocast(self.plan):
             terms = self.plan({name: values[: self.batch] for name, values in self.rows.items()})
         (terms["kl"] + LM_WEIGHT * terms["lm"]).backward()
@@ -130,6 +137,11 @@ class Rounds(TrainerCallback):
                 self.opponent = self.make_opponent()
 
 
+def is_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no room, which torch tells in more than one way."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 def now(device: torch.device) -> float:
     """The time when the device has done all that it was given."""
     if device.type == "cuda":
@@ -139,8 +151,6 @@ def now(device: torch.device) -> float:
 
 def allocated(device: torch.device, most: bool = False) -> int:
     """Bytes of tensors on a GPU, now or the `most` since `reset_peak`; of a process, the most that it ever had."""
-    from consistency_lens.training.callbacks import peak_memory_bytes
-
     return torch.cuda.memory_allocated(device) if device.type == "cuda" and not most else peak_memory_bytes(device)
 
 
@@ -158,9 +168,6 @@ def reset_peak(device: torch.device) -> None:
 
 def read_rows(source: Any, lens: Any, shape: Shape, count: int) -> dict[str, torch.Tensor]:
     """The first rows of a source with their activations, each with a context of its own, as the plan reads them."""
-    from consistency_lens.data.collator import ActivationCollator
-    from consistency_lens.data.on_the_fly import ContextRows, read_activations
-
     collator = ActivationCollator(0, shape.num_text_tokens, bos_token_id=1)
     rows = collator([ContextRows(source)[index] for index in range(count)])
     on_device = {name: values.to(lens.device) for name, values in rows.items()}
@@ -174,11 +181,6 @@ def read_rows(source: Any, lens: Any, shape: Shape, count: int) -> dict[str, tor
 
 def measure(options: argparse.Namespace, shape: Shape, objective: str, mode: str) -> dict[str, Any]:
     """Trains for a few steps and returns what they took."""
-    from consistency_lens.data.collator import ActivationCollator
-    from consistency_lens.data.on_the_fly import ContextRows
-    from consistency_lens.training.arguments import ConsistencyLensTrainingArguments
-    from consistency_lens.training.trainer import ConsistencyLensTrainer
-
     batch, steps = options.batch or shape.activations(objective), options.warmup + options.steps
     args = ConsistencyLensTrainingArguments(
         output_dir=str(options.results / "run"), stages=[objective], max_steps=steps, bf16=True,
@@ -213,8 +215,6 @@ def result_of(
     options: argparse.Namespace, shape: Shape, objective: str, mode: str, args: Any, rounds: Rounds, flops: float
 ) -> dict[str, Any]:
     """What was measured, as it is written."""
-    from consistency_lens.training.dry_run import launched_strategy
-
     taken, peak = statistics.median(rounds.all_seconds), peak_of(args.device)
     strategy = launched_strategy(args.world_size)
     settings = {
@@ -224,7 +224,7 @@ def result_of(
     }  # fmt: skip
     result = {
         "name": f"gpu_step_{case_name(shape, objective, mode)}_{options.clones}_{strategy.replace(' ', '_')}"
-        f"_{args.world_size}",
+        f"_{args.world_size}_B{args.per_device_train_batch_size}",
         "unit": "seconds",
         "seconds": taken,
         "all_seconds": rounds.all_seconds,
@@ -341,8 +341,8 @@ def main(argv: list[str] | None = None) -> int:
         make_room()
         try:
             write(options, measure(options, *case))
-        except NO_ROOM as error:
-            if num_processes() > 1:  # the others are waiting for this one
+        except RuntimeError as error:
+            if not is_of_memory(error) or num_processes() > 1:  # whose others wait for this one
                 raise
             sys.stderr.write(f"gpu_step: {case_name(*case)} does not fit: {str(error).splitlines()[0]}\n")
             code = 1

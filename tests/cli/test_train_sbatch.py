@@ -137,6 +137,19 @@ def test_a_job_whose_time_is_nearly_up_saves_and_goes_back_into_the_queue(start,
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["interrupted.json"]
 
 
+def test_a_training_that_begins_to_listen_while_its_children_are_looked_up_is_told_itself(start, tmp_path):
+    calls = tmp_path / "calls"
+    slow = tmp_path / "bin" / "cat"
+    slow.write_text('#!/bin/bash\nwhile [[ ! -e $CALLS/listens0 ]]; do /bin/sleep 0.05; done\nexec /bin/cat "$@"\n')
+    slow.chmod(0o755)
+    job = start(LOADING="1")
+    wait_for(calls / "argv0")
+    job.send_signal(signal.SIGUSR1)
+    output = job.communicate(timeout=60)[0]
+    assert (calls / "saved0").exists(), output
+    assert not (calls / "loader_told").exists()
+
+
 def test_a_job_that_was_requeued_goes_on_from_its_checkpoint(start, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "interrupted.json").write_text("{}")
