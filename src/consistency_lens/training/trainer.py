@@ -144,7 +144,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         )
 
     def objective_at(self, index: int) -> Objective:
-        """The objective of a stage, made when first needed; a Gumbel stage takes its reference then."""
+        """The objective of a stage, made when first needed; what its text is held close to is taken then."""
         if index not in self._objectives:
             name = self.args.parsed_stages()[index].objective
             reference = None if name == "warm_start" else self.lm_reference()
