@@ -125,12 +125,13 @@ class LensDecoder(LensClone):
         before the slot runs once a row, and not once; the reference for tests.
 
         Raises:
-            ValueError: if there are no activations.
+            ValueError: if activations or texts are missing, or there are none of them.
         """
         if states is not None:
             with in_turn(self):
                 return head_logits(self.base, states)
-        assert activations is not None and text_ids is not None
+        if activations is None or text_ids is None:
+            raise ValueError("forward: needs both activations (B, d) and text_ids (B, T), or states (n, d) alone")
         if len(activations) == 0:
             raise ValueError(NO_ACTIVATIONS)
         with in_turn(self):
