@@ -277,7 +277,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self._counts[name] = self._counts[name] + count
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Counts the samples and tokens of a batch, for the speed that `log` reports."""
+        """Counts the samples of a batch, and the tokens of their contexts and T for the text of each, for the speed
+        that `log` reports."""
         samples, tokens, since = self._since
         # padding counts: it is what the machine works on, and counting real tokens would sync with the device
         passes = inputs.get("context_passes", [tuple(inputs["input_ids"].shape)])
