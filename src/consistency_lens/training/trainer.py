@@ -23,6 +23,7 @@ from ..data.row_order import LengthGroups, MatesSampler, TogetherSampler, WithMa
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel
+from ..rounded_weights import weights_rounded_once
 from ..spans import span
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
@@ -253,7 +254,8 @@ class ConsistencyLensTrainer(ControlledTrainer):
         step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
         objective = self.current_objective()  # made first, for it may copy the decoder, whose adapters are as always
-        with span("losses"), self.weights.autocast(), adapters_at_once(self.lens):
+        as_one, once = adapters_at_once(self.lens), weights_rounded_once(self.lens)
+        with span("losses"), self.weights.autocast(), as_one, once:
             losses = objective(model, self.lens, inputs, step)
         weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
