@@ -109,7 +109,7 @@ def sampled_corpus(
             lock = FileLock(path.with_name(f".{path.name}.lock")).acquire(blocking=False)
         except Timeout as error:
             raise ValueError(
-                f"cache_dir: another run is writing documents in {str(folder)!r}; wait for it, stop it, or pass another"
+                f"cache_dir: another run is writing documents in {str(folder)!r}; wait for it, or pass another"
             ) from error
         with lock:
             write_samples(reader, num_documents, max_length, path, seed)

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from ..atomic_write import check_writable
 from ..configuration_consistency_lens import ConsistencyLensConfig
 from ..data.collator import ActivationCollator
 from ..data.sources import CACHE, ON_THE_FLY, Reader, SourceArguments, SplitRows, cache_folder, open_rows
+from ..data.subject_loading import DTYPES
 from ..hub.lens_card import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..own_subject import check_known, is_known
 from .arguments import CHECKS, EvaluationArguments
 from .evaluator import Evaluator, write_metrics
 from .samples import Sample, collect_samples, write_samples
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -139,14 +139,11 @@ def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> 
     """Where the figures go: the lens's own folder for a whole evaluation, one inside it for a part of one.
 
     Raises:
-        ValueError: if it cannot be made.
+        ValueError: if it cannot be made, or written to.
     """
     whole = evaluation.controls is None and set(evaluation.checks) == set(CHECKS)
     folder = Path(args.output_dir) if args.output_dir else Path(args.lens) / ("" if whole else "evaluation")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); pass another") from error
+    check_writable(folder, "output_dir")
     return folder
 
 
@@ -267,7 +264,7 @@ def cache_of_training(args: SavedLensArguments, lens: ConsistencyLensModel) -> P
 
 
 def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: ConsistencyLensModel) -> SplitRows:
-    """The rows that the lens is measured on, checked against it.
+    """The rows that the lens is measured on, checked against it; nothing is being loaded any more.
 
     Raises:
         ValueError: if they are not to be found, have another subject, layer or width (with both values), or if rows
@@ -295,6 +292,7 @@ def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: Consi
             "activations: the dataset of the training was split already, so what was held out of unsplit ones is not "
             "known; pass a folder with train and validation"
         )
+    rows.close()  # of what was trained on, no more is read than is in memory by now
     return rows
 
 

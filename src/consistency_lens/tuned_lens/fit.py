@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
 from ..checkpoints.run_folder import sole_training
+from ..data.activation_cache import file_hash
 from ..data.subject_loading import LoadedSubject, check_loading, load_subject_and_tokenizer
 from ..fingerprints import tokenizer_hash, weights_hash
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
@@ -29,7 +29,6 @@ from .configuration_tuned_lens import default_rank
 from .fit_arguments import AUTO, FULL, FitArguments, TunedLensTrainingArguments
 from .fit_folder import (
     BLOCKS_FOLDER,
-    METRICS_FILE,
     RIDGE_FOLDER,
     SETTINGS_FILE,
     check_folder,
@@ -41,7 +40,7 @@ from .fit_folder import (
 )
 from .fitter import TunedLensFitter, check_rows
 from .held_out import LENSES
-from .lens_places import default_folder
+from .lens_places import METRICS_FILE, default_folder
 from .modeling_tuned_lens import TunedLens
 from .provenance import provenance_of
 from .readout import Readout, check_head
@@ -260,8 +259,8 @@ class _Fit:
         provenance, lens.provenance = lens.provenance, None
         lens.save_pretrained(self.folder)
         write_json(self.folder / METRICS_FILE, metrics)
-        digest = sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-        lens.provenance = {**(provenance or {}), "sha256": {WEIGHTS_FILE: digest}}
+        digests = {WEIGHTS_FILE: file_hash(self.folder / WEIGHTS_FILE)}
+        lens.provenance = {**(provenance or {}), "sha256": digests}
         write_json(self.folder / PROVENANCE_FILE, lens.provenance)
         remove_work(self.folder)
 
