@@ -105,15 +105,16 @@ def sampled_corpus(
     path = folder / f"corpus-{settings}"
     if (state is None or state.is_main_process) and not path.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
+        lock_file = path.with_name(f".{path.name}.lock")
         try:
-            lock = FileLock(path.with_name(f".{path.name}.lock")).acquire(blocking=False)
+            lock = FileLock(lock_file).acquire(blocking=False)
         except Timeout as error:
             raise ValueError(
                 f"cache_dir: another run is writing documents in {str(folder)!r}; wait for it, or pass another"
             ) from error
         with lock:
             write_samples(reader, num_documents, max_length, path, seed)
-            Path(lock.lock_file).unlink(missing_ok=True)
+            lock_file.unlink(missing_ok=True)
     if state is not None:
         state.wait_for_everyone()
     return Corpus(f"samples of {reader.name}", None, {WHOLE: load_from_disk(path)})

@@ -15,12 +15,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(console: "Console") -> None:
         from dataclasses import asdict
 
-        from ...atomic_write import check_writable, write_json
+        from ...atomic_write import write_json
         from ...tuned_lens.evaluation import EvaluationArguments, evaluate_tuned_lens
         from .tables import kl_table
 
         (args,) = parse_arguments((EvaluationArguments,), argv, "tuned-lens eval")
-        check_writable(args.folder, "output_dir")
         metrics = evaluate_tuned_lens(args)
         write_json(args.folder / "metrics.json", metrics)
         write_json(args.folder / "arguments.json", asdict(args))

@@ -70,8 +70,8 @@ def sweep_and_show(args: SweepArguments, console: "Console") -> None:
     suite = read_suite(args.suite) if args.prompt is None else suite_of_texts(args.prompt)
     suite_name = args.suite if args.prompt is None else "command line"
     folder = Path(args.output_dir or Path("outputs", "sweeps", clean_name(args.model)))
-    check_writable(folder, "output_dir")
     opened = open_lens(lens_folder, args.model, args.revision, args.dtype, args.device)
+    check_writable(folder, "output_dir")
     run = sweep(
         opened.lens,
         opened.subject,
