@@ -5,13 +5,25 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_lenses import INJECTED, LAYER, LORA_TARGETS, activations, disturb, keys, tiny_lens, tiny_tokenizer, trainable
+from tiny_lenses import (
+    INJECTED,
+    LAYER,
+    LORA_TARGETS,
+    activations,
+    disturb,
+    gradients,
+    keys,
+    tiny_lens,
+    tiny_tokenizer,
+    trainable,
+)
 from tiny_models import FAMILIES, WIDTH, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -146,6 +158,16 @@ class TestLora:
         pytest.importorskip("peft")
         with pytest.raises(ValueError, match=message):
             tiny_lens("gpt2", "lora", lora=settings)
+
+    @pytest.mark.parametrize("family", ["llama4", "gpt2", "opt_350m"])
+    def test_adapters_on_all_linear_layers_leave_routers_out_and_do_not_warn(self, family):
+        pytest.importorskip("peft")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lens = tiny_lens(family, "lora", lora={"r": 2, "target_modules": "all-linear"})
+        assert not any("router" in name for name in trainable(lens))
+        output = lens(activations(), noise_keys=keys())
+        assert output.reconstruction.requires_grad and len(gradients(output.reconstruction.sum(), lens)) > 10
 
     def test_without_peft_the_error_names_the_extra(self, monkeypatch):
         real = importlib.import_module

@@ -39,8 +39,8 @@ def tiny_lens(
         arguments: of `ConsistencyLensModel.from_subject`.
     """
     torch.manual_seed(0)
-    if training == "lora":
-        arguments.setdefault("lora", {"r": 2, "lora_alpha": 4, "target_modules": LORA_TARGETS[family]})
+    if training == "lora" and "lora" not in arguments:
+        arguments["lora"] = {"r": 2, "lora_alpha": 4, "target_modules": LORA_TARGETS[family]}
     arguments = {"layer": LAYER, "num_text_tokens": NUM_TEXT_TOKENS, **arguments}
     lens = ConsistencyLensModel.from_subject(
         tiny_model(family, **(model or {})), tiny_tokenizer(), training=training, **arguments

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .modeling_consistency_lens import ConsistencyLensModel
 
 TOP_K = 3
+CONTROL_CHARACTERS = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))} | {ord("\n"): "⏎"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Explanation(Sequence):
             table.add_row(
                 str(row.position),
                 repr(row.token),
-                row.text.strip().replace("\n", "⏎"),
+                one_line(row.text),
                 f"{row.fve:.2f}",
                 f"{row.kl:.2f}",
                 format_top(row.top_before),
@@ -112,9 +113,17 @@ def printed(table: Table) -> str:
     return stream.getvalue()
 
 
+def one_line(text: str) -> str:
+    """A text without the space about it, its line breaks as ⏎, and other control characters as escapes.
+
+    A model that writes bytes may write those that a terminal takes for commands.
+    """
+    return text.strip().translate(CONTROL_CHARACTERS)
+
+
 def format_top(top: list[tuple[str, float]]) -> str:
     """`the 41% · a 12%`: tokens with their probabilities."""
-    return " · ".join(f"{token.strip() or repr(token)} {probability:.0%}" for token, probability in top)
+    return " · ".join(f"{one_line(token) or repr(token)} {probability:.0%}" for token, probability in top)
 
 
 def top_tokens(logits: Tensor, tokenizer: PreTrainedTokenizerBase, k: int = TOP_K) -> list[list[tuple[str, float]]]:

@@ -1,8 +1,11 @@
 """What decoder and encoder share: clones of the subject that copy no frozen weights, their prompts and statistics."""
 
 import copy
+import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, cast
@@ -12,13 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import leave_flash
-from .cached_passes import checkpointed_modules
+from .cached_passes import checkpointed_modules, keeps_keys_and_values
 from .lens_artifact import TrainedTensorsModel
 from .optional_packages import require
 from .plain_arithmetic import is_plain
 from .quantised import is_quantised, state_beside_weights
 from .straight_through import straight_through_embeddings
 from .summed_gradient import SummedGradient
+
+logger = logging.getLogger(__name__)
 
 
 def clone_subject(model: PreTrainedModel, share_weights: bool) -> PreTrainedModel:
@@ -100,8 +105,19 @@ def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> None:
             blocks and head: the clone's own tensors are shared with the subject, which must not move.
     """
     peft = require("peft", extra="lora", needed_for="training='lora'")
+    # A router gives a tuple, which an adapter cannot add to (Llama 4, Phi-3.5-MoE); to PEFT it is a linear layer.
+    routers = [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).__name__.endswith("Router")
+    ]
+    if routers:
+        lora = {"exclude_modules": routers} | lora
     try:
-        peft.inject_adapter_in_model(peft.LoraConfig(**lora), model, adapter_name="lens")
+        with warnings.catch_warnings():
+            # of settings that PEFT makes up and mends by itself: for GPT-2's layers, and for experts in one tensor
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out is set to|The following (rank|alpha)_pattern keys"
+            )
+            peft.inject_adapter_in_model(peft.LoraConfig(**lora), model, adapter_name="lens")
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: PEFT refuses {lora}: {error}") from error
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -177,6 +193,18 @@ class LensClone(TrainedTensorsModel):
                 nn.Parameter(lookup(self.token_embedding, token_ids).detach().float().clone()) if trainable else None
             )
             self.register_parameter(f"{side}_embeddings", rows)
+
+    @cached_property
+    def may_cache(self) -> bool:
+        """Whether the base can go on behind tokens that have run; if not, each pass is over all of the text so far."""
+        may_cache = keeps_keys_and_values(self.base)
+        if not may_cache:
+            logger.warning(
+                "%s: keys and values are not all that its blocks keep, so a text is run anew for each of its tokens: "
+                "right, but slow",
+                type(self.base).__name__,
+            )
+        return may_cache
 
     def checkpoints_gradients(self) -> bool:
         """Whether a training pass would recompute blocks in its backward pass."""

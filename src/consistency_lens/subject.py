@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .attention import attention_with_masks
+from .cached_passes import keeps_keys_and_values
 from .context_attention import attending_to
 from .context_cache import ContextCache, ContextComplete, beside, empty_cache, joined, kept, reopened
 from .residual_stream import ResidualStream, gather_positions
@@ -223,7 +224,7 @@ class Subject:
         if reason is not None:
             self._one_token = False
             logger.warning(
-                "%s: the one-token pass is off, whole sequences are run instead: %s",
+                "%s: the one-token pass is off, whole sequences are run instead, which is as right but slower: %s",
                 type(self.model).__name__,
                 reason,
             )
@@ -310,6 +311,8 @@ class Subject:
     @torch.no_grad()
     def _failure_of_one_token(self, length: int) -> str | None:
         """Runs both passes on random sequences of `length` tokens; why the one-token pass must stay off, or None."""
+        if not keeps_keys_and_values(self.model):
+            return "keys and values are not all that its blocks keep of a context"
         input_ids, attention_mask, positions = self._random_inputs(length)
         reference = self._context(input_ids, attention_mask, positions, keep_cache=False)
         # The residuals of the other row: of realistic size, and wrong enough to show.
