@@ -4,11 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from folded import folded
+
 from consistency_lens.evaluation.report import markdown_table
 from consistency_lens.tuned_lens.depth import DEPTHS
 from consistency_lens.tuned_lens.gates import LEAST_DELTA_BITS
 from consistency_lens.tuned_lens.kpis import DELTA
-from consistency_lens.tuned_lens.tables import gates_markdown, kl_markdown
+from consistency_lens.tuned_lens.tables import (
+    GATE_COLUMNS,
+    KPI_COLUMNS,
+    caption,
+    gate_rows,
+    kl_markdown,
+    kpi_rows,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "model_cards/tuned_lens_tiny_stories"
@@ -92,11 +101,12 @@ def tuned_lens_block() -> str:
         f"{tokens['ridge'] + tokens['training']:,} tokens of its own text went through it; the fit took "
         f"{fitting:.0f} seconds, writing the text {seconds['text']:.0f}. Bits of KL(P_final ‖ P_layer) on "
         f"{metrics['positions']:,} positions of held-out text:\n\n{kl_markdown(metrics)}\n\n"
-        f"The gates, on the suite `{gates['arguments']['suite']}`:\n\n"
-        f"{gates_markdown(gates['kpis'], gates['acceptance'])}\n\n"
+        f"The gates, on the suite `{gates['arguments']['suite']}` ({caption(gates['kpis'])}):\n\n"
+        f"{markdown_table(GATE_COLUMNS, gate_rows(gates['acceptance']), numbers=False)}\n\n"
+        f"{folded('The figures that the gates judge', markdown_table(KPI_COLUMNS, kpi_rows(gates['kpis'])))}\n\n"
         f"![KL, rank of the answer, cosine and KL gained against depth, for the norm lens and the tuned lens]"
         f"(model_cards/{KEPT.name}/{PICTURE})\n\n"
-        f"{comparison()}\n{short_prompts(read_json(SHORT_PROMPTS))}"
+        f"{comparison()}\n{folded('A story model made by others', short_prompts(read_json(SHORT_PROMPTS)))}\n"
     )
 
 

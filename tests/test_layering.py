@@ -28,7 +28,7 @@ LAYERS = [
         "turns",
     }
     | {"version", "public_names", "remote_code", "hub_upload"},
-    {"subject", "cached_passes", "context_cache", "context_attention", "text_attention"},
+    {"subject", "cached_passes", "context_cache", "context_attention", "text_attention", "adapters"},
     {"artifact_subject", "lens_artifact", "lens_clone", "lens_decoder", "lens_encoder", "explanation", "steering"}
     | {"modeling_consistency_lens", "activation_to_text_pipeline", "own_subject"},
     {"data"},

@@ -51,6 +51,16 @@ class TestBadInput:
             tiny_lens(**prompts)(**arguments)
         assert "\n" not in str(error.value)
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [({}, "neither activations nor text_ids"), ({"activations": NO_ROWS}, "needs both activations")],
+    )
+    def test_a_call_without_what_it_reads_is_a_one_line_error(self, arguments, message):
+        lens = tiny_lens()
+        with pytest.raises(ValueError, match=message) as error:
+            (lens.decoder if arguments else lens)(**arguments)
+        assert "\n" not in str(error.value)
+
     def test_a_lens_without_tokenizer_says_how_to_set_it(self):
         lens = tiny_lens()
         lens.tokenizer = None

@@ -1,37 +1,21 @@
 """Clones of the subject, prompts, LoRA settings, and artifacts: what is saved, what comes back, what is refused."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_lenses import (
-    INJECTED,
-    LAYER,
-    LORA_TARGETS,
-    activations,
-    disturb,
-    gradients,
-    keys,
-    tiny_lens,
-    tiny_tokenizer,
-    trainable,
-)
+from tiny_lenses import INJECTED, LAYER, LORA_TARGETS, activations, disturb, keys, tiny_lens, tiny_tokenizer, trainable
 from tiny_models import FAMILIES, WIDTH, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import consistency_lens
 from consistency_lens import ConsistencyLensModel, LensDecoder, LensEncoder
-from consistency_lens.lens_clone import adapters_under_autocast, clone_subject, encode_prompt, without_dropout
-from consistency_lens.plain_arithmetic import plain_arithmetic
+from consistency_lens.lens_clone import clone_subject, encode_prompt, without_dropout
 
 TRAININGS = ("full", "lora", "frozen")
 WEIGHTS = "model.safetensors"
@@ -141,45 +125,6 @@ class TestPrompt:
         assert torch.equal(prefix, table(torch.tensor([1, 3, 4])))
         assert torch.equal(suffix, table(torch.tensor([5, 6])))
         assert ("decoder.prefix_embeddings" in trainable(lens)) == trainable_prompt
-
-
-class TestLora:
-    @pytest.mark.parametrize(
-        "settings, message",
-        [
-            ({"rank": 2}, "lora: PEFT refuses .*rank"),
-            ({"r": 2, "target_modules": ["no_such_layer"]}, "lora: PEFT refuses .*no_such_layer"),
-            ({"r": 2, "target_modules": ["c_attn"], "bias": "all"}, r"lora: these settings train .*bias"),
-            ({"r": 2, "target_modules": ["c_attn"], "modules_to_save": ["ln_1"]}, "lora: these settings train .*ln_1"),
-            ({"r": 2, "target_modules": ["c_attn", "wte"]}, "lora: these settings train .*lora_embedding"),
-        ],
-    )
-    def test_settings_that_do_not_fit_are_refused(self, settings, message):
-        pytest.importorskip("peft")
-        with pytest.raises(ValueError, match=message):
-            tiny_lens("gpt2", "lora", lora=settings)
-
-    @pytest.mark.parametrize("family", ["llama4", "gpt2", "opt_350m"])
-    def test_adapters_on_all_linear_layers_leave_routers_out_and_do_not_warn(self, family):
-        pytest.importorskip("peft")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            lens = tiny_lens(family, "lora", lora={"r": 2, "target_modules": "all-linear"})
-        assert not any("router" in name for name in trainable(lens))
-        output = lens(activations(), noise_keys=keys())
-        assert output.reconstruction.requires_grad and len(gradients(output.reconstruction.sum(), lens)) > 10
-
-    def test_without_peft_the_error_names_the_extra(self, monkeypatch):
-        real = importlib.import_module
-
-        def without_peft(name, *arguments):
-            if name == "peft":
-                raise ModuleNotFoundError("No module named 'peft'")
-            return real(name, *arguments)
-
-        monkeypatch.setattr(importlib, "import_module", without_peft)
-        with pytest.raises(ValueError, match=r"training='lora' needs the package 'peft'.*consistency-lens\[lora\]"):
-            tiny_lens("llama", "lora")
 
 
 class TestSaving:
@@ -345,50 +290,3 @@ class TestLoading:
     def test_a_fully_trained_lens_cannot_be_quantised(self, artifacts):
         with pytest.raises(ValueError, match="neither quantised nor spread over devices"):
             ConsistencyLensModel.from_pretrained(artifacts / "lens_full", quantization_config={"load_in_8bit": True})
-
-
-class Conversions(TorchDispatchMode):
-    """Counts conversions to another dtype."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._to_copy.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_under_autocast_adapters_read_their_inputs_as_they_are():
-    lens = disturb(tiny_lens(training="lora", model={"dtype": torch.bfloat16})).train()
-    lens.subject.check_one_token(64)
-    gradients, counts = [], []
-    for around in (nullcontext, plain_arithmetic, lambda: adapters_under_autocast(lens)):
-        with Conversions() as conversions:
-            with torch.autocast("cpu", torch.bfloat16), around():
-                output = lens(activations=activations(3), noise_keys=keys(3), tau=1.0)
-            output.reconstruction.square().mean().backward()
-        counts.append(conversions.count)
-        gradients.append({name: p.grad for name, p in lens.named_parameters() if p.grad is not None})
-        lens.zero_grad()
-    expected, _, found = gradients
-    assert any(".lora_" in name for name in found)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    num_adapters = sum(".lora_A." in name for name, _ in lens.named_parameters())
-    # one to the dtype of the adapter, and one back, in either direction, for each token of the decoder at least
-    assert counts[2] < counts[0] - 4 * num_adapters
-
-
-def test_where_autocast_is_off_adapters_get_inputs_of_their_own_dtype():
-    lens = disturb(tiny_lens(training="lora", model={"dtype": torch.bfloat16}))
-    layers = [module for module in lens.modules() if hasattr(module, "cast_input_dtype_enabled")]
-    with adapters_under_autocast(lens):
-        assert layers and all(layer.cast_input_dtype_enabled for layer in layers)
-        lens.decode_ids(activations(2))
-    with torch.autocast("cpu", torch.bfloat16):
-        with plain_arithmetic(), adapters_under_autocast(lens):
-            assert all(layer.cast_input_dtype_enabled for layer in layers)
-        with adapters_under_autocast(tiny_lens()):  # without adapters
-            pass
-        with pytest.raises(RuntimeError), adapters_under_autocast(lens):
-            assert not any(layer.cast_input_dtype_enabled for layer in layers)
-            raise RuntimeError
-    assert all(layer.cast_input_dtype_enabled for layer in layers)

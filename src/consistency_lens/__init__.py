@@ -10,7 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .activation_to_text_pipeline import ActivationToTextPipeline
 from .configuration_consistency_lens import ConsistencyLensConfig, LensDecoderConfig, LensEncoderConfig
 from .explanation import Explanation, TokenExplanation
-from .modeling_consistency_lens import ConsistencyLensModel, LensDecoder, LensEncoder
+from .modeling_consistency_lens import ConsistencyLensModel, DecodedText, LensDecoder, LensEncoder, LensOutput
 from .residual_stream import ResidualStream
 from .steering import Steering
 from .subject import Subject
@@ -22,11 +22,13 @@ __all__ = [
     "ActivationToTextPipeline",
     "ConsistencyLensConfig",
     "ConsistencyLensModel",
+    "DecodedText",
     "Explanation",
     "LensDecoder",
     "LensDecoderConfig",
     "LensEncoder",
     "LensEncoderConfig",
+    "LensOutput",
     "ResidualStream",
     "Steering",
     "Subject",

@@ -7,23 +7,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes its name when it is whole, and stays there when the power fails."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its name `path` when it is whole, and stays there when the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
+    yield temporary
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """The same as an open file."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,9 +40,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes safetensors whole or not at all."""
-    with atomic_file(path) as file:
-        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"}))
+    """Writes safetensors whole or not at all, from where the tensors lie.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as of any new file; some versions of safetensors write one for its owner
+        try:
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"}
+            )
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
+        temporary.chmod(mode)
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:

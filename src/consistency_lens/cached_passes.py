@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,16 +106,20 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if vars(module).get("gradient_checkpointing", False)]
 
 
-@contextmanager
-def without_checkpoints(model: nn.Module) -> Iterator[None]:
+def without_checkpoints(model: nn.Module) -> AbstractContextManager[None]:
     """Lets the blocks of a model run as they are: a checkpointed one drops the cache that it is handed, in silence."""
-    switched: list = checkpointed_modules(model)
-    for module in switched:
+    return not_checkpointed(checkpointed_modules(model))
+
+
+@contextmanager
+def not_checkpointed(modules: list[Any]) -> Iterator[None]:
+    """The same for modules that were looked up before: a large model has thousands, and a text many passes."""
+    for module in modules:
         module.gradient_checkpointing = False
     try:
         yield
     finally:
-        for module in switched:
+        for module in modules:
             module.gradient_checkpointing = True
 
 

@@ -2,9 +2,7 @@
 
 import copy
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
@@ -14,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import add_adapter
 from .attention import leave_flash
 from .cached_passes import checkpointed_modules, keeps_keys_and_values
 from .lens_artifact import TrainedTensorsModel
-from .optional_packages import require
-from .plain_arithmetic import is_plain
 from .quantised import is_quantised, state_beside_weights
 from .straight_through import straight_through_embeddings
 from .summed_gradient import SummedGradient
@@ -95,57 +92,6 @@ class Normaliser(nn.Module):
     def denormalise(self, normalised: Tensor) -> Tensor:
         """The inverse of `normalise`, (..., d), float32."""
         return normalised.float() * self.rms + self.mean
-
-
-def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> None:
-    """Adds a LoRA adapter (Hu et al. 2021, arXiv:2106.09685) to `model`, in place; all else in it is frozen.
-
-    Raises:
-        ValueError: if PEFT is missing or refuses the settings, or if they would train more than low-rank matrices of
-            blocks and head: the clone's own tensors are shared with the subject, which must not move.
-    """
-    peft = require("peft", extra="lora", needed_for="training='lora'")
-    # A router gives a tuple, which an adapter cannot add to (Llama 4, Phi-3.5-MoE); to PEFT it is a linear layer.
-    routers = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).__name__.endswith("Router")
-    ]
-    if routers:
-        lora = {"exclude_modules": routers} | lora
-    try:
-        with warnings.catch_warnings():
-            # of settings that PEFT makes up and mends by itself: for GPT-2's layers, and for experts in one tensor
-            warnings.filterwarnings(
-                "ignore", message="fan_in_fan_out is set to|The following (rank|alpha)_pattern keys"
-            )
-            peft.inject_adapter_in_model(peft.LoraConfig(**lora), model, adapter_name="lens")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: PEFT refuses {lora}: {error}") from error
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    # Embeddings are read by table row on the soft path, past any adapter of the layer.
-    outside = [name for name in trained if ".lora_" not in name or ".lora_embedding_" in name]
-    if outside:
-        raise ValueError(
-            f"lora: these settings train {outside[0]}, which is no low-rank matrix of a block; leave out `bias`, "
-            "`modules_to_save` and embeddings, or use training='full'"
-        )
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # in bfloat16, an optimizer's small updates would be rounded away
-            parameter.data = parameter.data.float()
-
-
-@contextmanager
-def adapters_under_autocast(lens: nn.Module) -> Iterator[None]:
-    """Leaves the inputs of adapters to autocast, where that is on and `plain_arithmetic` off.
-
-    PEFT widens each input to the dtype of the adapter, and autocast rounds it back to what it was: the same numbers,
-    by two more operations forward and two backward.
-    """
-    weight = next((p for name, p in lens.named_parameters() if ".lora_" in name), None)
-    if weight is None or is_plain() or not torch.is_autocast_enabled(weight.device.type):
-        yield
-        return
-    with require("peft.helpers", extra="lora", needed_for="training='lora'").disable_input_dtype_casting(lens):
-        yield
 
 
 class LensClone(TrainedTensorsModel):

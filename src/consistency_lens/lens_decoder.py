@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .artifact_subject import base_from_config, load_subject
-from .cached_passes import CachedPasses, Pass, prompt_cache, without_checkpoints
+from .cached_passes import CachedPasses, Pass, checkpointed_modules, not_checkpointed, prompt_cache
 from .configuration_consistency_lens import LensDecoderConfig
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .residual_stream import ResidualStream, headless
@@ -132,12 +132,13 @@ class LensDecoder(LensClone):
         before the slot runs once a row, and not once; the reference for tests.
 
         Raises:
-            ValueError: if there are no activations.
+            ValueError: if activations or texts are missing, or there are none of them.
         """
         if states is not None:
             with in_turn(self):
                 return head_logits(self.base, states)
-        assert activations is not None and text_ids is not None
+        if activations is None or text_ids is None:
+            raise ValueError("forward: needs both activations (B, d) and text_ids (B, T), or states (n, d) alone")
         if len(activations) == 0:
             raise ValueError(NO_ACTIVATIONS)
         with in_turn(self):
@@ -282,15 +283,16 @@ class LensDecoder(LensClone):
         passes = CachedPasses(last_output, before.cache, recompute)
         length = len(prefix) + 1 + len(self.config.suffix_ids) + num_text_tokens
         in_place = not recompute and self.may_attend_in_place(length)
+        plainly = partial(not_checkpointed, checkpointed_modules(self.base))
 
         @contextmanager
         def injected() -> Iterator[None]:
-            with without_checkpoints(self.base), self.injected(activations, 0):
+            with plainly(), self.injected(activations, 0):
                 yield
 
         yield lambda embeddings: passes(embeddings + before.nothing, injected)
         by_token = TextPasses(last_output, self.base, before.cache, num_text_tokens - 1) if in_place else passes
-        yield from repeat(partial(by_token, around=partial(without_checkpoints, self.base)))
+        yield from repeat(partial(by_token, around=plainly))
 
     def whole_passes(
         self, last_output: Callable[[Tensor, None], Tensor], activations: Tensor, prefix: Tensor

@@ -187,9 +187,7 @@ class ConsistencyLensModel(TrainedTensorsModel):
             ValueError: if the RMS is not a positive number: activations that never vary cannot be normalised.
         """
         if not 0 < float(rms) < float("inf"):
-            raise ValueError(
-                f"statistics: the RMS must be positive and finite, got {float(rms)}; check the activations"
-            )
+            raise ValueError(f"statistics: RMS must be positive and finite, got {float(rms)}; check the activations")
         for normaliser in (self.decoder.normaliser, self.encoder.normaliser):
             normaliser.mean.copy_(torch.as_tensor(mean))
             normaliser.rms.copy_(torch.as_tensor(rms))
@@ -227,7 +225,8 @@ class ConsistencyLensModel(TrainedTensorsModel):
         """
         length = self.config.num_text_tokens if num_text_tokens is None else num_text_tokens
         if activations is None:
-            assert text_ids is not None
+            if text_ids is None:
+                raise ValueError("forward: got neither activations nor text_ids; pass activations, (B, d)")
             return LensOutput(self.reconstruct(text_ids, encoder_text_mask), text_ids)
         if sample:
             with span("generation"):

@@ -108,7 +108,7 @@ SHAPES = {
                 "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
                 "max_position_embeddings": 2048,
             },
-            batch=768,
+            batch=1024,
             cache_sequences=16384,
         ),
         Shape(
@@ -118,7 +118,7 @@ SHAPES = {
                 "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False,
                 "max_position_embeddings": 2048,
             },
-            batch=192,
+            batch=256,
             cache_sequences=8192,
         ),
     )

@@ -40,9 +40,9 @@ from spec_reference import SpecStep  # noqa: E402
 from step_flops import Texts, useful_flops  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+from consistency_lens.adapters import adapters_at_once  # noqa: E402
 from consistency_lens.data.collator import ActivationCollator  # noqa: E402
 from consistency_lens.data.on_the_fly import ContextRows, read_activations  # noqa: E402
-from consistency_lens.lens_clone import adapters_under_autocast  # noqa: E402
 from consistency_lens.training.arguments import ConsistencyLensTrainingArguments  # noqa: E402
 from consistency_lens.training.callbacks import peak_memory_bytes  # noqa: E402
 from consistency_lens.training.dry_run import launched_strategy  # noqa: E402
@@ -92,7 +92,7 @@ class Opponent:
         return True
 
     def step(self) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16), adapters_under_autocast(self.plan):
+        with torch.autocast(self.device.type, torch.bfloat16), adapters_at_once(self.plan):
             terms = self.plan({name: values[: self.batch] for name, values in self.rows.items()})
         (terms["kl"] + LM_WEIGHT * terms["lm"]).backward()
         self.optimizer.step()

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consistency_lens import ConsistencyLensModel
+from consistency_lens.adapters import add_adapter
 from consistency_lens.evaluation.metrics import start_token
-from consistency_lens.lens_clone import add_adapter
 
 # (step, logits (B, V)) -> Gumbel noise (B, V)
 Noise = Callable[[int, Tensor], Tensor]

@@ -18,7 +18,7 @@ keeps less than either, asks the device which rows draw their text, and fake ten
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from flop_count import Flops  # noqa: E402
 from live_bytes import LiveBytes  # noqa: E402
 
-from consistency_lens import ConsistencyLensModel, cached_passes, straight_through  # noqa: E402
+from consistency_lens import ConsistencyLensModel, adapters, cached_passes, straight_through  # noqa: E402
+from consistency_lens.adapters import adapters_at_once  # noqa: E402
 from consistency_lens.data.activation_source import ActivationSource  # noqa: E402
 from consistency_lens.data.collator import ActivationCollator  # noqa: E402
 from consistency_lens.data.on_the_fly import ContextRows, read_activations  # noqa: E402
 from consistency_lens.data.passes_by_length import PassesByLength  # noqa: E402
 from consistency_lens.data.shared_contexts import SharedContexts  # noqa: E402
-from consistency_lens.lens_clone import adapters_under_autocast  # noqa: E402
 from consistency_lens.training.lm_reference import SubjectReference  # noqa: E402
 from consistency_lens.training.objectives import Gumbel, Objective, PolicyGradient, Step  # noqa: E402
 
@@ -115,14 +115,19 @@ def faked(mode: FakeTensorMode, roots: list[nn.Module], batch: dict[str, Any]) -
     return {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def our_terms(lens: ConsistencyLensModel, batch: dict[str, Any], name: str = "gumbel") -> dict[str, Tensor]:
-    """The terms of an objective, as the GPU benchmark trains it."""
+def our_terms(
+    lens: ConsistencyLensModel,
+    batch: dict[str, Any],
+    name: str = "gumbel",
+    around: Callable[[nn.Module], AbstractContextManager] = adapters_at_once,
+) -> dict[str, Tensor]:
+    """The terms of an objective, as the GPU benchmark trains it; `around`: what the lens runs in."""
     subject, reference = lens.subject, SubjectReference(lens.subject)
     objective: Objective = {
         "gumbel": Gumbel(subject, reference, "reverse", needs_entropy=False),
         "policy_gradient": PolicyGradient(reference, GROUP_SIZE, straight_through=True),
     }[name]
-    with adapters_under_autocast(lens):
+    with around(lens):
         read = read_activations(subject, batch, keep_context=objective.needs_kl)
         return objective(lens, lens, read, Step(0, 0)).terms
 
@@ -148,11 +153,13 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def as_on_a_gpu(lens: ConsistencyLensModel) -> Iterator[None]:
-    """Has what depends on the device go the way of a GPU, though the fake tensors say that they lie on a CPU."""
+    """Has what depends on the device go the way of a GPU, though the fake tensors say that they lie on a CPU; and of
+    ordinary weights, though they are of a kind of their own."""
     lens.decoder.attends_in_place = False
     with (
         mock.patch.object(cached_passes, "PASS_COST_ON_CPU", cached_passes.PASS_COST),
         mock.patch.object(straight_through, "CHUNK_ELEMENTS_ON_CPU", straight_through.CHUNK_ELEMENTS),
+        mock.patch.object(adapters, "is_whole", lambda weight: weight.ndim == 2),
     ):
         yield
 

@@ -42,8 +42,8 @@ def test_from_text_to_a_published_cache_and_back(hub, built, tmp_path, capsys):
 
     code, out, _ = run(verify, capsys, cache=tmp_path / "root", model=built.subject)
     assert code == 0 and "2 of 2 caches passed" in out and "FAILED" not in out
-    code, out, _ = run(describe, capsys, cache=layer / "train", json=tmp_path / "figures.json")
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = json.loads(run(describe, capsys, cache=layer / "train", json=True)[1])
+    code, out, _ = run(describe, capsys, cache=layer / "train")
     assert code == 0 and f"{figures['rows']:,} of {figures['documents']:,} documents" in out
 
     code, out, _ = run(push, capsys, path=layer, repo=REPO, license="mit")
@@ -127,9 +127,9 @@ def test_a_cache_is_described(built, capsys):
 
 
 def test_several_caches_are_listed(built, tmp_path, capsys):
-    code, out, _ = run(describe, capsys, cache=built.layer.parent, json=tmp_path / "all.json")
+    code, out, _ = run(describe, capsys, cache=built.layer.parent)
     assert code == 0 and "layer_1/train" in out and "layer_1/validation" in out
-    listed = json.loads((tmp_path / "all.json").read_text())
+    listed = json.loads(run(describe, capsys, cache=built.layer.parent, json=True)[1])
     assert [of["dataset_split"] for of in listed] == ["train", "validation"]
     assert all(f"{of['rows']:,}" in out for of in listed)
 

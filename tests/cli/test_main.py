@@ -1,5 +1,6 @@
 """What all commands do alike."""
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from cache_runs import ENVIRONMENT
 from consistency_lens import __version__
 from consistency_lens.cli.command import FAILED, FIRST_SPEAKS, MISTAKE, run_command
 from consistency_lens.cli.commands import COMMANDS, TUNED_LENS, TUNED_LENS_COMMANDS, all_commands
+from consistency_lens.cli.completion import LISTED_FLAG
 from consistency_lens.cli.dispatch import DEBUG_VARIABLE, dispatch
 from consistency_lens.cli.main import main
 
@@ -25,12 +27,13 @@ def undisturbed(monkeypatch):
 def test_every_command_says_what_it_does_and_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command.split(), "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    about = all_commands()[command]
+    listed = capsys.readouterr().out
+    shown, about = " ".join(listed.split()), all_commands()[command]
     assert exit.value.code == 0 and "--config" in shown
     assert "MISSING" not in shown and "%%" not in shown
     assert shown.startswith(f"usage: consistency-lens {command} ") and about.summary[1:] in shown
     assert shown.endswith(f"Example: consistency-lens {command} {about.example}".rstrip())
+    assert set(re.findall(r"--\w+", about.example)) <= {"--config", *LISTED_FLAG.findall(listed)}
 
 
 @pytest.mark.parametrize(("line", "commands"), [([], COMMANDS), ([TUNED_LENS], TUNED_LENS_COMMANDS)], ids=len)

@@ -63,6 +63,7 @@ def test_an_update_says_what_it_replaces(lens, capsys):
 def test_a_dry_run_says_where_it_lies(hub, lens, capsys):
     code, said = run(capsys, "publish", "--lens", lens, "--repo", REPO, "--dry_run")
     assert code == 0 and "Nothing was uploaded" in said and str(lens.parent / ".lens.publish" / "upload") in said
+    assert "  INDEX.json, " in said
     assert ("dataset", REPO) not in hub.repos
 
 

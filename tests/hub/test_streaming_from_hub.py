@@ -9,6 +9,7 @@ from published_caches import build_caches
 
 from consistency_lens.cli.eval import main as evaluate
 from consistency_lens.cli.train import main as train
+from consistency_lens.data import sources
 from consistency_lens.data.activation_cache import ActivationCache
 from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.data.streaming import open_stream
@@ -67,7 +68,7 @@ def test_a_hub_that_is_gone_is_one_line(built, hub, monkeypatch):
         stream[0]
 
 
-def test_a_lens_is_trained_and_evaluated_on_a_stream(built, tmp_path):
+def test_a_lens_is_trained_and_evaluated_on_a_stream(built, tmp_path, monkeypatch):
     settings = {
         "model": built.subject, "activations": REPO, "num_text_tokens": 3, "eval_rows": 16, "num_samples": 2,
         "max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True, "output_dir": tmp_path / "run",
@@ -81,6 +82,9 @@ def test_a_lens_is_trained_and_evaluated_on_a_stream(built, tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     held_out = ActivationCache.open(built.layer / "validation")
     assert metrics["rows"] == 16 and metrics["documents"] <= len(set(held_out.documents))
+    streams = []
+    monkeypatch.setattr(sources, "open_stream", lambda *args: streams.append(open_stream(*args)) or streams[-1])
     assert evaluate(["--lens", str(tmp_path / "run"), "--rows", "16", "--checks", "none"]) == 0
+    assert [len(stream._shards) for stream in streams] == [0, 0]
     again = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     assert again["fve"] == pytest.approx(metrics["fve"], rel=1e-6)

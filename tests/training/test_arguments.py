@@ -82,6 +82,21 @@ def test_stages_that_use_up_the_run_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "keeps"),
+    [
+        ({"stages": ["warm_start 30%", "gumbel"]}, True),
+        ({"stages": ["warm_start 30%", "gumbel 50%", "warm_start"]}, True),
+        ({"stages": ["warm_start"]}, False),
+        ({"stages": ["warm_start 30%", "gumbel"], "lm_weight": ["1", "0"]}, True),
+        ({"stages": ["warm_start 30%", "gumbel"], "lm_weight": "0"}, False),
+        ({"stages": ["warm_start 30%", "gumbel"], "lm_reference": "subject"}, False),
+    ],
+)
+def test_the_decoder_of_a_warm_start_is_kept_where_any_stage_holds_text_close_to_it(tmp_path, settings, keeps):
+    assert arguments(tmp_path, **settings).keeps_warm_start() is keeps
+
+
+@pytest.mark.parametrize(
     ("metric", "greater"),
     [("fve", True), ("kl", False), ("eval_kl", False), ("kl_recovered", True), ("loss", False)]
     + [("text_perplexity", False), ("perplexity_ratio", False), ("top1_agreement", True), ("cosine", True)],

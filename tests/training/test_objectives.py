@@ -1,5 +1,4 @@
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +6,7 @@ from lens_runs import tiny_cache, tiny_lens
 
 from consistency_lens.data.activation_source import ActivationRows
 from consistency_lens.data.collator import ActivationCollator
-from consistency_lens.losses import group_advantage, kl_divergence
+from consistency_lens.losses import group_advantage, kl_divergence, normalised_mse
 from consistency_lens.modeling_consistency_lens import LensOutput
 from consistency_lens.straight_through import fold_in, sample_tokens
 from consistency_lens.token_logits import TokenLogits
@@ -44,15 +43,26 @@ def spied(lens, seen):
 def test_warm_start_reads_own_texts_in_the_rows_that_their_keys_name(setting):
     _, lens, batch = setting
     objective, step, seen = WarmStart(own_share=0.5), Step(seed=0, number=3), []
-    objective(spied(lens, seen), lens, batch, step)
+    losses = objective(spied(lens, seen), lens, batch, step)
     own = uniform(step.keys(batch["rows"]), 1) < 0.5
     assert 0 < own.sum() < len(own)
     read = seen[0]["encoder_text_ids"]
     assert torch.equal(read[~own], batch["tail_ids"][~own])
-    assert not torch.equal(read[own], batch["tail_ids"][own])
+    drawn = lens.decode_ids(batch["activations"], keys=step.keys(batch["rows"]))
+    assert torch.equal(read[own], drawn[own]) and not torch.equal(read[own], batch["tail_ids"][own])
+    mse = normalised_mse(batch["activations"], lens(**seen[0] | {"reader": None}).reconstruction, lens.rms)
+    torch.testing.assert_close(losses.metrics["mse_true_text"], mse[~own].mean())
+    torch.testing.assert_close(losses.metrics["mse_own_text"], mse[own].mean())
     half = {name: tensor[4:] for name, tensor in batch.items()}
     objective(spied(lens, seen), lens, half, step)
     assert torch.equal(seen[1]["encoder_text_ids"], read[4:])  # a row reads the same text in any batch
+
+
+def test_every_slice_of_a_batch_decodes_a_row():
+    own = torch.tensor([False, False, False, True, False])
+    chosen = [rows.nonzero().flatten().tolist() for rows in WarmStart(chunk_size=2).rows_to_decode(own)]
+    assert chosen == [[0], [3], [4]]
+    assert [rows.tolist() for rows in WarmStart().rows_to_decode(own)] == [own.tolist()]
 
 
 def test_warm_start_with_shorter_tails_reads_the_last_tokens_of_each_length(setting):
@@ -67,20 +77,28 @@ def test_warm_start_with_shorter_tails_reads_the_last_tokens_of_each_length(sett
     assert set(lengths) == {1, 2, 3} and max(lengths.count(n) for n in (1, 2, 3)) < len(lengths) / 2
 
 
-def test_a_tail_begins_at_index_0_whatever_its_length():
-    batch = {
-        "tail_ids": torch.tensor([[0, 0, 5], [7, 8, 9]]),
-        "tail_mask": torch.tensor([[0, 0, 1], [1, 1, 1]]).bool(),
-    }
-    limits = torch.tensor([3, 2])
-    tails = Tails.of(batch, limits, stop_token_id=None)
-    assert tails.ids[0, 0] == 5 and tails.ids[1].tolist() == [7, 8, 9]
-    assert tails.mask.tolist() == [[True, False, False], [True] * 3]
-    assert tails.read_mask.tolist() == [[True, False, False], [False, True, True]]
-    stopped = Tails.of(batch, limits, stop_token_id=2)
-    assert stopped.ids[0, :2].tolist() == [5, 2] and stopped.ids[1].tolist() == [8, 9, 2]
-    assert stopped.mask.tolist() == [[True, True, False], [True] * 3]
-    assert stopped.read_mask.tolist() == [[True, False, False], [True, True, False]]
+def test_whether_a_text_is_shorter_how_short_and_whose_it_is_do_not_hang_together(setting):
+    _, lens, batch = setting
+    seen = []
+    many = {name: torch.cat([tensor] * 40) for name, tensor in batch.items()} | {"rows": torch.arange(320)}
+    WarmStart(own_share=0.5, shorter_share=0.5)(spied(lens, seen), lens, many, Step(0, 0))
+    own = (seen[0]["encoder_text_ids"] != many["tail_ids"]).any(dim=1)
+    lengths = seen[0]["encoder_text_mask"].sum(dim=1)
+    # of three lengths each is a third of the shorter texts, so 1 and 2 are a sixth of all
+    for length in (1, 2):
+        assert (lengths == length).float().mean() == pytest.approx(1 / 6, abs=0.06)
+        assert own[lengths == length].float().mean() == pytest.approx(1 / 2, abs=0.15)
+
+
+def test_only_the_tokens_of_a_tail_are_predicted(setting):
+    _, lens, batch = setting
+    available = [1, 2, 3, 3, 3, 3, 3, 3]
+    mask = torch.arange(3) >= 3 - torch.tensor(available)[:, None]
+    short = {**batch, "tail_mask": mask}
+    ids = Tails.of(short, torch.full((8,), 3), stop_token_id=None).ids
+    log_p = lens.decoder(batch["activations"], ids).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    expected = torch.stack([-row[:count].mean() for row, count in zip(log_p, available, strict=True)]).mean()
+    torch.testing.assert_close(WarmStart()(lens, lens, short, Step(0, 0)).terms["ce"], expected)
 
 
 def test_a_given_text_is_never_cut(setting):
@@ -93,21 +111,13 @@ def test_a_given_text_is_never_cut(setting):
     assert masks[:, :4].all() and not masks[:, 4:].all()
 
 
-def test_nothing_behind_a_stop_token_is_drawn_or_read(setting):
-    subject, lens, _ = setting
-    statistics = SimpleNamespace(mean=lens.mean, rms=lens.rms)
-    stopping = tiny_lens(subject, lens.tokenizer, statistics, stop_token_id=2)
-    ids = torch.tensor([[2, 7, 8], [5, 2, 8], [5, 6, 2], [5, 6, 7]])
-    assert stopping.drawn_mask(ids).tolist() == [[True, False, False], [True, True, False], [True] * 3, [True] * 3]
-    # the first token is read even if it is the stop: an encoder cannot read nothing
-    assert stopping.text_mask(ids).tolist() == [[True, False, False]] * 2 + [[True, True, False], [True] * 3]
-    assert lens.text_mask(ids).all() and lens.drawn_mask(ids).all()
-
-
 def test_the_kl_term_is_zero_for_the_activation_itself(setting):
     subject, _, batch = setting
     assert functional_kl(subject, batch, batch["activations"][:, None]).abs().max() < 1e-5
-    assert functional_kl(subject, batch, batch["other_activations"][:, None]).min() > 1e-3
+    others = functional_kl(subject, batch, batch["other_activations"][:, None])
+    assert others.min() > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):  # the subject judges in the precision that it was loaded in
+        assert torch.equal(functional_kl(subject, batch, batch["other_activations"][:, None]), others)
 
 
 def test_an_entropy_without_weight_is_measured_and_has_no_gradient(setting):
@@ -346,9 +356,12 @@ def test_straight_through_lets_the_error_reach_the_decoder(setting):
     _, lens, batch = setting
     for straight_through in (False, True):
         objective = PolicyGradient(reference=None, group_size=2, straight_through=straight_through)
-        losses = objective(lens, lens, batch, Step(0, 0))
-        (gradient,) = torch.autograd.grad(losses.terms["mse"], lens.decoder.projection.bias, allow_unused=True)
-        assert (gradient is not None and bool(gradient.any())) == straight_through
+        gradients = []
+        for tau in (0.5, 1.0):
+            mse = objective(lens, lens, batch, Step(0, 0, tau)).terms["mse"]
+            gradients += torch.autograd.grad(mse, lens.decoder.projection.bias, materialize_grads=True)
+        assert [bool(gradient.any()) for gradient in gradients] == [straight_through] * 2
+        assert torch.equal(*gradients) != straight_through
 
 
 def test_samples_of_one_activation_differ_and_belong_to_their_row(setting):

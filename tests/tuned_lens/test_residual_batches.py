@@ -109,6 +109,11 @@ def test_a_gpu_is_fast_in_bfloat16_whatever_the_cpu(monkeypatch):
     assert has_fast_bfloat16(torch.device("cuda")) and not has_fast_bfloat16(torch.device("cpu"))
 
 
+def test_a_torch_that_cannot_tell_has_no_fast_bfloat16_on_a_cpu(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not has_fast_bfloat16(torch.device("cpu"))
+
+
 def test_rows_are_spread_over_a_batch():
     final = torch.arange(100.0)[:, None].expand(100, 3)
     residuals = Residuals(torch.stack([final, -final]), final)

@@ -40,7 +40,7 @@ COMMANDS = {
     "generate-chat": Command(
         DATA,
         "complete prompts through an OpenAI-compatible server",
-        "--prompts prompts.jsonl --output_file data/chats.jsonl",
+        "--prompts prompts.jsonl --model Qwen/Qwen3-8B --output_dir data/answers",
     ),
     "push": Command(HUB, "publish lenses, or an activation cache", "--path outputs/tiny_stories --repo me/lens"),
     "pull": Command(HUB, "fetch published lenses, or a cache", "--repo me/lens --path lenses/lens"),

@@ -27,7 +27,7 @@ class DescribeArguments:
         default=None, metadata={"help": "Decodes the tokens: Hub id or folder; default: the one the cache names."}
     )
     top_tokens: int = field(default=15, metadata={"help": "How many of the most frequent tokens are listed."})
-    json: str | None = field(default=None, metadata={"help": "File that the same figures are written to."})
+    json: bool = field(default=False, metadata={"help": "JSON in place of tables."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
     def __post_init__(self) -> None:
@@ -39,16 +39,18 @@ class DescribeArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Describes a cache, or lists the caches below a folder. Returns the exit code."""
-    from ..atomic_write import write_json
     from .command import run_command
     from .parser import parse_arguments
 
     def work(console: "Console") -> None:
         (args,) = parse_arguments((DescribeArguments,), argv, "describe")
         figures, shown = describe(args)
-        console.print(shown)
-        if args.json is not None:
-            write_json(Path(args.json), figures)
+        if args.json:
+            import json
+
+            print(json.dumps(figures, indent=2))
+        else:
+            console.print(shown)
 
     return run_command(work)
 

@@ -10,6 +10,8 @@ from .artifact_kinds import CACHE, LENS, TUNED_LENS, kind_of_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..tuned_lens.publish import PublishedTunedLenses
+
 # flags that say nothing to the other kinds
 ONLY = {
     "name": (LENS,),
@@ -131,6 +133,11 @@ def _push_tuned_lenses(args: PushArguments) -> list[str]:
         tag=args.tag,
         dry_run=args.dry_run,
     )
+    return told_of_tuned_lenses(pushed)
+
+
+def told_of_tuned_lenses(pushed: "PublishedTunedLenses") -> list[str]:
+    """What is said of tuned lenses that were published."""
     lines = [f"{model}: {replaces(before)}" for model, before in pushed.models.items()]
     return [*lines, *_outcome(pushed.url, pushed.tag, pushed.commit, pushed.folder)]
 

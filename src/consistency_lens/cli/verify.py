@@ -108,13 +108,13 @@ def verify_lenses(args: VerifyArguments, lenses: Sequence[Path], console: "Conso
     return not wrong
 
 
-def verify_tuned_lenses(args: VerifyArguments, _lenses: Sequence[Path], _console: "Console") -> bool:
+def verify_tuned_lenses(args: VerifyArguments, _lenses: Sequence[Path], console: "Console") -> bool:
     """Verifies tuned lenses; whether all of them passed."""
     from .tuned_lens.verify import VerifyArguments as TunedLensArguments
     from .tuned_lens.verify import verify
 
     asked = TunedLensArguments(args.path, args.model, args.revision, args.dtype, args.device)
-    return verify(asked, _console)
+    return verify(asked, console)
 
 
 def load_subject(args: VerifyArguments, caches: Sequence[Path]) -> "LoadedWeights":

@@ -148,7 +148,7 @@ def text_nll(subject: Subject, ids: Tensor, mask: Tensor | None = None) -> Tenso
     order = keep.int().argsort(dim=1, descending=True, stable=True)
     packed = ids.gather(1, order)
     start = torch.full_like(ids[:, :1], start_token(subject.model.config.get_text_config()))
-    logits = subject.model(input_ids=torch.cat([start, packed[:, :-1]], dim=1), use_cache=False).logits
+    logits = subject.run(True, input_ids=torch.cat([start, packed[:, :-1]], dim=1), use_cache=False)
     nll = token_cross_entropy(logits.flatten(0, 1)[:, None], packed.reshape(-1, 1)).view(ids.shape)
     return torch.zeros_like(nll).scatter(1, order, nll).masked_fill(~keep, 0)
 

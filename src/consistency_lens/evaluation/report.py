@@ -73,10 +73,15 @@ def metrics_markdown(metrics: Mapping[str, Any]) -> str:
         markdown_table(METRIC_COLUMNS, metric_rows(metrics)),
         markdown_table(CONTROL_COLUMNS, control_rows(metrics)),
         f"{caption(metrics)}.",
+        check_markdown(metrics),
     ]
-    for check in check_tables(metrics):
-        parts += [f"{check.title}:", markdown_table(check.columns, check.rows)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def check_markdown(metrics: Mapping[str, Any]) -> str:
+    """The checks that were run, each a table below its title."""
+    tables = check_tables(metrics)
+    return "\n\n".join(f"{table.title}:\n\n{markdown_table(table.columns, table.rows)}" for table in tables)
 
 
 def samples_table(samples: Sequence[Sample], title: str = SAMPLES_TITLE) -> Table:

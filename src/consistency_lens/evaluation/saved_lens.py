@@ -10,14 +10,13 @@ from transformers import AutoConfig
 from ..configuration_consistency_lens import ConsistencyLensConfig
 from ..data.collator import ActivationCollator
 from ..data.sources import CACHE, ON_THE_FLY, Reader, SourceArguments, SplitRows, cache_folder, open_rows
+from ..data.subject_loading import DTYPES
 from ..hub.lens_card import write_lens_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..own_subject import check_known, is_known
 from .arguments import CHECKS, EvaluationArguments
 from .evaluator import Evaluator, write_metrics
 from .samples import Sample, collect_samples, write_samples
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -267,7 +266,7 @@ def cache_of_training(args: SavedLensArguments, lens: ConsistencyLensModel) -> P
 
 
 def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: ConsistencyLensModel) -> SplitRows:
-    """The rows that the lens is measured on, checked against it.
+    """The rows that the lens is measured on, checked against it; nothing is being loaded any more.
 
     Raises:
         ValueError: if they are not to be found, have another subject, layer or width (with both values), or if rows
@@ -295,6 +294,7 @@ def open_held_out(args: SavedLensArguments, source: SourceArguments, lens: Consi
             "activations: the dataset of the training was split already, so what was held out of unsplit ones is not "
             "known; pass a folder with train and validation"
         )
+    rows.close()  # of what was trained on, no more is read than is in memory by now
     return rows
 
 

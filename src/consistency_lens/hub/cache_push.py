@@ -113,7 +113,8 @@ def push_cache(
     with _only_push(place):
         folder = stage(caches, place, tokenizer, seen, progress)
         descriptions = {split: describe_cache(cache, tokenizer, progress=progress) for split, cache in caches.items()}
-        published = {split: json.loads((folder / PROVENANCE / f"{split}.json").read_text()) for split in caches}
+        files = {split: folder / PROVENANCE / f"{split}.json" for split in caches}
+        published = {split: json.loads(file.read_text(encoding="utf-8")) for split, file in files.items()}
         records = {split: _records(place, split) for split in caches}
         features = _features(caches, tokenizer)
         write_cache_card(folder, repo, published, descriptions, records, features, license, list(language))

@@ -293,9 +293,9 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         return self.delta_residual != "none" and any(stage.objective == "gumbel" for stage in self.parsed_stages())
 
     def keeps_warm_start(self) -> bool:
-        """Whether a copy of the decoder as warm start left it is needed."""
-        stages = self.parsed_stages()
-        return self.lm_reference == "warm_start" and self.has_weight("lm") and stages[-1].objective != "warm_start"
+        """Whether a stage holds text close to the decoder as warm start left it, so that a copy of it is needed."""
+        later = any(stage.objective != "warm_start" for stage in self.parsed_stages())
+        return later and self.lm_reference == "warm_start" and self.has_weight("lm")
 
     def schedule_of(self, name: str, stage: int) -> str:
         """The schedule of a weight, the temperature or the learning rate in the stage of that index."""

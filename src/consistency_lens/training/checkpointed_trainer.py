@@ -137,7 +137,7 @@ class CheckpointedTrainer(PublishingTrainer):
         if state["global_step"] == start:
             index -= 1  # the checkpoint was written before the first step of this stage
         past_warm_start = any(stage.objective != "warm_start" for stage in self.args.parsed_stages()[: index + 1])
-        return past_warm_start and self.args.lm_reference == "warm_start" and self.args.has_weight("lm")
+        return past_warm_start and self.args.keeps_warm_start()
 
     def load_reference(self, folder: Path) -> None:
         """Rebuilds the reference that warm start had left when the checkpoint was written.

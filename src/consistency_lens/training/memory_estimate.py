@@ -23,7 +23,6 @@ from .trainer import ConsistencyLensTrainer
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 # Adam in 8 bits: two moments of a byte, with a float32 scale of each 256 values; small tensors keep float32 moments.
 BYTES_IN_8_BITS, SMALLEST_IN_8_BITS = 2 * (1 + 4 / 256), 4096
 ADAM_BYTES, FLOAT32_BYTES, HALF_BYTES = 8, 4, 2
@@ -166,9 +165,7 @@ def copies_bytes(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArgume
     """Bytes of the decoder as warm start leaves it, its trained tensors, where text is held close to that; and of the
     running averages of all trained tensors."""
     averages = num_bytes(trained_parameters(lens)) if args.ema_decay else 0
-    later = any(stage.objective != "warm_start" for stage in args.parsed_stages())
-    kept = later and args.lm_reference == "warm_start" and args.has_weight("lm")
-    return averages + (num_bytes(trained_parameters(lens.decoder)) if kept else 0)
+    return averages + (num_bytes(trained_parameters(lens.decoder)) if args.keeps_warm_start() else 0)
 
 
 def activation_bytes(

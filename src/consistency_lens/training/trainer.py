@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ProgressCallback
 
+from ..adapters import adapters_at_once
 from ..cached_passes import cost_on
 from ..data.activation_source import rows_at
 from ..data.on_the_fly import read_activations
@@ -19,7 +20,6 @@ from ..data.passes_by_length import PassesByLength
 from ..data.row_order import LengthGroups, MatesSampler, TogetherSampler, WithMates
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..data.streaming import StreamedActivations, StreamSampler
-from ..lens_clone import adapters_under_autocast
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..spans import span
 from .arguments import ConsistencyLensTrainingArguments
@@ -144,7 +144,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         )
 
     def objective_at(self, index: int) -> Objective:
-        """The objective of a stage, made when first needed; a Gumbel stage takes its reference then."""
+        """The objective of a stage, made when first needed; what its text is held close to is taken then."""
         if index not in self._objectives:
             name = self.args.parsed_stages()[index].objective
             reference = None if name == "warm_start" else self.lm_reference()
@@ -251,7 +251,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
         objective = self.current_objective()  # made first, for it may copy the decoder, whose adapters are as always
-        with span("losses"), self.weights.autocast(), adapters_under_autocast(self.lens):
+        with span("losses"), self.weights.autocast(), adapters_at_once(self.lens):
             losses = objective(model, self.lens, inputs, step)
         weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()

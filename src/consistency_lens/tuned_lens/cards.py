@@ -25,11 +25,12 @@ from .depth import DEPTHS
 from .gates import REQUIREMENTS
 from .index import LICENSES, TREE, IndexEntry
 from .kpis import COVERAGE, DELTA, EARLINESS, LAST_LAYER, RANKS
+from .lens_places import METRICS_FILE
 from .public_files import DATASET_KEY, MODEL_KEY, is_local
 from .tables import kl_markdown
 
 TAGS = (LIBRARY, "tuned-lens", "interpretability")
-CARD, NOTICE, METRICS_FILE = "README.md", "NOTICE", "metrics.json"
+CARD, NOTICE = "README.md", "NOTICE"
 METHOD = """@article{belrose2023eliciting,
   title = {Eliciting Latent Predictions from Transformers with the Tuned Lens},
   author = {Belrose, Nora and others},
@@ -80,7 +81,7 @@ def write_lens_card(
     provenance: Mapping[str, Any],
     license: UpstreamLicense,
 ) -> None:
-    """Writes `README.md` of one lens that is published (plan, 13.4), whose weights and figures lie in the folder."""
+    """Writes `README.md` of one lens that is published, whose weights and figures lie in the folder."""
     figures = folder / METRICS_FILE
     metrics = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
     place = CardPlace(model, f"{TREE}/{model}", repo, tag, (folder / WEIGHTS_FILE).stat().st_size)
@@ -233,7 +234,7 @@ def write_dataset_card(
     entries: Mapping[str, IndexEntry],
     provenances: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Writes `README.md` of a repository of tuned lenses (plan, 13.3).
+    """Writes `README.md` of a repository of tuned lenses.
 
     Args:
         entries: all that the release holds.

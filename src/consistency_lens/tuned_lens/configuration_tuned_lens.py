@@ -75,5 +75,5 @@ class TunedLensConfig(PreTrainedConfig):
 
 
 def default_rank(width: int) -> int:
-    """k = clip(floor(d / 32), 64, 256), and 256 from d = 4096 on; never above the width (plan, sections 4 and 15)."""
+    """k = clip(floor(d / 32), 64, 256), and 256 from d = 4096 on; never above the width."""
     return min(width, 256 if width >= 4096 else min(256, max(64, width // 32)))

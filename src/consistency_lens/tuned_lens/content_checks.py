@@ -15,7 +15,7 @@ from .index import GATES
 from .kpis import COVERAGE, DELTA, EARLIER_BY, EARLIER_SHARE, EARLINESS, LAST_LAYER
 from .lens_places import CONFIG_FILE, is_own
 
-# What a release must name, so that the fit can be repeated (plan, 13.2).
+# What a release must name, so that the fit can be repeated.
 PINNED = ("model_id", "clean_model_name", "seed", "dataset", "budget", "capacity", "translator")
 PINNED_HASHES = ("weights_hash", "tokenizer_hash")
 DATASET_PINS = ("repo_id", "content_hash")
@@ -99,7 +99,7 @@ def _checksums_check(folder: TunedLensFolder) -> Check:
 
 
 def _provenance_check(provenance: Mapping[str, Any]) -> Check:
-    """Whether all is there that the plan wants pinned."""
+    """Whether all is named that a release must name."""
     problems = [f"lacks {name}" for name in (*PINNED, *PINNED_HASHES) if provenance.get(name) in (None, "", {})]
     parts = {"dataset": DATASET_PINS, "budget": BUDGET_PINS}
     for part, names in parts.items():

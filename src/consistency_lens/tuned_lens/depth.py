@@ -6,7 +6,7 @@ DEPTHS = (25, 50, 75)
 
 
 def layer_at_depth(percent: float, num_layers: int) -> int:
-    """The layer after which `percent` of the blocks have run, as the plan has it (of 32 blocks the 8th, 16th, 24th).
+    """The layer after which `percent` of the blocks have run (of 32 blocks the 8th, 16th, 24th).
 
     Never the last layer, which has nothing to learn (but of one layer).
     """

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
+from ..data.activation_cache import file_hash
 from ..data.subject_loading import LoadedSubject, check_loading, load_subject_and_tokenizer
 from ..fingerprints import tokenizer_hash, weights_hash
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
@@ -27,7 +27,6 @@ from .configuration_tuned_lens import default_rank
 from .fit_arguments import AUTO, FULL, FitArguments, TunedLensTrainingArguments
 from .fit_folder import (
     BLOCKS_FOLDER,
-    METRICS_FILE,
     RIDGE_FOLDER,
     SETTINGS_FILE,
     check_folder,
@@ -39,7 +38,7 @@ from .fit_folder import (
 )
 from .fitter import TunedLensFitter, check_rows
 from .held_out import LENSES
-from .lens_places import default_folder
+from .lens_places import METRICS_FILE, default_folder
 from .modeling_tuned_lens import TunedLens
 from .provenance import provenance_of
 from .readout import Readout, check_head
@@ -257,8 +256,8 @@ class _Fit:
         provenance, lens.provenance = lens.provenance, None
         lens.save_pretrained(self.folder)
         write_json(self.folder / METRICS_FILE, metrics)
-        digest = sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-        lens.provenance = {**(provenance or {}), "sha256": {WEIGHTS_FILE: digest}}
+        digests = {WEIGHTS_FILE: file_hash(self.folder / WEIGHTS_FILE)}
+        lens.provenance = {**(provenance or {}), "sha256": digests}
         write_json(self.folder / PROVENANCE_FILE, lens.provenance)
         remove_work(self.folder)
 

@@ -93,10 +93,10 @@ class FitArguments(TokenArguments):
 
 @dataclass(repr=False)  # `TrainingArguments` has its own, without the token
 class TunedLensTrainingArguments(TrainingArguments):
-    """Arguments of `TunedLensTrainer`: `TrainingArguments` with defaults of `tuned_lens_plan`, sections 2 to 4.
+    """Arguments of `TunedLensTrainer`: `TrainingArguments` with the defaults of a fit.
 
-    Two are others: a step has `rows_per_step` positions in place of four passes that are accumulated, and there is no
-    weight decay, for `smallness` is that penalty already.
+    A step has `rows_per_step` positions: a pass with more of them serves several steps. There is no weight decay, for
+    `smallness` is that penalty already.
     """
 
     output_dir: str | None = field(

@@ -8,8 +8,9 @@ from typing import Any
 from ..atomic_write import write_json
 from ..lens_artifact import PROVENANCE_FILE, WEIGHTS_FILE
 from .configuration_tuned_lens import TunedLensConfig
+from .lens_places import METRICS_FILE
 
-SETTINGS_FILE, METRICS_FILE = "fit.json", "metrics.json"
+SETTINGS_FILE = "fit.json"
 BLOCKS_FOLDER, RIDGE_FOLDER = "blocks", "ridge"
 # How the names of settings begin of which a fit that goes on may have others: they leave the lens as it is.
 FREE = (

@@ -1,7 +1,7 @@
 """The acceptance gates of a tuned lens: pure functions of its KPIs, and their place in a lens's provenance.
 
-The numbers are the plan's. A gate is judged by the figures themselves; their intervals stand beside them. Gate B asks
-for answers, and for layers: in a model of four, hardly anything can be four layers earlier.
+A gate is judged by the figures themselves; their intervals stand beside them. Gate B asks for answers, and for layers:
+in a model of four, hardly anything can be four layers earlier.
 """
 
 import json
@@ -48,7 +48,7 @@ class Gates:
         return [letter for letter in REQUIREMENTS if letter in required and not self.as_dict()[f"gate_{letter}"]]
 
     def as_dict(self) -> dict[str, bool]:
-        """The plan's block."""
+        """The verdict of each gate, as the provenance has it."""
         return {"gate_A": self.gate_a, "gate_B": self.gate_b, "gate_C": self.gate_c, "gate_D": self.gate_d}
 
 
@@ -92,7 +92,7 @@ class Judgement:
     """Its name, the number of its prompts and their hash."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan's blocks `kpis` and `acceptance`."""
+        """`kpis` and `acceptance`, as the provenance has them."""
         return {"kpis": {**self.kpis.as_dict(), "suite": dict(self.suite)}, "acceptance": self.gates.as_dict()}
 
 

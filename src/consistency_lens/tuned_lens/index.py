@@ -1,7 +1,7 @@
-"""INDEX.json: what a repository of tuned lenses holds, with the sha256 of each file (plan, section 13.1).
+"""INDEX.json: what a repository of tuned lenses holds, with the sha256 of each file.
 
-Beside the plan's fields an entry has the verdicts of the acceptance gates, the licence of the model, and the licence
-texts that belong to it, so that a download can check all that it takes.
+An entry also has the verdicts of the acceptance gates, the licence of the model, and the licence texts that belong to
+it, so that a download can check all that it takes.
 """
 
 import json

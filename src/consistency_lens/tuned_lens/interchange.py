@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import extract_commit_hash
 
+from ..data.activation_cache import file_hash
 from ..hub_connection import asking_hub
 from .lens_places import CONFIG_FILE, PARAMETERS_FILE
 from .modeling_tuned_lens import TunedLens
@@ -106,7 +107,7 @@ def _find(path_or_repo: str | Path, subfolder: str, revision: str | None, repo_t
     for name in (CONFIG_FILE, PARAMETERS_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"lens: {str(folder)!r} has no {name}; pass the folder with {CONFIG_FILE} and params.pt")
-    source = {"folder": str(folder), "sha256": hashlib.sha256((folder / PARAMETERS_FILE).read_bytes()).hexdigest()}
+    source = {"folder": str(folder), "sha256": file_hash(folder / PARAMETERS_FILE)}
     return _Files(folder / CONFIG_FILE, folder / PARAMETERS_FILE, source)
 
 
@@ -127,8 +128,8 @@ def _fetch(repo: str, subfolder: str, revision: str | None, repo_type: str) -> _
             ) from missing
         found.append(Path(path))
         revision = extract_commit_hash(path, None) or revision
-    sha256 = hashlib.sha256(found[1].read_bytes()).hexdigest()
-    source = {"repo_id": repo, "repo_type": repo_type, "subfolder": subfolder, "revision": revision, "sha256": sha256}
+    source = {"repo_id": repo, "repo_type": repo_type, "subfolder": subfolder, "revision": revision}
+    source["sha256"] = file_hash(found[1])
     return _Files(found[0], found[1], source)
 
 

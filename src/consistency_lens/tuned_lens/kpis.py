@@ -1,8 +1,8 @@
 """What a tuned lens gains over the norm lens on a suite of prompts: pure functions of what was read, with intervals.
 
-Names are those of the plan. Layers that a milestone is reached at are 0-based; one that no layer reaches counts as
-layer L. So a lens that never reaches it is later than one that reaches it at the last layer, and where neither does,
-as where the model itself does not know the answer, nothing is shifted.
+The names are those of `kpis` in a lens's provenance. Layers that a milestone is reached at are 0-based; one that no
+layer reaches counts as layer L. So a lens that never reaches it is later than one that reaches it at the last layer,
+and where neither does, as where the model itself does not know the answer, nothing is shifted.
 Shapes: L layers, S positions of a prompt, G temperatures.
 """
 
@@ -88,7 +88,7 @@ class KPIs:
     with an answer."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan's block, and beside it the intervals and what stands next to it."""
+        """The figures by name, and beside them their intervals and what they were measured on."""
         figures: dict[str, Any] = {
             DELTA: self.delta_kl_bits,
             EARLINESS: self.earliness_shift,

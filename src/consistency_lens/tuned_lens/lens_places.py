@@ -8,7 +8,7 @@ from ..lens_artifact import WEIGHTS_FILE
 from .configuration_tuned_lens import TunedLensConfig
 
 LENSES_FOLDER = Path("tuned_lenses")
-CONFIG_FILE = "config.json"
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.json"
 PARAMETERS_FILE = "params.pt"  # the weights of a lens of AlignmentResearch/tuned-lens
 
 

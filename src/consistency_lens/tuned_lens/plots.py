@@ -253,7 +253,7 @@ def draw_delta_kl(figure: "FigureBase", records: LensRecords) -> None:
     depths = [layer_at_depth(percent, int(layers[-1]) + 1) for percent in DEPTHS]
     gates = (
         (LEAST_DELTA_BITS, "black", "gate A: median at least"),
-        (WORST_DELTA_BITS, "#CC3311", "gate D: never below"),
+        (WORST_DELTA_BITS, RED, "gate D: never below"),
     )
     for bits, mark_colour, label in gates:
         thresholds = np.broadcast_to(bits, len(depths))

@@ -1,4 +1,4 @@
-"""What `provenance.json` of a tuned lens says: the plan's section 7, and what pins the lens to its model."""
+"""What `provenance.json` of a tuned lens says: how it was fitted, and what pins the lens to its model."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Publishing tuned lenses as a data set on the Hub (plan, section 13): a tree of lenses, INDEX.json, licences, cards.
+"""Publishing tuned lenses as a data set on the Hub: a tree of lenses, INDEX.json, licences, cards.
 
 A release is one commit and a tag that never moves. What the repository holds of other models stays as it is.
 """

@@ -15,11 +15,11 @@ from ..residual_stream import gather_positions
 from .modeling_tuned_lens import TunedLens
 from .streamed_kl import Head, Teacher, read_teacher
 
-# from this vocabulary on the unembedding is multiplied in bfloat16 (plan, section 15) where that is fast: on a GPU and
-# on a CPU with instructions for it; one without takes many times as long as in float32
+# from this vocabulary on the unembedding is multiplied in bfloat16 where that is fast: on a GPU and on a CPU with
+# instructions for it; one without takes many times as long as in float32
 LARGE_VOCABULARY = 100_000
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
-# layers and positions of a step at a vocabulary of 32,000, and the fewest (plan, section 15)
+# layers and positions of a step at a vocabulary of 32,000, and the fewest
 USUAL_LAYERS, USUAL_POSITIONS, USUAL_VOCABULARY = 24, 16, 32_000
 FEWEST_LAYERS, FEWEST_POSITIONS = 8, 12
 
@@ -59,7 +59,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether matrices are multiplied faster in bfloat16 than in float32 there."""
     if device.type != "cpu":
         return True
-    capabilities = torch.cpu.get_capabilities()
+    # older versions of torch cannot tell
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 

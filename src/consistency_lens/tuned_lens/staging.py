@@ -12,10 +12,8 @@ from ..public_names import without_paths
 from .cards import write_lens_card, write_notice
 from .content_checks import TunedLensFolder
 from .index import GATES, LICENSES, TREE, IndexEntry
-from .lens_places import CONFIG_FILE
+from .lens_places import CONFIG_FILE, METRICS_FILE
 from .public_files import public_json
-
-METRICS_FILE = "metrics.json"
 
 
 def stage_lens(

@@ -1,7 +1,7 @@
 """What a sweep says of each prompt, of each layer, and of how far its lenses are to be trusted.
 
-The diagnostics are the plan's: at the last layer both lenses have to be the model's own head; and what a lens shows
-calls for care where the raw logit lens (no norm) shows another thing, which `lens_artifact_risk` sums up.
+Two diagnostics: at the last layer both lenses have to be the model's own head; and what a lens shows calls for care
+where the raw logit lens (no norm) shows another thing, which `lens_artifact_risk` sums up.
 """
 
 from collections.abc import Callable, Sequence

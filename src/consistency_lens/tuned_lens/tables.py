@@ -89,17 +89,6 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-def gates_markdown(kpis: Mapping[str, Any], acceptance: Mapping[str, bool]) -> str:
-    """KPIs and gates as Markdown tables, with what they were judged on."""
-    return "\n\n".join(
-        [
-            markdown_table(KPI_COLUMNS, kpi_rows(kpis)),
-            f"{caption(kpis)}.",
-            markdown_table(GATE_COLUMNS, gate_rows(acceptance), numbers=False),
-        ]
-    )
-
-
 def kl_markdown(metrics: Mapping[str, Any]) -> str:
     """Held-out KL of every layer but the last, and the mean, in bits, from a fit's `metrics.json`."""
     kl, mean = metrics["kl"], metrics["mean_kl"]

@@ -1,4 +1,4 @@
-"""The verification of a tuned lens (plan, 13.5): its folder by itself, and what it reads of its model.
+"""The verification of a tuned lens: its folder by itself, and what it reads of its model.
 
 Every check is made and reported, not only the first that fails; but nothing is decoded with a model that is not the
 lens's own.

@@ -24,7 +24,7 @@ class PublishArguments:
         default_factory=list, metadata={"help": "Texts of that licence; default: those that lie beside the model."}
     )
     tag: str | None = field(default=None, metadata={"help": "Of the release, vYYYY.MM.DD; default: today in UTC."})
-    dry_run: bool = field(default=False, metadata={"help": "Write all that would be uploaded, and stop."})
+    dry_run: bool = field(default=False, metadata={"help": "Write all that would be uploaded, list it, and stop."})
 
     def __post_init__(self) -> None:
         examples = {"lens": "tuned_lenses/gpt2", "repo": "user/tuned-lenses"}
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ...tuned_lens.publish import publish_tuned_lens
     from ..command import NOT_VERIFIED, run_command
     from ..parser import parse_arguments
+    from ..push import told_of_tuned_lenses
 
     def work(console: "Console") -> None:
         (args,) = parse_arguments((PublishArguments,), argv, "tuned-lens publish")
@@ -53,17 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tag=args.tag,
             dry_run=args.dry_run,
         )
-        lines = [f"{model}: {replaces(before)}" for model, before in published.models.items()]
-        if published.folder is not None:
-            lines.append(f"Nothing was uploaded; what would be {published.tag} lies in {published.folder}")
-        else:
-            lines.append(f"{published.url}/tree/{published.tag} (commit {published.commit})")
-        for line in lines:
+        for line in told_of_tuned_lenses(published):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return run_command(work, {VerificationError: NOT_VERIFIED})
-
-
-def replaces(version: str | None) -> str:
-    """What a release means for what the repository had of a model."""
-    return "new" if version is None else f"in place of that of {version}, which keeps its tag"
