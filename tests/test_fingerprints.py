@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from tokenizers import AddedToken
 
 from consistency_lens.data.subject_loading import load_subject_and_tokenizer
-from consistency_lens.fingerprints import tokenizer_hash, weights_hash
+from consistency_lens.fingerprints import tensors_hash, tokenizer_hash, weights_hash
 
 
 def test_weights_hash_sees_a_changed_weight():
@@ -46,6 +46,14 @@ def test_weights_hash_sees_the_scales_of_quantised_weights(tmp_path, quantizatio
     with torch.no_grad():
         model(input_ids=torch.tensor([[3, 4, 5]]))
     assert weights_hash(model) == weights_hash(same)
+
+
+def test_tensors_hash_sees_names_and_values_and_not_their_order():
+    tensors = {"one": torch.zeros(2), "other": torch.ones(2)}
+    expected = tensors_hash(tensors)
+    assert tensors_hash(dict(reversed(tensors.items()))) == expected
+    changed = [{**tensors, "one": torch.full((2,), 0.5)}, {"one": torch.zeros(2), "another": torch.ones(2)}]
+    assert len({expected, *map(tensors_hash, changed)}) == 3
 
 
 def test_tokenizer_hash_sees_words_and_special_tokens():

@@ -10,9 +10,9 @@ from consistency_lens import ConsistencyLensModel, ResidualStream, Subject, cach
 from consistency_lens.straight_through import row_keys
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-TEXT_IDS = torch.tensor([[9, 10, 11, 12], [20, 21, 22, 23], [5, 6, 7, 8]])
-# gaps before and behind, and a text of which nothing is read
-MASK = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]]).bool()
+TEXT_IDS = torch.tensor([[9, 10, 11, 12], [20, 21, 22, 23], [5, 6, 7, 8], [9, 9, 9, 9]])
+# gaps before and behind, a text of which nothing is read, and one of which the first token alone is
+MASK = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]).bool()
 
 
 def hidden_states(model, token_ids: list[int], layer: int) -> torch.Tensor:

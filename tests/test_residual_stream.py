@@ -167,6 +167,12 @@ class TestReplace:
             gradient = torch.autograd.grad(llama(**inputs).logits.square().sum(), new)[0]
         assert gradient.abs().amax(-1).min() > 0
 
+    @pytest.mark.parametrize("layer", [-1, NUM_LAYERS])
+    def test_layer_out_of_range(self, llama, layer):
+        new = ResidualStream(llama).replace(layer, POSITIONS, torch.randn(2, 3, WIDTH))
+        with pytest.raises(ValueError, match=rf"got {layer}"), new:
+            pass
+
     def test_shapes_that_do_not_fit(self, llama):
         with (
             pytest.raises(ValueError, match=r"\(B, K, 32\), got \(2, 3\) and \(2, 3, 31\)"),

@@ -128,6 +128,12 @@ class TestContext:
         with pytest.raises(ValueError, match=r"\(B, K\) with B=2, got \(2,\)"):
             Subject(tiny_model("llama"), LAYER).context(input_ids, attention_mask, torch.tensor([19, 12]))
 
+    def test_a_mask_of_another_shape(self):
+        input_ids, attention_mask = random_tokens(20, 13)
+        with pytest.raises(ValueError, match=r"must both be \(B, S\), got \(2, 20\) and \(2, 21\)"):
+            longer = torch.nn.functional.pad(attention_mask, (0, 1))
+            Subject(tiny_model("llama"), LAYER).context(input_ids, longer, torch.tensor([[19], [12]]))
+
 
 class TestOneToken:
     @pytest.mark.parametrize("num_positions", [1, 3])

@@ -1,6 +1,7 @@
 """What a cache will hold: its positions, and the rows of its shards."""
 
 import numpy as np
+import pytest
 from cache_builds import MIN_POSITION, NUM_SEQUENCES, VOCAB, corpus
 
 from consistency_lens.data import cache_plan
@@ -19,10 +20,19 @@ def test_a_sequence_with_few_positions_gives_all_of_them():
     assert draw_positions(8, 5, 0, 10, 4, seed=0).tolist() == [4, 5, 6]
 
 
-def test_the_plan_counts_the_rows_of_each_shard(corpus):
-    plan = cache_plan.plan_cache(
-        corpus, positions_per_sequence=3, min_position=MIN_POSITION, rows_per_shard=18, seed=0, vocab_size=VOCAB,
-        max_length=None,
+def plan_of(corpus, positions_per_sequence):
+    return cache_plan.plan_cache(
+        corpus, positions_per_sequence=positions_per_sequence, min_position=MIN_POSITION, rows_per_shard=18, seed=0,
+        vocab_size=VOCAB, max_length=None,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("positions_per_sequence", [3, 100])
+def test_the_plan_counts_the_rows_of_each_shard(corpus, positions_per_sequence):
+    plan = plan_of(corpus, positions_per_sequence)
     assert plan.shard_rows.tolist() == [plan.shard(index).num_rows for index in range(len(plan.shard_rows))]
+
+
+def test_a_sample_of_the_sequences_has_the_positions_that_the_cache_has(corpus):
+    plan = plan_of(corpus, 3)
     assert plan.sample(5).num_rows == 15 and len(plan.sample(1000).contexts) == NUM_SEQUENCES

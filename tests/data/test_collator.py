@@ -35,6 +35,12 @@ def test_tail_is_the_end_of_the_context_with_the_current_token(collator):
     assert batch["tail_mask"].all()
 
 
+def test_tokens_behind_the_position_are_no_context(collator):
+    batch = collator([make_row([BOS, 5, 6, 7, 8], position=np.int32(2))])
+    assert batch["input_ids"].tolist() == [[BOS, 5, 6]] and batch["positions"].tolist() == [2]
+    assert batch["tail_ids"].tolist() == [[EOS, 5, 6]]
+
+
 def test_short_tails_are_padded_on_the_left_and_leave_bos_out(collator):
     batch = collator([make_row([BOS, 5, 6]), make_row([BOS])])
     assert batch["tail_ids"].tolist() == [[EOS, 5, 6], [EOS, EOS, EOS]]

@@ -223,6 +223,7 @@ def test_a_stream_that_was_closed_loads_no_more_until_it_is_asked(published):
     while len(begun) < 2:  # as many as are loaded at a time
         time.sleep(0.001)
     stream.close()
+    assert not stream._shards
     gate.set()
     asking.join(5)
     assert len(begun) <= 3

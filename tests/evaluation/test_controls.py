@@ -100,6 +100,14 @@ class TestTexts:
         empty = reconstruct(lens, batch, text_ids, "empty_text")
         torch.testing.assert_close(empty[:1], lens.encode(torch.tensor([[lens.subject.model.config.bos_token_id]])))
 
+    def test_empty_text_before_a_prompt_reads_that_alone(self, batch, text_ids):
+        lens = ConsistencyLensModel.from_subject(
+            tiny_model("llama"), tiny_tokenizer(bos=False), layer=1, encoder_prompt="<text> w5",
+            num_text_tokens=NUM_TEXT_TOKENS,
+        )  # fmt: skip
+        empty = reconstruct(lens, batch, text_ids, "empty_text")
+        torch.testing.assert_close(empty[:1], lens.encode([""]))
+
     def test_random_tokens_are_ordinary_ones_and_all_of_them(self, lens):
         ids = Controls(lens, ["random_tokens"], torch.arange(400)).random_ids
         assert ids.shape == (400, NUM_TEXT_TOKENS)

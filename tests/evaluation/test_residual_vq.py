@@ -69,6 +69,11 @@ class TestKMeans:
         assert codes[0].eq(0).all()
         assert codes[1:].abs().sum(1).gt(1).all()
 
+    @pytest.mark.parametrize("seed", range(6))
+    def test_a_code_that_one_vector_is_nearest_to_is_that_vector(self, seed):
+        codes = k_means(torch.tensor([[0.1], [0.2], [10.0]]), 2, torch.Generator().manual_seed(seed))
+        assert codes.tolist() == [[0.0], [10.0]]
+
     def test_leaves_the_vectors_as_they_are(self):
         given = vectors(100)
         k_means(given, 16, torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from consistency_lens.checkpoints import states
 from consistency_lens.tuned_lens.optimizer import MuonWithAdamW, make_optimizer
 from consistency_lens.tuned_lens.translator import TunedTranslator
 
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.3}  # no default of either
 
 
 def translators() -> torch.nn.ModuleList:
@@ -42,8 +42,8 @@ def test_steps_equal_both_optimizers_run_apart():
     matrices = [p for p in apart.parameters() if p.ndim == 2]
     others = [p for p in apart.parameters() if p.ndim != 2]
     assert len(matrices) == 3 and len(others) == 4
-    muon = Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = AdamW(others, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    muon = Muon(matrices, lr=1e-2, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    adamw = AdamW(others, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.3)
     start = copy.deepcopy(together)
     for seed in range(3):
         step(optimizer, together, seed)

@@ -100,11 +100,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     written = path.read_bytes()
     try:
         content = json.loads(written)
-        own = content.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError):
+        del content["sha256"]
+    except (ValueError, KeyError, TypeError):
         return None
-    whole = manifest_text(content)
-    return content if whole.encode() == written and own in whole else None
+    return content if manifest_text(content).encode() == written else None
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

@@ -185,7 +185,6 @@ def untrained_lens(lens: ConsistencyLensModel) -> ConsistencyLensModel:
         part.training = "frozen"
     with forked_random_state(lens.device):
         fresh = ConsistencyLensModel.from_artifact_config(config, lens.subject.model, {})
-    fresh.tokenizer = lens.tokenizer
     fresh.set_statistics(lens.mean, lens.rms)
     return fresh.to(lens.device).eval()  # type: ignore[arg-type]
 
