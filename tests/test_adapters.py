@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Operations
 from tiny_lenses import activations, disturb, gradients, keys, tiny_lens, trainable
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.adapters import LayerWithAdapter, adapters_at_once
@@ -58,21 +58,6 @@ class TestLora:
         monkeypatch.setattr(importlib, "import_module", without_peft)
         with pytest.raises(ValueError, match=r"training='lora' needs the package 'peft'.*consistency-lens\[lora\]"):
             tiny_lens("llama", "lora")
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is done, by name, and keeps the shapes of what is converted to another dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts, self.shapes = Counter[str](), list[torch.Size]()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func._overloadpacket.__name__] += 1
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default:
-            self.shapes.append(result.shape)
-        return result
 
 
 class MarkedParameter(torch.nn.Parameter):

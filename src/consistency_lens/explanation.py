@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .context_length import context_length
 from .losses import kl_divergence
 
 if TYPE_CHECKING:
@@ -150,8 +151,7 @@ def text_ids(lens: ConsistencyLensModel, text: str) -> tuple[list[int], int]:
     ids = bos + tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) == len(bos):
         raise ValueError("explain: got an empty text; pass at least one word")
-    config = lens.subject.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or len(ids)  # ALiBi models have no limit
+    limit = context_length(lens.subject.model.config) or len(ids)
     if len(ids) > limit:
         raise ValueError(f"explain: the text has {len(ids)} tokens, the subject reads {limit}; pass a shorter text")
     return ids, len(bos)

@@ -66,6 +66,29 @@ def test_stages_log_their_terms(tmp_path, stages):
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in entries)
 
 
+def test_the_error_of_own_text_is_a_mean_over_the_rows_that_read_one(tmp_path):
+    """However the rows are cut into micro-batches, of which some have none of them."""
+    logged = []
+    for name, size in (("whole", 8), ("cut", 1)):
+        trainer = tiny_trainer(
+            tmp_path / name, max_steps=3, logging_steps=3, stages=["warm_start"], own_share=0.3, learning_rate=0.0,
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
+        )  # fmt: skip
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    whole, cut = logged
+    for of in ("mse_own_text", "mse_true_text", "mse"):
+        assert cut[of] == pytest.approx(whole[of], rel=1e-4), of
+
+
+def test_what_no_row_has_read_has_no_error(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1, stages=["warm_start"], own_share=0.0)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["mse_true_text"] == pytest.approx(entry["mse"])
+    assert "mse_own_text" not in entry
+
+
 def test_warm_start_learns_the_tails(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=60, stages=["warm_start"], learning_rate=3e-3)
     trainer.train()

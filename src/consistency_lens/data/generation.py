@@ -13,6 +13,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..context_length import context_length
 from .corpus import corpus_from_rows, document_hash
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,7 @@ def _check(
         raise ValueError(
             f"generation: max_length={max_length} leaves no room after a prompt of {prompt_length} tokens"
         )
-    # Absent where positions are unbounded (ALiBi).
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is not None and max_length > context:
         raise ValueError(f"generation: max_length={max_length} is beyond the model's context of {context}; lower it")
 
@@ -136,7 +136,9 @@ def _sample_batch(
         output = model(input_ids=step_ids, past_key_values=cache, use_cache=True)
         cache = output.get("past_key_values")
         if cache is None:
-            raise ValueError(f"generation: {type(model).__name__} returned no KV cache; pass a model with use_cache")
+            raise ValueError(
+                f"generation: {type(model).__name__} returned no KV cache, so it writes no corpus; pass a text as dataset"
+            )
         next_ids = _draw_tokens(output.logits[:, -1].float(), uniforms[running, length], temperature, top_k)
         tokens[running, length] = next_ids
         step_ids = next_ids[:, None]

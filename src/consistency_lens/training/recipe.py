@@ -16,6 +16,7 @@ from transformers import set_seed
 from .. import __version__
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
+from ..context_length import context_length
 from ..data.activation_source import rows_at
 from ..data.sources import Reader, SplitRows, dataset_of, layer_of, open_rows
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
@@ -74,7 +75,7 @@ def check_length(args: RecipeArguments, subject: LoadedSubject) -> None:
     Raises:
         ValueError: if they are beyond its context.
     """
-    context = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(subject.model.config)
     if args.reads_text and context is not None and args.max_length > context:
         raise ValueError(f"max_length {args.max_length} is beyond the subject's context of {context}; lower it")
 
