@@ -12,7 +12,7 @@ from consistency_lens.context_length import context_length
 
 @pytest.mark.parametrize(
     ("family", "length"),
-    [("llama", MAX_POSITIONS), ("gpt2", MAX_POSITIONS), ("mpt", 2048), ("gpt1", 512), ("bloom", None), ("mamba", None)],
+    [("llama", MAX_POSITIONS), ("gpt2", MAX_POSITIONS), ("mpt", 2048), ("gpt1", 512), ("bloom", None)],
 )
 def test_is_that_of_the_configuration(family, length):
     assert context_length(tiny_model(family).config) == length
