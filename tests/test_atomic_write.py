@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from consistency_lens.atomic_write import write_tensors, write_text
+from consistency_lens.atomic_write import atomic_file, check_writable, write_json, write_tensors, write_text
 
 # argv: where to write. Prints the peak of the process's memory before and after, in units of what is written.
 WRITE = """
@@ -54,3 +54,22 @@ def test_tensors_are_written_without_another_copy_of_them(tmp_path):
         [sys.executable, "-c", WRITE, str(tmp_path / "file")], capture_output=True, text=True, check=True
     )
     assert float(run.stdout) < 0.5
+
+
+def test_what_cannot_be_written_whole_leaves_no_part_of_it(tmp_path):
+    file = tmp_path / "figures.json"
+    write_json(file, {"fve": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"fve": float("nan")})
+    with pytest.raises(OSError, match="No space left"), atomic_file(file) as stream:
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == ["figures.json"] and '"fve": 1' in file.read_text()
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_named(tmp_path):
+    check_writable(tmp_path / "new", "output_dir")
+    assert os.listdir(tmp_path / "new") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output_dir: cannot write to .*file.*; pass another"):
+        check_writable(tmp_path / "file", "output_dir")

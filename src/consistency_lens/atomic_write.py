@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
@@ -17,10 +18,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Where to write a file that takes its name `path` when it is whole, and stays there when the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()  # where the disk is full, it would take room
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -31,6 +37,22 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """The same as an open file."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
+
+
+def check_writable(folder: Path, argument: str) -> None:
+    """Checks, before the work that is to be kept there, that a folder can be made and written to.
+
+    Raises:
+        ValueError: if it cannot, naming the argument.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: cannot write to {str(folder)!r} ({error.strerror or error}); pass another"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """What all commands do alike."""
 
+import io
 import re
 import subprocess
 import sys
@@ -118,3 +119,51 @@ def test_a_mistake_of_a_later_process_alone_is_told_too(monkeypatch, capsys):
         assert run_command(work) == MISTAKE
         assert capsys.readouterr().err == "error: shard: got none\n"
     assert waited == [FIRST_SPEAKS]
+
+
+def test_a_rank_that_is_no_number_hides_no_mistake(monkeypatch, capsys):
+    def work(console):
+        raise ValueError("shard: got none")
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("RANK", "first")
+    assert run_command(work) == MISTAKE
+    assert capsys.readouterr().err == "error: shard: got none\n"
+
+
+def test_what_the_terminal_cannot_show_is_shown_escaped(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert run_command(lambda console: console.print("caf\u00e9 \u00b7")) == 0
+    assert shown.getvalue() == b"caf\\xe9 \\xb7\n"
+
+
+def test_closed_streams_are_no_fault(monkeypatch):
+    def work(console):
+        console.print("figures")
+        raise ValueError("shard: got none")
+
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_command(work) == MISTAKE
+
+
+CLOSED_PIPE = """
+import os, sys
+from consistency_lens.cli.{module} import {name} as tried
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+sys.exit(tried({argument}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "argument", "code"),
+    [("main", "main", "['--help']", 0), ("command", "run_command", "lambda _: print('x' * 10 ** 6)", FAILED)],
+    ids=["help", "command"],
+)
+def test_a_reader_that_goes_away_is_no_fault(module, name, argument, code):
+    script = CLOSED_PIPE.format(module=module, name=name, argument=argument)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "")

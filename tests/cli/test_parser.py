@@ -13,6 +13,10 @@ class Arguments:
     stages: list[str] = field(default_factory=lambda: ["a"])
     flag: bool = False
     num_rows: int = 0
+    numbers: list[int] = field(default_factory=list)
+    limit: int | None = 3
+    settings: dict[str, int] | str | None = None
+    report_to: None | str | list[str] = None
 
 
 def parse(tmp_path, yaml, *flags):
@@ -90,3 +94,52 @@ def test_the_first_argument_may_stand_without_its_flag():
     assert parse_arguments((Arguments,), ["--name=-x"], first="name")[0].name == "-x"
     with pytest.raises(ValueError, match="'more': belongs to no flag"):
         parse_arguments((Arguments,), ["Once", "more"], first="name")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "name", "value"),
+    [
+        ("stages: x 60%", "stages", ["x 60%"]),
+        ("stages: [1, 2]", "stages", ["1", "2"]),
+        ("stages: {prompts: 1e-3, last: }", "stages", ["prompts 1e-3", "last"]),
+        ("numbers: 2", "numbers", [2]),
+        ("numbers: [1, '2']", "numbers", [1, 2]),
+        ("limit: ", "limit", None),
+        ("name: 2026-01-01", "name", "2026-01-01"),
+        ("settings: {a: 1}", "settings", {"a": 1}),
+        ("report_to: [a, b]", "report_to", ["a", "b"]),
+        ("report_to: a", "report_to", "a"),
+    ],
+)
+def test_a_value_in_a_file_is_read_as_its_flag_would_be(tmp_path, yaml, name, value):
+    assert getattr(parse(tmp_path, yaml), name) == value
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("layer: [1, 2]", "layer takes one value, got a list: [1, 2]"),
+        ("layer: {a: 1}", "layer takes one value, got a mapping: {'a': 1}"),
+        ("layer: true", "layer must be a number, got True"),
+        ("layer: ", "layer has no value; give it one, or remove the line"),
+        ("name: [a]", "name takes one value, got a list"),
+        ("flag: [true]", "flag takes one value, got a list"),
+        ("stages: ", "stages has no value"),
+        ("stages: [[a]]", r"stages takes a list of single values, got \['a'\] in it"),
+        ("numbers: [true]", "numbers takes a list of single values, got True in it"),
+        ("numbers: [x]", r"numbers takes numbers \(int\), got x"),
+        ("layer: 1\nlayer: 2", "has the key 'layer' twice; remove one"),
+    ],
+)
+def test_a_value_in_a_file_of_another_kind_is_an_error_of_one_line(tmp_path, yaml, message):
+    message = message.replace("[1, 2]", r"\[1, 2\]").replace("{'a': 1}", r"\{'a': 1\}")
+    with pytest.raises(ValueError, match=f"^--config: .*{message}") as raised:
+        parse(tmp_path, yaml)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: " + b"[" * 3000], ids=["binary", "deep"])
+def test_a_file_that_is_no_yaml_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^--config: .*recipe.yaml' is no YAML: [^\n]*$"):
+        parse_arguments((Arguments,), ["--config", str(tmp_path / "recipe.yaml")])

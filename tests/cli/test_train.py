@@ -62,6 +62,31 @@ def test_a_run_leaves_a_lens_its_figures_and_its_arguments(run_folder):
     assert not list(run_folder.rglob("*.bin")) + list(run_folder.rglob("*.pt")) + list(run_folder.rglob("*.pkl"))
 
 
+def test_figures_of_one_lens_never_stand_beside_another(subject_folder, run_folder, tmp_path, monkeypatch):
+    """A run that is killed while it evaluates leaves its lens without figures, not with those of an earlier one."""
+
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    monkeypatch.setattr(recipe, "evaluate_and_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags(subject_folder, folder, learning_rate=1e-2))
+    before, after = (load_file(path / "model.safetensors") for path in (run_folder, folder))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    left = {path.name for path in folder.iterdir()}
+    assert left.isdisjoint({"metrics.json", "run.json", "samples.jsonl", "log_history.json", "README.md"})
+    assert not {name for name in left if name.startswith(".")}
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_subject_is_not_written_over(subject_folder, capsys, dry_run):
+    before = (subject_folder / "model.safetensors").read_bytes()
+    assert main(flags(subject_folder, subject_folder, dry_run=dry_run)) == 2
+    assert "holds a model of type 'llama', which the training would write over" in capsys.readouterr().err
+    assert (subject_folder / "model.safetensors").read_bytes() == before and not (subject_folder / "data").exists()
+
+
 @pytest.mark.parametrize("activations", ["on_the_fly", "folder"])
 def test_every_source_of_activations_gives_the_same_lens(subject_folder, run_folder, tmp_path, activations):
     changes = {"activations": activations}

@@ -78,6 +78,22 @@ def test_a_truncated_shard_is_not_opened(build):
         ActivationCache.open(cache.path)
 
 
+def test_a_damaged_shard_is_told(build):
+    cache = build()
+    shard = cache.path / "shard-00001.arrow"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(ValueError, match="activation cache: a shard in .* is damaged .*; find it with"):
+        ActivationCache.open(cache.path)
+
+
+@pytest.mark.parametrize(("content", "message"), [('{"layer": 1', "is damaged "), ("{}", "is of something else")])
+def test_a_provenance_that_is_none_is_told(build, content, message):
+    cache = build()
+    (cache.path / "provenance.json").write_text(content)
+    with pytest.raises(ValueError, match=f"activation cache: .*provenance.json' {message}"):
+        ActivationCache.open(cache.path)
+
+
 def test_the_path_names_dataset_model_layer_and_split(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpora" / "stories").mkdir(parents=True)

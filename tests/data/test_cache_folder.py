@@ -168,8 +168,16 @@ def test_no_file_is_taken_for_whole_that_the_device_had_no_room_for(build, tmp_p
         build()
     with pytest.raises(ValueError, match="(an unfinished|no) cache at"):
         ActivationCache.open(tmp_path / "cache")
-    partial.unlink()
+    assert not partial.is_symlink()  # what was half-written takes no room
     assert files_of(build().path) == files_of(whole.path)
+
+
+@pytest.mark.parametrize("name", ["building.json", "provenance.json"])
+def test_a_damaged_file_is_named(build, tmp_path, name):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / name).write_text('{"layer": 1')
+    with pytest.raises(ValueError, match=f"activation cache: .*{name}' is damaged .*; choose another folder"):
+        build()
 
 
 def test_a_folder_that_cannot_be_made_is_named(build, tmp_path):

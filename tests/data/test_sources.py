@@ -69,6 +69,16 @@ def test_the_subject_writes_its_own_text_once(reader, tmp_path, monkeypatch):
     assert_equal_rows(first.held_out, rows_of(reader, tmp_path, **settings).held_out)
 
 
+def test_two_runs_do_not_write_the_same_text_at_once(reader, tmp_path, monkeypatch):
+    settings = {"num_documents": 30, "activations": "on_the_fly"}
+    monkeypatch.setattr(text_source, "sample_documents", lambda *_, **__: rows_of(reader, tmp_path, **settings))
+    with pytest.raises(ValueError, match="cache_dir: another run is writing documents in .*; wait for it, or pass an"):
+        rows_of(reader, tmp_path, **settings)
+    monkeypatch.undo()
+    rows_of(reader, tmp_path, **settings)
+    assert [path.name[:6] for path in tmp_path.iterdir()] == ["corpus"]
+
+
 def test_two_caches_in_a_folder_are_its_splits(reader, text, tmp_path):
     rows_of(reader, tmp_path / "a", dataset=text)
     other = tmp_path / "other.txt"

@@ -42,6 +42,12 @@ class TestOpening:
         with pytest.raises(ValueError, match="validation' is damaged"):
             open_corpus(path, "validation")
 
+    def test_refuses_a_damaged_record(self, path):
+        file = path / "tokenization.json"
+        file.write_text(file.read_text()[:-9])
+        with pytest.raises(ValueError, match="corpus: .*tokenization.json' is damaged .*; delete the folder"):
+            open_corpus(path, "train")
+
     def test_refuses_another_number_of_rows(self, path):
         Dataset.from_dict({"input_ids": [[1]], "document": [1]}).save_to_disk(path / "other")
         for file in (path / "train").iterdir():

@@ -343,3 +343,8 @@ def test_the_checkpoints_are_those_that_stay(subject_folder, tmp_path, changes, 
     planned = plan(subject_folder, tmp_path / "run", max_steps=7, save_strategy="steps", **settings)
     found = [file.path.name for file in planned.files if "checkpoint-" in file.path.name]
     assert found == [f"checkpoint-{name}" for name in expected]
+
+
+def test_a_run_of_any_length_is_planned_at_once(subject_folder, tmp_path):
+    planned = plan(subject_folder, tmp_path, max_steps=10**12)
+    assert planned.total_steps == planned.stages[-1].last_step == 10**12

@@ -7,9 +7,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .dispatch import DEBUG_FLAG, DEBUG_VARIABLE
+from .dispatch import DEBUG_FLAG, DEBUG_VARIABLE, reader_is_gone
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,25 +44,35 @@ def run_command(
     # the newer name is not in all versions that we take
     warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     transformers.utils.logging.set_verbosity_warning()
+    if hasattr(sys.stdout, "reconfigure"):  # a token that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     codes: dict[type[BaseException], int] = {**(failures or {}), ValueError: MISTAKE, OSError: FAILED}
     try:
-        return work(Console(width=None if sys.stdout.isatty() else 150)) or DONE
+        return work(Console(width=None if _is_terminal(sys.stdout) else 150)) or DONE
     except tuple(codes) as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return FAILED
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
         if os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
-        if int(os.environ.get("RANK") or 0) > 0:  # mostly all of them make the same mistake; alone it is told late
+        if os.environ.get("RANK", "0") not in ("", "0"):
+            # mostly all of them make the same mistake; alone it is told late
             time.sleep(FIRST_SPEAKS)
         message = f"{'error' if code == MISTAKE else 'failed'}: {str(error) or type(error).__name__}"
         _complain(message)
         return code
     except Exception as error:
         # A fault of this library or of one below it. A job's log keeps where it was; a person is told how to see it.
-        if os.environ.get(DEBUG_VARIABLE) or not sys.stderr.isatty():
+        if os.environ.get(DEBUG_VARIABLE) or not _is_terminal(sys.stderr):
             raise
         said = " ".join(str(error).split())
         _complain(f"failed: {type(error).__name__}: {said} (an unexpected error; {DEBUG_FLAG} shows where)")
         return FAILED
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Whether a person reads a stream; it is None where it was closed before the start."""
+    return stream is not None and stream.isatty()
 
 
 def _complain(message: str) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import os
+import select
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +26,11 @@ def dispatch(program: str, commands: Mapping[str, Command], package: str | None,
     """
     argv = without_debug_flag(list(sys.argv[1:] if argv is None else argv))
     if not argv or argv[0] in ("-h", "--help"):
-        print(overview(program, commands))
+        try:
+            print(overview(program, commands), flush=True)
+        except BrokenPipeError:
+            if not reader_is_gone():
+                raise
         return 0
     if argv[0] == "--version":
         from .. import __version__
@@ -66,3 +71,17 @@ def without_debug_flag(argv: list[str]) -> list[str]:
         else:
             rest.append(part)
     return rest
+
+
+def reader_is_gone() -> bool:
+    """Whether it is the output that nobody reads any more, as behind `head`; then nothing more is written to it."""
+    try:
+        output = sys.stdout.fileno()
+        watched = select.poll()
+        watched.register(output, 0)
+        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0)):
+            return False
+    except (AttributeError, OSError):  # no pipe, or a system without `poll`
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # what is left to write goes there at the end
+    return True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .commands import PROGRAM, all_commands
+from .config_values import config_values
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -66,7 +67,7 @@ def parse_given(
         ValueError: for a value of another kind.
     """
     parser = make_parser(dataclasses, command)
-    parser.set_defaults(**{key: as_flag(value) for key, value in config.items()})
+    parser.set_defaults(**config_values(config, dataclasses))
     # the parser's own defaults stay what --help tells
     values, rest = parse_known(parser, argv, dict.fromkeys(known_names(dataclasses) - set(config), MISSING))
     return {name: value for name, value in vars(values).items() if value is not MISSING and name != "config"}, rest
@@ -134,27 +135,38 @@ def read_config(path: Path, dataclasses: Sequence[Any], sections: Collection[str
     """The keys of a YAML recipe but its sections, each checked against the dataclasses' fields."""
     config = {key: value for key, value in read_yaml(path).items() if key not in sections}
     check_keys(f"{str(path)!r}", config, known_names(dataclasses))
-    return {key: as_flag(value) for key, value in config.items()}
+    return config_values(config, dataclasses)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """What a YAML recipe holds.
 
     Raises:
-        ValueError: if it is not there, no YAML, or no mapping.
+        ValueError: if it is not there, no YAML, no mapping, or says the same twice.
     """
     import yaml
 
     if not path.is_file():
         raise ValueError(f"--config: no file at {str(path)!r}; pass the path of a YAML recipe")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        config, root = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"--config: {str(path)!r} is no YAML: {cause}") from error
     if not isinstance(config, dict):
         raise ValueError(f"--config: {str(path)!r} must hold 'key: value' lines, got {type(config).__name__}")
+    doubled = doubled_keys(root)
+    if doubled:  # YAML would take the last one without a word
+        raise ValueError(f"--config: {str(path)!r} has the key {doubled[0]!r} twice; remove one")
     return config
+
+
+def doubled_keys(root: Any) -> list[str]:
+    """The keys that stand twice in a YAML mapping, or in one of its sections."""
+    parts = [] if root is None else [root, *(value for _, value in root.value)]
+    mappings = [[key.value for key, _ in part.value] for part in parts if part.id == "mapping"]
+    return [key for keys in mappings for number, key in enumerate(keys) if key in keys[:number]]
 
 
 def check_keys(place: str, config: Mapping[str, Any], known: Collection[str]) -> None:
@@ -164,8 +176,3 @@ def check_keys(place: str, config: Mapping[str, Any], known: Collection[str]) ->
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; remove it"
             raise ValueError(f"--config: {place} has the unknown key {key!r}{hint}")
-
-
-def as_flag(value: Any) -> Any:
-    """Numbers as text, so that the flag's own type reads them: YAML takes 1e-3 for a string and 1 for an integer."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -62,14 +62,14 @@ class ActivationCache(ActivationSource):
         """Opens a finished cache; what is passed must agree with its provenance.
 
         Raises:
-            ValueError: if there is no finished cache at `path`, a shard is missing or of the wrong size, or the
-                subject's name or weights, the layer or the width differ (the message has both values).
+            ValueError: if there is no finished cache at `path`, a shard is missing, damaged or of the wrong size, or
+                the subject's name or weights, the layer or the width differ (the message has both values).
         """
         path = Path(path)
         if not (path / PROVENANCE_FILE).is_file():
             state = "an unfinished" if (path / BUILDING_FILE).is_file() else "no"
             raise ValueError(f"activation cache: {state} cache at {str(path)!r}; run its build (again) to finish it")
-        provenance = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        provenance = read_provenance(path)
         expected = {"subject": subject_name, "weights_hash": weights_hash, "layer": layer, "width": width}
         check_provenance(str(path), provenance, **expected)
         for shard in provenance["shards"]:
@@ -81,7 +81,13 @@ class ActivationCache(ActivationSource):
                     f"activation cache: {str(file)!r} {state}; restore it from a copy, or delete the folder and build "
                     "again"
                 )
-        shards = [Dataset.from_file(str(path / shard["file"])) for shard in provenance["shards"]]
+        try:
+            shards = [Dataset.from_file(str(path / shard["file"])) for shard in provenance["shards"]]
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"activation cache: a shard in {str(path)!r} is damaged ({error}); find it with consistency-lens "
+                "verify, and restore it from a copy, or delete the folder and build again"
+            ) from error
         return cls(concatenate_datasets(shards), provenance, path)
 
     @cached_property
@@ -124,6 +130,25 @@ class ActivationCache(ActivationSource):
         if self._is_part:
             return self.moments_of_all()
         return Moments(np.array(self.provenance["mean"]), self.provenance["rms"])
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """The provenance of a finished cache.
+
+    Raises:
+        ValueError: if it is damaged, or of something else.
+    """
+    file = path / PROVENANCE_FILE
+    try:
+        provenance = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"activation cache: {str(file)!r} is damaged ({error}); restore it from a copy, or delete the folder and "
+            "build again"
+        ) from error
+    if not isinstance(provenance, dict) or "shards" not in provenance:
+        raise ValueError(f"activation cache: {str(file)!r} is of something else; pass the folder of a cache")
+    return provenance
 
 
 def check_provenance(place: str, provenance: dict[str, Any], **expected: Any) -> None:

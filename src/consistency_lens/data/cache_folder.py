@@ -144,7 +144,10 @@ class CacheFolder:
         file, record = self._shard_file(index), self._record_file(index)
         if not (file.is_file() and record.is_file()):
             return False
-        return file.stat().st_size == json.loads(record.read_text(encoding="utf-8"))["bytes"]
+        try:
+            return file.stat().st_size == json.loads(record.read_text(encoding="utf-8"))["bytes"]
+        except ValueError:  # damaged since it was written: the shard is made again
+            return False
 
     def write_shard(self, index: int, shard: ShardPlan, activations: np.ndarray) -> None:
         """Writes a shard, and its record after it.
@@ -233,7 +236,13 @@ class CacheFolder:
         return self._shard_file(index).with_suffix(".json")
 
     def _read(self, name: str) -> dict[str, Any]:
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"activation cache: {str(file)!r} is damaged ({error}); choose another folder or delete that one"
+            ) from error
 
     def _differing(self, found: dict[str, Any]) -> str | None:
         """The first setting that is another one in `found`."""

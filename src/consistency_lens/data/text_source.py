@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
+from ..atomic_write import sync_folder
 from ..fingerprints import tokenizer_hash, weights_hash
 from ..subject import Subject
 from .corpus import read_documents, tokenize_documents
@@ -94,16 +96,37 @@ def sampled_corpus(
     seed: int,
     state: PartialState | None = None,
 ) -> Corpus:
-    """Documents that the subject writes, kept in the folder; the first process of `state` writes them."""
+    """Documents that the subject writes, kept in the folder; the first process of `state` writes them.
+
+    Raises:
+        ValueError: if another run is writing the same there.
+    """
     settings = f"n{num_documents}-length{max_length}-seed{seed}-{reader.weights_hash[:12]}"
     path = folder / f"corpus-{settings}"
     if (state is None or state.is_main_process) and not path.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = reader.subject.model, reader.tokenizer
-        corpus = sample_documents(model, tokenizer, num_documents, max_length, seed=seed, batch_size=256)
-        partial = path.with_name(f".{path.name}.partial")
-        corpus.save_to_disk(partial)
-        partial.rename(path)
+        lock_file = path.with_name(f".{path.name}.lock")
+        try:
+            lock = FileLock(lock_file).acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(
+                f"cache_dir: another run is writing documents in {str(folder)!r}; wait for it, or pass another"
+            ) from error
+        with lock:
+            write_samples(reader, num_documents, max_length, path, seed)
+            lock_file.unlink(missing_ok=True)
     if state is not None:
         state.wait_for_everyone()
     return Corpus(f"samples of {reader.name}", None, {WHOLE: load_from_disk(path)})
+
+
+def write_samples(reader: Reader, num_documents: int, max_length: int, path: Path, seed: int) -> None:
+    """Has the subject write a corpus, which takes its name when it is whole; one that is there stays."""
+    if path.is_dir():  # another run has just been at it
+        return
+    model, tokenizer = reader.subject.model, reader.tokenizer
+    corpus = sample_documents(model, tokenizer, num_documents, max_length, seed=seed, batch_size=256)
+    partial = path.with_name(f".{path.name}.partial")
+    corpus.save_to_disk(partial)
+    sync_folder(partial)
+    partial.rename(path)

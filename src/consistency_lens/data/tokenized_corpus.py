@@ -106,10 +106,13 @@ def read_tokenization(path: str | Path) -> dict[str, Any]:
     """The `tokenization.json` of a finished corpus.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it is damaged.
     """
     file = Path(path) / TOKENIZATION_FILE
     if not file.is_file():
         state = "is no finished corpus" if file.parent.is_dir() else "does not exist"
         raise ValueError(f"corpus: {str(path)!r} {state}; make one with: consistency-lens tokenize")
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"corpus: {str(file)!r} is damaged ({error}); delete the folder, tokenise again") from error

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from ..atomic_write import check_writable
 from ..configuration_consistency_lens import ConsistencyLensConfig
 from ..data.collator import ActivationCollator
 from ..data.sources import CACHE, ON_THE_FLY, Reader, SourceArguments, SplitRows, cache_folder, open_rows
@@ -138,14 +139,11 @@ def output_folder(args: SavedLensArguments, evaluation: EvaluationArguments) -> 
     """Where the figures go: the lens's own folder for a whole evaluation, one inside it for a part of one.
 
     Raises:
-        ValueError: if it cannot be made.
+        ValueError: if it cannot be made, or written to.
     """
     whole = evaluation.controls is None and set(evaluation.checks) == set(CHECKS)
     folder = Path(args.output_dir) if args.output_dir else Path(args.lens) / ("" if whole else "evaluation")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir: cannot write to {str(folder)!r} ({error.strerror}); pass another") from error
+    check_writable(folder, "output_dir")
     return folder
 
 

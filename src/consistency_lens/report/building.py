@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..atomic_write import write_text
+from ..atomic_write import check_writable, write_text
 from ..evaluation.saved_lens import SavedLensArguments, check_subject, load_lens
 from ..own_subject import UnknownSubjectError
 from ..tuned_lens.lens_places import CONFIG_FILE
@@ -101,11 +101,12 @@ def build_report(args: ReportArguments) -> tuple[Path, ReportDocument]:
         ValueError: if there is no run, or what was asked for is not to be had.
     """
     run = read_run(args.run)
+    path = Path(args.output) if args.output else run.path / REPORT_FILE
+    check_writable(path.parent, "output")
     explorer, notes = explorer_of(args, run)
     heatmap, more = layers_of(args.tuned_lens, run, explorer, args.device)
     document = report_document(run, explorer, heatmap, [*notes, *more])
     page = render_page(document)
-    path = Path(args.output) if args.output else run.path / REPORT_FILE
     write_text(path, page)
     if len(page.encode()) > LARGEST_PAGE:
         logger.warning("report: the page has %.1f MB; pass a smaller --max_tokens", len(page.encode()) / 1e6)

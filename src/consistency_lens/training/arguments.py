@@ -1,5 +1,6 @@
 """The training arguments: everything of `transformers.TrainingArguments`, and what a lens needs beside it."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,8 +244,12 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps")
         for name in ("learning_rate", "encoder_learning_rate", "projection_learning_rate"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            rate = getattr(self, name) or 0
+            if not 0 <= rate < math.inf:
+                kind = "finite" if rate == math.inf else "0 or more"
+                raise ValueError(f"{name} must be {kind}, got {rate}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {self.seed}")
         for name in ("own_share", "shorter_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
@@ -255,6 +260,12 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
             ("positions_together", 1),
             ("length_window", 0),
             ("logits_chunk_size", 0),
+            # those of `TrainingArguments`, which takes any
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("dataloader_num_workers", 0),
+            ("max_nonfinite_steps", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")

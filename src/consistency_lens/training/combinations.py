@@ -3,10 +3,13 @@
 What concerns one setting alone is checked where it is declared.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
+from ..checkpoints.run_folder import check_folder
+from ..configuration_consistency_lens import ConsistencyLensConfig
 from ..data.activation_source import SourceRows
 from ..data.streaming import StreamedActivations
 from ..data.subject_loading import check_loading
@@ -24,9 +27,11 @@ def check_recipe(args: RecipeArguments, training_args: ConsistencyLensTrainingAr
     """Checks what is known before the subject is loaded.
 
     Raises:
-        ValueError: for settings that cannot go together.
+        ValueError: for settings that cannot go together, or a folder with what would be written over.
     """
     check_training(training_args)
+    if training_args.output_dir_given:
+        check_folder(Path(str(training_args.output_dir)), ConsistencyLensConfig.model_type)
     check_loading(args.dtype, args.quantization, training_args.device, None, args.attention)
     if args.quantization is not None:
         if args.clones == "full":

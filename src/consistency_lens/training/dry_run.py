@@ -273,7 +273,7 @@ def rate_factors(timetable: Timetable, index: int, start: int, end: int) -> list
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     settings: Any = args.lr_scheduler_kwargs or None
     scheduler: Any = get_scheduler(args.lr_scheduler_type, optimizer, warmup, timetable.total_steps, settings)
-    steps = sorted({start, end - 1, *({warmup} & set(range(start, end)))})
+    steps = sorted({start, end - 1, warmup} if start <= warmup < end else {start, end - 1})
     return [(step + 1, scheduler.lr_lambdas[0](step)) for step in steps]
 
 

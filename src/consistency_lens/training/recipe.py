@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .. import __version__
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
 from ..context_length import context_length
+from ..checkpoints.run_folder import sole_training
 from ..data.activation_source import rows_at
 from ..data.sources import Reader, SplitRows, dataset_of, layer_of, open_rows
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
@@ -126,14 +128,14 @@ def run(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) 
         ValueError: for a user's mistake, before any long work starts.
         RunInterrupted: if SIGTERM or SIGUSR1 came.
     """
-    with interruptible(training_args) as interruption:
-        return train_and_evaluate(args, training_args, interruption)
+    with ExitStack() as held, interruptible(training_args) as interruption:
+        return train_and_evaluate(args, training_args, interruption, held)
 
 
 def train_and_evaluate(
-    args: RecipeArguments, training_args: ConsistencyLensTrainingArguments, interruption: Interruption
+    args: RecipeArguments, training_args: ConsistencyLensTrainingArguments, interruption: Interruption, held: ExitStack
 ) -> RunResult:
-    """As `run`; `interruption` is told when the training begins and ends."""
+    """As `run`; `interruption` is told when the training begins and ends, `held` has the run's folder till the end."""
     clock = Clock()
     set_seed(training_args.seed)
     resume = checkpoint_to_resume(training_args)
@@ -149,6 +151,8 @@ def train_and_evaluate(
     lens = make_checked_lens(args, training_args, subject)
     name_run(training_args, dataset_of(args), args.model, lens.config.layer, resume)
     output_dir = Path(str(training_args.output_dir))
+    if training_args.process_index == 0:
+        held.enter_context(sole_training(output_dir))
     if spread:
         subject.model.to(training_args.device)  # type: ignore[arg-type]  # here it is still whole, and read
     summaries = read_checked_summaries(args, training_args)
@@ -174,6 +178,7 @@ def train_and_evaluate(
         rows.close()
     interruption.raise_if_received()
     lens.eval()
+    remove_figures(training_args)
     trainer.save_model(_internal_call=True)  # it is published with its card
     clock.lap("training")
     metrics: dict[str, Any] = {}
@@ -282,6 +287,13 @@ def watch_held_out_rows(args: RecipeArguments, trainer: ConsistencyLensTrainer, 
     # the first of all, so that early stopping and the like find its figures
     evaluate = EvaluateLens(trainer, Evaluator(trainer.lens, few, collator, arguments))
     trainer.callback_handler.callbacks.insert(0, evaluate)
+
+
+def remove_figures(training_args: ConsistencyLensTrainingArguments) -> None:
+    """Removes what was measured of an earlier lens in the folder, so that it never stands beside a new one."""
+    if training_args.process_index == 0:
+        for name in ("run.json", "metrics.json", "samples.jsonl", "log_history.json", "README.md"):
+            Path(str(training_args.output_dir), name).unlink(missing_ok=True)
 
 
 def evaluate_and_write(

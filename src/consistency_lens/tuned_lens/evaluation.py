@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..atomic_write import check_writable
 from .fit_arguments import ALL, POSITION_RANGE, check_position_range
 from .fit_folder import BLOCKS_FOLDER, SETTINGS_FILE, read_json
 from .held_out import EVAL_POSITIONS, LENSES, NORM, TUNED, held_out_kl
@@ -102,6 +103,7 @@ def evaluate_tuned_lens(args: EvaluationArguments) -> dict[str, Any]:
     if args.folder.resolve() == Path(args.lens).resolve():  # where the fit has left its own, which are published
         check_opened(opened, args.model is not None, "pass another --output_dir")
     blocks = open_token_blocks(Path(args.lens, BLOCKS_FOLDER)) if wanted is None else read_blocks(args, wanted, opened)
+    check_writable(args.folder, "output_dir")
     lens = opened.lens
     assert lens is not None
     positions = None if args.positions_per_sequence == ALL else int(args.positions_per_sequence)

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
+from ..checkpoints.run_folder import sole_training
 from ..data.activation_cache import file_hash
 from ..data.subject_loading import LoadedSubject, check_loading, load_subject_and_tokenizer
 from ..fingerprints import tokenizer_hash, weights_hash
@@ -80,7 +82,8 @@ def fit_tuned_lens(args: FitArguments, training: TunedLensTrainingArguments) -> 
     check_folder(folder)
     state = training.distributed_state or PartialState()
     if args.force or not lens_in(folder, args.model):
-        return _Fit(args, training, folder, state, settings).run()
+        with sole_training(folder) if state.is_main_process else nullcontext():
+            return _Fit(args, training, folder, state, settings).run()
     if state.is_main_process:  # a fit may have been killed at it
         remove_work(folder)
     metrics, before = (read_json(folder / name) for name in (METRICS_FILE, SETTINGS_FILE))

@@ -57,7 +57,7 @@ def sweep_and_show(args: SweepArguments, console: "Console") -> None:
     Raises:
         ValueError: for prompts, a model or a lens that are not to be had.
     """
-    from ...atomic_write import write_json
+    from ...atomic_write import check_writable, write_json
     from ...evaluation.report import rich_table
     from ...tuned_lens.lens_places import clean_name
     from ...tuned_lens.saved import open_lens
@@ -71,6 +71,7 @@ def sweep_and_show(args: SweepArguments, console: "Console") -> None:
     suite_name = args.suite if args.prompt is None else "command line"
     folder = Path(args.output_dir or Path("outputs", "sweeps", clean_name(args.model)))
     opened = open_lens(lens_folder, args.model, args.revision, args.dtype, args.device)
+    check_writable(folder, "output_dir")
     run = sweep(
         opened.lens,
         opened.subject,
