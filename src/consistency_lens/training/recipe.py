@@ -17,8 +17,8 @@ from transformers import set_seed
 from .. import __version__
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
-from ..context_length import context_length
 from ..checkpoints.run_folder import sole_training
+from ..context_length import context_length
 from ..data.activation_source import rows_at
 from ..data.sources import Reader, SplitRows, dataset_of, layer_of, open_rows
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
