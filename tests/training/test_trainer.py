@@ -136,6 +136,20 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, delta_resi
         torch.testing.assert_close(gradient, kept[1][name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_speed_is_of_the_samples_and_tokens_since_the_last_log(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path)
+    trainer.rates, trainer.optimizer = {"decoder_base": 1e-3}, object()
+    batch = next(iter(trainer.get_train_dataloader()))
+    for _ in range(2):
+        trainer.count(batch)
+        trainer.remember({"mse": 1.0})
+    since, logs = trainer._since[2], {"loss": 0.0}
+    monkeypatch.setattr("time.perf_counter", lambda: since + 4)
+    trainer.log(logs)
+    assert logs["samples_per_second"] == 2 * 8 / 4 and logs["mse"] == 1
+    assert logs["tokens_per_second"] == 2 * (batch["input_ids"].numel() + 8 * 3) / 4  # contexts, and texts of three
+
+
 def test_each_stage_may_have_its_own_weights(tmp_path):
     trainer = tiny_trainer(tmp_path, stages=["warm_start 3s", "policy_gradient"], mse_weight=["0.5", "linear 1 -> 0"])
     trainer.train()
