@@ -56,6 +56,19 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def check_reads_embeddings(model: PreTrainedModel) -> None:
+    """Checks that a model needs nothing of a token but its embedding, for what fills a slot is no token.
+
+    Raises:
+        ValueError: if every block has embeddings of the tokens of its own (Gemma 4's small models).
+    """
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"model: each block of {type(model).__name__} looks the tokens up in a table of its own, and an "
+            "activation is no token; pass a model without embeddings per layer"
+        )
+
+
 def encode_prompt(prompt: str, slot: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids before and after the slot of a prompt; the prefix starts with BOS where the tokenizer has one.
 
@@ -104,6 +117,7 @@ class LensClone(TrainedTensorsModel):
 
     def __init__(self, config: Any, base: PreTrainedModel):
         super().__init__(config)
+        check_reads_embeddings(base)
         self.base = without_dropout(base)
         if config.training == "lora":
             add_adapter(self.base, config.lora)
