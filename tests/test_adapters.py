@@ -1,6 +1,7 @@
 """Adapters: which settings are refused; a layer and its adapter as one node; what autocast gives them."""
 
 import importlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from operations import Operations
-from tiny_lenses import activations, disturb, keys, tiny_lens
+from tiny_lenses import activations, disturb, gradients, keys, tiny_lens, trainable
 from torch import Tensor
 
 from consistency_lens import ConsistencyLensModel
@@ -36,6 +37,15 @@ class TestLora:
         pytest.importorskip("peft")
         with pytest.raises(ValueError, match=message):
             tiny_lens("gpt2", "lora", lora=settings)
+
+    @pytest.mark.parametrize("family", ["llama4", "gpt2", "opt_350m"])
+    def test_adapters_on_all_linear_layers_leave_routers_out_and_do_not_warn(self, family):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lens = tiny_lens(family, "lora", lora=EVERYWHERE)
+        assert not any("router" in name for name in trainable(lens))
+        output = lens(activations(), noise_keys=keys())
+        assert any(gradient is not None for gradient in gradients(output.reconstruction.sum(), lens).values())
 
     def test_without_peft_the_error_names_the_extra(self, monkeypatch):
         real = importlib.import_module

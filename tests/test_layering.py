@@ -14,6 +14,7 @@ LAYERS = [
     | {
         "optional_packages",
         "atomic_write",
+        "context_length",
         "hub_connection",
         "quantised",
         "attention",

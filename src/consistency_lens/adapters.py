@@ -7,6 +7,7 @@ layer and its adapter, of three operations forward and five backward.
 Shapes: n rows, d width of the input, m of the output, r rank.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -32,8 +33,17 @@ def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> None:
             blocks and head: the clone's own tensors are shared with the subject, which must not move.
     """
     peft = require("peft", extra="lora", needed_for=NEEDED_FOR)
+    # A router gives a tuple, which an adapter cannot add to (Llama 4, Phi-3.5-MoE); to PEFT it is a linear layer.
+    routers = [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).__name__.endswith("Router")
+    ]
+    if routers:
+        lora = {"exclude_modules": routers} | lora
     try:
-        peft.inject_adapter_in_model(peft.LoraConfig(**lora), model, adapter_name=NAME)
+        with warnings.catch_warnings():
+            # of settings that PEFT makes up and mends by itself: for GPT-2's layers, and for experts in one tensor
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set|The following (rank|alpha)_pattern")
+            peft.inject_adapter_in_model(peft.LoraConfig(**lora), model, adapter_name=NAME)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: PEFT refuses {lora}: {error}") from error
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
