@@ -19,7 +19,7 @@ NAMES = (
     *OF_A_STEP, *(f"{name}_tiny_stories" for name in OF_A_STEP),
     "kl_one_token", "kl_multi_position", "kl_context_attention", "encoder_cut", "straight_through_time",
     "straight_through_memory", "table_product", "adapters_at_once", "adapters_at_once_wide",
-    "adapters_at_once_memory",
+    "rounded_weights_memory",
     "logits_in_chunks_flops", "logits_in_chunks_memory",
     "logits_in_chunks_flops_tiny_stories", "logits_in_chunks_memory_tiny_stories", "shared_weights_memory",
     "explain_batched", "explain_vs_generate", "cache_vs_plain_loop", "cache_vs_bare_forward",

@@ -1,6 +1,7 @@
 """Adapters: which settings are refused; a layer and its adapter as one node; what autocast gives them."""
 
 import importlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -8,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_lenses import activations, disturb, keys, tiny_lens
+from operations import Operations
+from tiny_lenses import activations, disturb, gradients, keys, tiny_lens, trainable
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.adapters import LayerWithAdapter, adapters_at_once
@@ -37,6 +38,15 @@ class TestLora:
         with pytest.raises(ValueError, match=message):
             tiny_lens("gpt2", "lora", lora=settings)
 
+    @pytest.mark.parametrize("family", ["llama4", "gpt2", "opt_350m"])
+    def test_adapters_on_all_linear_layers_leave_routers_out_and_do_not_warn(self, family):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lens = tiny_lens(family, "lora", lora=EVERYWHERE)
+        assert not any("router" in name for name in trainable(lens))
+        output = lens(activations(), noise_keys=keys())
+        assert any(gradient is not None for gradient in gradients(output.reconstruction.sum(), lens).values())
+
     def test_without_peft_the_error_names_the_extra(self, monkeypatch):
         real = importlib.import_module
 
@@ -48,21 +58,6 @@ class TestLora:
         monkeypatch.setattr(importlib, "import_module", without_peft)
         with pytest.raises(ValueError, match=r"training='lora' needs the package 'peft'.*consistency-lens\[lora\]"):
             tiny_lens("llama", "lora")
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is done, by name, and keeps the shapes of what is converted to another dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts, self.shapes = Counter[str](), list[torch.Size]()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func._overloadpacket.__name__] += 1
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default:
-            self.shapes.append(result.shape)
-        return result
 
 
 class MarkedParameter(torch.nn.Parameter):

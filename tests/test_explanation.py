@@ -7,6 +7,7 @@ from tiny_lenses import LAYER, PROMPTS, disturb, tiny_lens, tiny_tokenizer
 from tiny_models import MAX_POSITIONS, tiny_model
 
 from consistency_lens import ConsistencyLensModel, Explanation
+from consistency_lens.explanation import TokenExplanation
 
 TEXT, IDS = "w9 w10 w11 w12 w13", [1, 9, 10, 11, 12, 13]
 
@@ -28,7 +29,7 @@ def test_reads_every_token_after_bos(explanation):
 
 
 def test_reads_the_positions_asked_for_in_that_order(lens, explanation):
-    chosen = lens.explain(TEXT, positions=[4, 0, 2])
+    chosen = lens.explain(TEXT, positions=[4, -6, 2])  # of six tokens
     assert [row.token for row in chosen] == ["w12", "<s>", "w10"]
     assert chosen[0].text == explanation[3].text
     assert chosen[2].kl == pytest.approx(explanation[1].kl, abs=1e-5)
@@ -86,6 +87,13 @@ def test_brackets_in_a_text_are_no_markup(explanation):
     row = explanation[0]
     bracketed = type(row)(**{**vars(row), "text": "[bold]x[/nothing]"})
     assert "[bold]x[/nothing]" in str(Explanation(TEXT, [bracketed]))
+
+
+def test_control_characters_reach_no_terminal():
+    row = TokenExplanation(0, "\x1b", " red\x1b[31m\nnext ", 0.5, 0.1, [("\x1b", 0.5), ("\r", 0.4)], [("\x9b", 0.5)])
+    printed = str(Explanation("text", [row]))
+    assert all(character.isprintable() or character == "\n" for character in printed)
+    assert "red\\x1b[31m⏎next" in printed and "\\x1b 50% · '\\r' 40%" in printed
 
 
 def test_to_dict_is_plain_data(explanation):

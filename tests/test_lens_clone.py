@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_lenses import INJECTED, LAYER, LORA_TARGETS, activations, disturb, keys, tiny_lens, tiny_tokenizer, trainable
-from tiny_models import FAMILIES, WIDTH, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from tiny_models import FAMILIES, GEMMA, VOCAB_SIZE, WIDTH, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, Gemma4TextConfig, PreTrainedModel
 
 import consistency_lens
 from consistency_lens import ConsistencyLensModel, LensDecoder, LensEncoder
@@ -108,6 +108,20 @@ class TestCloneSubject:
         torch.testing.assert_close(clone(ids).logits, expected)
         if rates:
             assert not torch.allclose(model.train()(ids).logits, expected), "the subject keeps its dropout"
+
+
+@pytest.mark.parametrize("size", [8, 0])
+def test_a_model_that_looks_tokens_up_in_every_block_is_refused(size):
+    config = Gemma4TextConfig(
+        **{**GEMMA, "hidden_size_per_layer_input": size, "vocab_size_per_layer_input": VOCAB_SIZE},
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )
+    model, tokenizer = AutoModelForCausalLM.from_config(config), tiny_tokenizer()
+    if size == 0:
+        assert len(ConsistencyLensModel.from_subject(model, tokenizer, LAYER).explain("w9 w10")) == 2
+        return
+    with pytest.raises(ValueError, match="each block of Gemma4ForCausalLM looks the tokens up in a table of its own"):
+        ConsistencyLensModel.from_subject(model, tokenizer, LAYER)
 
 
 class TestPrompt:

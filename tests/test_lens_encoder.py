@@ -50,6 +50,15 @@ def test_padding_does_not_change_a_text(family, prompt):
     torch.testing.assert_close(lens.encode(texts), alone, **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "mpt"])
+def test_padding_counts_for_no_window_and_for_no_distance(family):
+    model = {} if family == "mpt" else {"sliding_window": 3}
+    lens = tiny_lens(family, model=model, encoder_prompt="w7 w8 <text> w9")
+    texts = ["w9", "w11 w12 w13 w14 w15 w16", ""]
+    alone = torch.cat([lens.encode(text) for text in texts])
+    torch.testing.assert_close(lens.encode(texts), alone, **CLOSE)
+
+
 @pytest.mark.parametrize("chunk_size", [0, 2])
 @pytest.mark.parametrize(("family", "training"), [("llama", "full"), ("llama", "lora"), ("gemma2", "full")])
 def test_a_text_embedded_for_the_encoder_as_it_is_drawn_is_the_text_embedded_afterwards(family, training, chunk_size):

@@ -15,7 +15,7 @@ from tiny_lenses import (
     tiny_tokenizer,
     trainable,
 )
-from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
+from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, WIDTH, tiny_model
 
 from consistency_lens import ConsistencyLensModel
 from consistency_lens.cached_passes import prompt_cache
@@ -166,7 +166,15 @@ class TestSoftGeneration:
         soft = lens.encoder.embed_text(text, keys(), TAU)
         torch.testing.assert_close(soft, lens.encoder.embed_ids(text.token_ids))
 
-    @pytest.mark.parametrize("family", ["llama", "gemma3"])
+    def test_narrow_embeddings_are_widened_to_the_activation(self):
+        decoder = tiny_lens("opt_350m").decoder
+        widen, table = decoder.base.model.decoder.project_in, decoder.token_embedding.weight
+        given = widen(torch.randn(400, table.shape[1]))  # what can be reached at all
+        given *= WIDTH**0.5 / given.norm(dim=-1, keepdim=True)
+        slots = decoder.slot_embedding(given * decoder.normaliser.rms + decoder.normaliser.mean)[:, 0]
+        torch.testing.assert_close(torch.cosine_similarity(widen(slots), given), torch.ones(400))
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "opt_350m"])
     def test_a_mean_activation_enters_the_slot_with_the_norm_of_a_token_embedding(self, family):
         decoder = tiny_lens(family).decoder
         slots = decoder.slot_embedding(activations(400) * decoder.normaliser.rms / 1.5 + decoder.normaliser.mean)

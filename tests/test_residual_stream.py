@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, NUM_LAYERS, VOCAB_SIZE, WIDTH, random_tokens, tiny_model
+from tiny_models import FAMILIES, GEMMA, NUM_LAYERS, UNUSUAL, VOCAB_SIZE, WIDTH, random_tokens, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 from consistency_lens.residual_stream import ResidualStream, gather_positions, truncated
 
@@ -13,7 +14,7 @@ LAYERS = range(NUM_LAYERS)
 POSITIONS = torch.tensor([[3, 0, 9], [6, 2, 5]])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "lfm2", "llama4"])
 def model(request):
     return tiny_model(request.param)
 
@@ -132,6 +133,18 @@ class TestReplace:
             replaced = run(model, inputs).logits
         assert torch.equal(replaced, logits)
 
+    @pytest.mark.parametrize("family", UNUSUAL)
+    def test_unusual_families_by_themselves_are_bit_identical(self, family, inputs):
+        self.test_by_itself_is_bit_identical(tiny_model(family), inputs, 1)
+
+    def test_several_streams_in_one_are_refused(self, inputs):
+        several = {"altup_num_inputs": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
+        config = Gemma3nTextConfig(**GEMMA, **several, num_kv_shared_layers=1, activation_sparsity_pattern=[0.0] * 3)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with pytest.raises(ValueError, match="Gemma3nForCausalLM hand on .*, not one residual stream"):
+            with ResidualStream(model).capture(1):
+                run(model, inputs)
+
     def test_reaches_its_position_and_the_later_ones_only(self, model, inputs):
         positions = torch.tensor([[4], [4]])
         with ResidualStream(model).replace(0, positions, torch.randn(2, 1, WIDTH)):
@@ -209,6 +222,14 @@ class TestTruncated:
         with ResidualStream(model).capture(1) as captured:
             run(model, inputs)
         assert torch.equal(run(truncated(copy.deepcopy(model), 2), inputs).last_hidden_state, captured.activations)
+
+    @pytest.mark.parametrize("family", UNUSUAL)
+    def test_unusual_families(self, family, inputs):
+        model = tiny_model(family)
+        with ResidualStream(model).capture(1) as captured:
+            run(model, inputs)
+        cut = truncated(copy.deepcopy(model), 2)
+        assert torch.equal(run(cut, inputs).last_hidden_state, captured.activations)
 
     def test_too_many_blocks(self, llama):
         with pytest.raises(ValueError, match=r"0\.\.3.*got 4"):

@@ -14,9 +14,15 @@ from transformers import (
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
+    MptConfig,
     Olmo2Config,
+    OpenAIGPTConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
@@ -68,10 +74,40 @@ FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     ),
 }
 
+SMALL_TEXT = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+# families that differ from these in one way or another; for tests of just that
+UNUSUAL: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
+    # embeddings narrower than the stream, and no final norm
+    "opt_350m": (OPTConfig, {**POSITIONS, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "ffn_dim": 48}),
+    # ALiBi by the places of keys, whatever is masked
+    "mpt": (MptConfig, {**SMALL_TEXT, "d_model": WIDTH, "n_layers": NUM_LAYERS, "n_heads": NUM_HEADS}),
+    # `get_decoder` gives the whole model; routers among the linear layers; attention in chunks
+    "llama4": (
+        Llama4TextConfig,
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+    # `get_decoder` gives the head
+    "modernbert": (
+        ModernBertDecoderConfig,
+        {**ROTARY, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "global_attn_every_n_layers": 2},
+    ),
+    # blocks that give lists, and no cache
+    "gpt1": (OpenAIGPTConfig, {**SMALL_TEXT, "n_embd": WIDTH, "n_layer": NUM_LAYERS, "n_head": NUM_HEADS}),
+    # a state in place of keys and values, in all blocks or in some
+    "mamba": (MambaConfig, {**SMALL_TEXT, "hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS}),
+    "lfm2": (Lfm2Config, {**GROUPED, "layer_types": ["conv", "full_attention", "conv"]}),
+}
+
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A model of `family` in eval mode; `overrides` are fields of its config."""
-    config_class, arguments = FAMILIES[family]
+    """A model of `family`, one of `FAMILIES` or `UNUSUAL`, in eval mode; `overrides` are fields of its config."""
+    config_class, arguments = {**UNUSUAL, **FAMILIES}[family]
     model = AutoModelForCausalLM.from_config(config_class(**{**arguments, **overrides})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -3,11 +3,11 @@
 PEFT runs a layer with its adapter as five operations and differentiates them by nine: the layer's product, two of the
 adapter, a factor, a sum. A text is passes of one token, so these operations are small, and a step starts tens of
 thousands of them; on GPUs each takes some microseconds, however small it is. `adapters_at_once` makes one node of a
-layer and its adapter, of three operations forward and five backward. Under autocast, weights in float32 are rounded
-once a step: autocast itself rounds a frozen one for every use, and each copy is kept for the backward pass.
+layer and its adapter, of three operations forward and five backward.
 Shapes: n rows, d width of the input, m of the output, r rank.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from .cached_passes import checkpointed_modules
 from .optional_packages import require
 from .plain_arithmetic import is_plain
+from .rounded_weights import RoundedWeights, computed_dtype, is_changed, is_frozen_linear, is_whole, runs_otherwise
 
 NAME = "lens"
 NEEDED_FOR = "training='lora'"
@@ -34,8 +33,17 @@ def add_adapter(model: PreTrainedModel, lora: dict[str, Any]) -> None:
             blocks and head: the clone's own tensors are shared with the subject, which must not move.
     """
     peft = require("peft", extra="lora", needed_for=NEEDED_FOR)
+    # A router gives a tuple, which an adapter cannot add to (Llama 4, Phi-3.5-MoE); to PEFT it is a linear layer.
+    routers = [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).__name__.endswith("Router")
+    ]
+    if routers:
+        lora = {"exclude_modules": routers} | lora
     try:
-        peft.inject_adapter_in_model(peft.LoraConfig(**lora), model, adapter_name=NAME)
+        with warnings.catch_warnings():
+            # of settings that PEFT makes up and mends by itself: for GPT-2's layers, and for experts in one tensor
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set|The following (rank|alpha)_pattern")
+            peft.inject_adapter_in_model(peft.LoraConfig(**lora), model, adapter_name=NAME)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: PEFT refuses {lora}: {error}") from error
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -67,7 +75,7 @@ def adapters_at_once(lens: nn.Module) -> Iterator[None]:
     once = layers_at_once(lens, adapters)
     device = adapters[0].lora_A[NAME].weight.device.type
     with as_they_are(lens, active=len(once) < len(adapters) and torch.is_autocast_enabled(device)):
-        rounded: Rounded = {}
+        rounded = RoundedWeights()
         for layer in once:
             layer.forward = LayerWithAdapter(layer, rounded)
         try:
@@ -86,8 +94,7 @@ def as_they_are(lens: nn.Module, active: bool) -> AbstractContextManager[None]:
 
 def layers_at_once(lens: nn.Module, adapters: list[Any]) -> list[Any]:
     """Those that run as one node."""
-    compiled = any(module._compiled_call_impl is not None for module in lens.modules())
-    if compiled or (lens.training and checkpointed_modules(lens)):
+    if runs_otherwise(lens):
         return []
     kind = require("peft.tuners.lora", extra="lora", needed_for=NEEDED_FOR).Linear
     # a head may run again, to make its logits chunk by chunk
@@ -100,32 +107,21 @@ def layers_at_once(lens: nn.Module, adapters: list[Any]) -> list[Any]:
 
 
 def is_ordinary(layer: Any) -> bool:
-    """Whether a layer is a linear one with frozen weights, and has an adapter that is nothing but two matrices."""
+    """Whether a layer is a frozen linear one, and has an adapter that is nothing but two matrices."""
     base, down, up = parts = (layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME])
     variants = (getattr(layer, "lora_variant", {}), getattr(layer, "use_dora", {}))
     return (
-        type(base) in (nn.Linear, Conv1D)
+        is_frozen_linear(base)
         and type(down) is type(up) is nn.Linear
-        and all(is_whole(part.weight) for part in parts)
-        and not any(is_changed(module) for module in (layer, *parts))
+        and is_whole(down.weight)
+        and is_whole(up.weight)
         and down.bias is up.bias is None
-        and not any(parameter.requires_grad for parameter in base.parameters())
+        and not any(is_changed(module) for module in (layer, *parts))
         and layer.active_adapters == [NAME]
         and not (layer.merged or layer.disable_adapters or any(variant.get(NAME) for variant in variants))
         and (isinstance(layer.lora_dropout[NAME], nn.Identity) or not layer.training)
         and computes_alike([part.weight for part in parts])
     )
-
-
-def is_whole(weight: Tensor) -> bool:
-    """Whether a weight lies on this device whole: no DTensor, and none of ZeRO-3's, which are empty meanwhile."""
-    return type(weight) is nn.Parameter and weight.ndim == 2 and weight.numel() > 0 and not hasattr(weight, "ds_id")
-
-
-def is_changed(module: nn.Module) -> bool:
-    """Whether somebody waits for a module to be called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in vars(module) or any(hooks)
 
 
 def computes_alike(weights: list[Tensor]) -> bool:
@@ -135,35 +131,25 @@ def computes_alike(weights: list[Tensor]) -> bool:
     return len({weight.dtype for weight in weights}) == 1
 
 
-# Frozen matrices of a step in the dtype that is computed in, once for all layers and clones that share them.
-Rounded = dict[tuple[nn.Parameter, torch.dtype], Tensor]
-
-
 class LayerWithAdapter:
     """W x + b + s B A x, for one step: inputs (..., d) to outputs (..., m)."""
 
-    def __init__(self, layer: Any, rounded: Rounded) -> None:
+    def __init__(self, layer: Any, rounded: RoundedWeights) -> None:
         self.layer, self.rounded = layer, rounded
         # of a dtype, and with gradients or without: the matrices as all passes use them
         self.matrices: dict[tuple[torch.dtype, bool], tuple[Tensor | None, ...]] = {}
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        device = inputs.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
-        key = (dtype, torch.is_grad_enabled())
+        key = (computed_dtype(inputs), torch.is_grad_enabled())
         if key not in self.matrices:
-            self.matrices[key] = self.matrices_in(dtype)
+            self.matrices[key] = self.matrices_in(key[0])
         return _AtOnce.apply(inputs, *self.matrices[key])
 
     def matrices_in(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """W, b, A and s B."""
         base, down, up = self.layer.base_layer, self.layer.lora_A[NAME].weight, self.layer.lora_B[NAME].weight
-        if (base.weight, dtype) not in self.rounded:
-            self.rounded[base.weight, dtype] = base.weight.detach().to(dtype)
-        weight = self.rounded[base.weight, dtype]
-        weight = weight.T if isinstance(base, Conv1D) else weight
-        bias = None if base.bias is None else base.bias.to(dtype)
-        return weight, bias, down.to(dtype), (up * self.layer.scaling[NAME]).to(dtype)
+        frozen = (self.rounded.matrix(base, dtype), self.rounded.bias(base, dtype))
+        return *frozen, down.to(dtype), (up * self.layer.scaling[NAME]).to(dtype)
 
 
 class _AtOnce(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """Passes of a language model one behind the other, each over the keys and values of those before it."""
 
+import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -9,11 +11,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
+from .residual_stream import headless
+
+logger = logging.getLogger(__name__)
 # The keys and values of each block, (B, heads, tokens, width of a head), for the tokens of one pass.
 KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
 # How many tokens take as long as what a pass costs by itself: on other devices than a CPU, it starts hundreds of
 # kernels, which a batch of few tokens does not fill. Only that of a CPU was measured.
 PASS_COST, PASS_COST_ON_CPU = 2048, 32
+
+# Kinds of blocks, as `layer_types` of a config names them, that keep keys and values and nothing else.
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # embeddings (B, C, d) and a cache that grows by them -> what is wanted of the last of them, (B, ...)
 Pass = Callable[[Tensor, DynamicCache], Tensor]
@@ -22,6 +30,17 @@ Pass = Callable[[Tensor, DynamicCache], Tensor]
 def cost_on(device: torch.device) -> int:
     """What a pass costs there by itself, in tokens."""
     return PASS_COST_ON_CPU if device.type == "cpu" else PASS_COST
+
+
+def keeps_keys_and_values(model: PreTrainedModel) -> bool:
+    """Whether keys and values are all that a model has to keep of the tokens before, in a cache that it is handed.
+
+    Some models keep a state too or instead (Mamba, RWKV, LFM2), others keep nothing (GPT-1); and some of them take a
+    cache without a word, and leave out what is in it.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    takes_cache = "past_key_values" in inspect.signature(type(headless(model)).forward).parameters
+    return takes_cache and not model._is_stateful and ATTENDING.issuperset(kinds)
 
 
 class CachedPasses:
@@ -123,11 +142,16 @@ class PromptCache(NamedTuple):
         cache: its keys and values, expanded to the rows.
         end: its last hidden state (d,), or 0 where there is no prompt. Rows read the keys and values of the last
             block, but nothing of its output; FSDP and ZeRO-3 gather a block's weights for the backward pass when the
-            gradient of its output comes, so one has to come: add 0 times the state to what is run next.
+            gradient of its output comes, so one has to come: add `nothing` to what is run next.
     """
 
     cache: DynamicCache
     end: Tensor | float
+
+    @property
+    def nothing(self) -> Tensor | float:
+        """0, made of the last hidden state."""
+        return (0 * self.end).sum() if isinstance(self.end, Tensor) else 0.0
 
 
 def prompt_cache(model: PreTrainedModel, prompt: Tensor, batch: int) -> PromptCache:

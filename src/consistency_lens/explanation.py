@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .context_length import context_length
 from .losses import kl_divergence
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .modeling_consistency_lens import ConsistencyLensModel
 
 TOP_K = 3
+CONTROL_CHARACTERS = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))} | {ord("\n"): "⏎"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Explanation(Sequence):
             table.add_row(
                 str(row.position),
                 repr(row.token),
-                row.text.strip().replace("\n", "⏎"),
+                one_line(row.text),
                 f"{row.fve:.2f}",
                 f"{row.kl:.2f}",
                 format_top(row.top_before),
@@ -112,9 +114,17 @@ def printed(table: Table) -> str:
     return stream.getvalue()
 
 
+def one_line(text: str) -> str:
+    """A text without the space about it, its line breaks as ⏎, and other control characters as escapes.
+
+    A model that writes bytes may write those that a terminal takes for commands.
+    """
+    return text.strip().translate(CONTROL_CHARACTERS)
+
+
 def format_top(top: list[tuple[str, float]]) -> str:
     """`the 41% · a 12%`: tokens with their probabilities."""
-    return " · ".join(f"{token.strip() or repr(token)} {probability:.0%}" for token, probability in top)
+    return " · ".join(f"{one_line(token) or repr(token)} {probability:.0%}" for token, probability in top)
 
 
 def top_tokens(logits: Tensor, tokenizer: PreTrainedTokenizerBase, k: int = TOP_K) -> list[list[tuple[str, float]]]:
@@ -141,8 +151,7 @@ def text_ids(lens: ConsistencyLensModel, text: str) -> tuple[list[int], int]:
     ids = bos + tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) == len(bos):
         raise ValueError("explain: got an empty text; pass at least one word")
-    config = lens.subject.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or len(ids)  # ALiBi models have no limit
+    limit = context_length(lens.subject.model.config) or len(ids)
     if len(ids) > limit:
         raise ValueError(f"explain: the text has {len(ids)} tokens, the subject reads {limit}; pass a shorter text")
     return ids, len(bos)

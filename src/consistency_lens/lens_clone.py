@@ -1,7 +1,9 @@
 """What decoder and encoder share: clones of the subject that copy no frozen weights, their prompts and statistics."""
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, cast
@@ -12,11 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import add_adapter
 from .attention import leave_flash
-from .cached_passes import checkpointed_modules
+from .cached_passes import checkpointed_modules, keeps_keys_and_values
 from .lens_artifact import TrainedTensorsModel
 from .quantised import is_quantised, state_beside_weights
 from .straight_through import straight_through_embeddings
 from .summed_gradient import SummedGradient
+
+logger = logging.getLogger(__name__)
 
 
 def clone_subject(model: PreTrainedModel, share_weights: bool) -> PreTrainedModel:
@@ -50,6 +54,19 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(value, float) and "drop" in name:
                 setattr(holder, name, 0.0)
     return model
+
+
+def check_reads_embeddings(model: PreTrainedModel) -> None:
+    """Checks that a model needs nothing of a token but its embedding, for what fills a slot is no token.
+
+    Raises:
+        ValueError: if every block has embeddings of the tokens of its own (Gemma 4's small models).
+    """
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"model: each block of {type(model).__name__} looks the tokens up in a table of its own, and an "
+            "activation is no token; pass a model without embeddings per layer"
+        )
 
 
 def encode_prompt(prompt: str, slot: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -100,6 +117,7 @@ class LensClone(TrainedTensorsModel):
 
     def __init__(self, config: Any, base: PreTrainedModel):
         super().__init__(config)
+        check_reads_embeddings(base)
         self.base = without_dropout(base)
         if config.training == "lora":
             add_adapter(self.base, config.lora)
@@ -135,6 +153,18 @@ class LensClone(TrainedTensorsModel):
                 nn.Parameter(lookup(self.token_embedding, token_ids).detach().float().clone()) if trainable else None
             )
             self.register_parameter(f"{side}_embeddings", rows)
+
+    @cached_property
+    def may_cache(self) -> bool:
+        """Whether the base can go on behind tokens that have run; if not, each pass is over all of the text so far."""
+        may_cache = keeps_keys_and_values(self.base)
+        if not may_cache:
+            logger.warning(
+                "%s: keys and values are not all that its blocks keep, so a text is run anew for each of its tokens: "
+                "right, but slow",
+                type(self.base).__name__,
+            )
+        return may_cache
 
     def checkpoints_gradients(self) -> bool:
         """Whether a training pass would recompute blocks in its backward pass."""

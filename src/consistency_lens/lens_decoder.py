@@ -14,7 +14,7 @@ from .artifact_subject import base_from_config, load_subject
 from .cached_passes import CachedPasses, Pass, checkpointed_modules, not_checkpointed, prompt_cache
 from .configuration_consistency_lens import LensDecoderConfig
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
-from .residual_stream import ResidualStream
+from .residual_stream import ResidualStream, headless
 from .straight_through import fold_in, room_for_noise, sample_tokens
 from .summed_gradient import SummedGradient, can_be_summed
 from .text_attention import TextPasses, can_attend
@@ -69,7 +69,7 @@ class LensDecoder(LensClone):
             raise ValueError(f"injection_layers must lie in 0..{stream.num_layers - 1}, got {config.injection_layers}")
         device, width = stream.input_embedding.get_parameter("weight").device, stream.width
         self.normaliser = Normaliser(width, device)
-        self.projection = nn.Linear(width, width, device=device)
+        self.projection = nn.Linear(width, self.token_embedding.embedding_dim, device=device)
         self.injections = nn.ModuleList(nn.Linear(width, width, device=device) for _ in range(config.injection_layers))
         self.add_prompt_parameters()
         self.post_init()
@@ -79,13 +79,20 @@ class LensDecoder(LensClone):
         return ResidualStream(self.base, blocks=self.config.blocks, final_norm=self.config.final_norm)
 
     def start_projections(self) -> None:
-        """Scaled identity: a mean activation enters the slot with the norm of a mean token embedding."""
+        """Scaled identity: a mean activation enters the slot with the norm of a mean token embedding.
+
+        Where embeddings are narrower than the stream (OPT-350M), what is widened to the activation, or nearly so.
+        """
         table = self.token_embedding.weight
-        width = table.shape[1]
-        scale = table.float().norm(dim=1).mean() * self.embedding_scale / width**0.5
+        norm = table.float().norm(dim=1).mean() * self.embedding_scale
         with torch.no_grad():
             for projection in [self.projection, *self.injections]:
-                projection.weight.copy_(torch.eye(width, device=scale.device) * scale)
+                narrow, width = projection.weight.shape
+                start = torch.eye(width, device=norm.device)
+                if narrow != width:
+                    start = self.residual_stream().narrowing(narrow)
+                    start *= width**0.5 / start.norm()
+                projection.weight.copy_(start * (norm / width**0.5))
                 projection.bias.zero_()
 
     def slot_embedding(self, activations: Tensor) -> Tensor:
@@ -141,9 +148,9 @@ class LensDecoder(LensClone):
         """The first half of `forward`, or both."""
         prompt, slot, cache = self.filled_prompt(activations), len(self.config.prefix_ids), None
         inputs = torch.cat([prompt, self.token_embedding(text_ids[:, :-1]).to(prompt.dtype)], dim=1)
-        if use_cache and slot >= LONG_PROMPT and not self.checkpoints_gradients():
-            before = prompt_cache(self.base.get_decoder(), prompt[0, :slot], len(inputs))
-            inputs, cache, slot = inputs[:, slot:] + 0 * before.end, before.cache, 0
+        if use_cache and slot >= LONG_PROMPT and not self.checkpoints_gradients() and self.may_cache:
+            before = prompt_cache(headless(self.base), prompt[0, :slot], len(inputs))
+            inputs, cache, slot = inputs[:, slot:] + before.nothing, before.cache, 0
         with self.injected(activations, slot):
             return self.last_outputs(inputs, text_ids.shape[1], with_head, cache)
 
@@ -152,7 +159,7 @@ class LensDecoder(LensClone):
         settings = {"inputs_embeds": inputs, "past_key_values": cache, "use_cache": cache is not None}
         if with_head:
             return self.base(**settings, logits_to_keep=count).logits
-        return self.base.get_decoder()(**settings).last_hidden_state[:, -count:]
+        return headless(self.base)(**settings).last_hidden_state[:, -count:]
 
     def head(self, states: Tensor) -> Tensor:
         """Logits (n, V) of hidden states (n, d), through this module's own call, which may have to gather weights."""
@@ -239,6 +246,7 @@ class LensDecoder(LensClone):
         if len(activations) == 0:
             raise ValueError(NO_ACTIVATIONS)
 
+        use_cache = use_cache and self.may_cache
         recompute = use_cache and self.checkpoints_gradients() and torch.is_grad_enabled()
         # what is computed again, or only then, has a graph of its own, whose end the sums would not see
         head, table = (None, None) if recompute or chunk_size > 0 else self.summed_gradients()
@@ -271,7 +279,7 @@ class LensDecoder(LensClone):
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """Passes over the next embeddings (B, C, d) of a text, behind the keys and values of those before, without
         end: the first is over the slot and the prompt's suffix, and each of the others over one token."""
-        before = prompt_cache(self.base.get_decoder(), prefix, len(activations))
+        before = prompt_cache(headless(self.base), prefix, len(activations))
         passes = CachedPasses(last_output, before.cache, recompute)
         length = len(prefix) + 1 + len(self.config.suffix_ids) + num_text_tokens
         in_place = not recompute and self.may_attend_in_place(length)
@@ -282,7 +290,7 @@ class LensDecoder(LensClone):
             with plainly(), self.injected(activations, 0):
                 yield
 
-        yield lambda embeddings: passes(embeddings + 0 * before.end, injected)
+        yield lambda embeddings: passes(embeddings + before.nothing, injected)
         by_token = TextPasses(last_output, self.base, before.cache, num_text_tokens - 1) if in_place else passes
         yield from repeat(partial(by_token, around=plainly))
 

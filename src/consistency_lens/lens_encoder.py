@@ -14,7 +14,7 @@ from .configuration_consistency_lens import LensEncoderConfig
 from .context_cache import ContextComplete, ending
 from .lens_clone import LensClone, Normaliser, clone_subject, embed_sampled
 from .lens_decoder import SoftText
-from .residual_stream import ResidualStream, truncated
+from .residual_stream import ResidualStream, gather_positions, truncated
 from .straight_through import fold_in
 
 NO_TEXTS = "encode: got no texts; pass at least one"
@@ -68,9 +68,10 @@ class LensEncoder(LensClone):
             raise ValueError(NOTHING_TO_READ)
         before: PromptCache | None = None
         has_blocks = self.config.output_layer != 0  # without one there is nothing that could be kept
-        if use_cache and has_blocks and rows.shape[1] > 0 and not self.checkpoints_gradients():
+        caches = use_cache and has_blocks and self.may_cache
+        if caches and rows.shape[1] > 0 and not self.checkpoints_gradients():
             before = prompt_cache(self.base, prefix, batch)
-            rows = rows + 0 * before.end
+            rows = rows + before.nothing
         else:
             rows = torch.cat([prefix.expand(batch, -1, -1), rows], dim=1)
         if text_mask is None or bool(text_mask.all()):
@@ -96,24 +97,26 @@ class LensEncoder(LensClone):
             rows = rows[:, -1:]
         return self.run(rows, cache)[:, -1]
 
-    def run(self, rows: Tensor, cache: DynamicCache | None, **kwargs: Tensor) -> Tensor:
+    def run(self, rows: Tensor, cache: DynamicCache | None) -> Tensor:
         """The base's output (B, C, d) for the embeddings of `rows` (B, C, d), behind those of a cache."""
-        output = self.base(inputs_embeds=rows, past_key_values=cache, use_cache=cache is not None, **kwargs)
+        output = self.base(inputs_embeds=rows, past_key_values=cache, use_cache=cache is not None)
         return cast(Tensor, output.last_hidden_state)
 
     def last_hidden(self, rows: Tensor, mask: Tensor, before: PromptCache | None) -> Tensor:
         """The base's output (B, d) at each row's last real token, which is the prompt's where the text is empty.
 
-        `mask` (B, P + C) is of all that is read, `rows` (B, C, d) what has not run yet.
+        `mask` (B, P + C), 0 or 1, is of all that is read, `rows` (B, C, d) what has not run yet.
         """
-        if not bool(mask.any(dim=1).all()):
+        counts = mask.sum(dim=1)
+        if not bool(counts.all()):
             raise ValueError(NOTHING_TO_READ)
         start = mask.shape[1] - rows.shape[1]
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
-        hidden = self.run(
-            rows, None if before is None else before.cache, attention_mask=mask, position_ids=position_ids
-        )
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1) - start
+        # What is not read goes behind all that is, where nothing sees it: before it, it would count for a sliding
+        # window (Mistral, Gemma) and for the distances that ALiBi goes by (MPT), though a mask hid it.
+        order = mask[:, start:].argsort(dim=1, descending=True, stable=True)
+        rows = gather_positions(rows, order)
+        hidden = self.run(rows, None if before is None else before.cache)
+        last = counts - 1 - start
         found = hidden[torch.arange(len(hidden), device=hidden.device), last.clamp(min=0)]
         return found if before is None else torch.where(last[:, None] < 0, before.end, found)
 

@@ -13,8 +13,8 @@ _plain: ContextVar[bool] = ContextVar("plain", default=False)
 @contextmanager
 def plain_arithmetic(plain: bool = True) -> Iterator[None]:
     """Inside the `with` block, the losses over the vocabulary, the straight-through embedding, the products with its
-    tables and adapters (as PEFT runs them) go the plain way, or with `plain=False` the fast one. What has run in it is
-    differentiated likewise."""
+    tables, adapters (as PEFT runs them) and frozen weights under autocast go the plain way, or with `plain=False` the
+    fast one. What has run in it is differentiated likewise."""
     token = _plain.set(plain)
     try:
         yield

@@ -73,7 +73,7 @@ class ResidualStream:
 
     def __init__(self, model: PreTrainedModel, blocks: str | None = None, final_norm: str | None = None) -> None:
         self.model = model
-        self.decoder: PreTrainedModel = model.get_decoder()
+        self.decoder = headless(model)
         config = self.decoder.config.get_text_config()
         if blocks is None:
             self.blocks, self._parent = _find_blocks(self.decoder, config.num_hidden_layers)
@@ -81,7 +81,9 @@ class ResidualStream:
             self.blocks = _submodule(model, "blocks", blocks)
             self._parent = model.get_submodule(blocks.rpartition(".")[0])
         self.final_norm = (
-            _last_norm(self._parent) if final_norm is None else _submodule(model, "final_norm", final_norm)
+            _last_norm(self._parent, self.blocks)
+            if final_norm is None
+            else _submodule(model, "final_norm", final_norm)
         )
         self.unembedding: nn.Module | None = model.get_output_embeddings()
         self.input_embedding: nn.Module = model.get_input_embeddings()
@@ -102,6 +104,24 @@ class ResidualStream:
         first_id = torch.zeros(1, dtype=torch.long, device=device)
         with torch.no_grad():
             return functional_call(self.input_embedding, {"weight": ones}, (first_id,))[0, 0].item()
+
+    def narrowing(self, size: int) -> Tensor:
+        """A matrix (e, d) from the stream to embeddings of e = `size` numbers, where these are widened (OPT-350M).
+
+        It is the pseudo-inverse of what the model does: it gives the embedding that comes closest when it is widened.
+        """
+        sizes = (size, self.width)  # of a linear map, with an adapter or without
+        inputs = [
+            c for c in self.siblings() if sizes == tuple(getattr(c, f"{way}_features", 0) for way in ("in", "out"))
+        ]
+        if not inputs:
+            raise ValueError(
+                f"model: {type(self.model).__name__} has embeddings of {size} numbers, a stream of {self.width} and "
+                "no linear map from one to the other; pass a model of another architecture"
+            )
+        weight = inputs[0].get_parameter("weight")
+        rows = torch.eye(size, dtype=weight.dtype if weight.is_floating_point() else None, device=weight.device)
+        return torch.linalg.pinv((inputs[0](rows) - inputs[0](0 * rows)).float()).T
 
     def siblings(self) -> list[nn.Module]:
         """The modules that stand beside the blocks: embeddings, norms, projections."""
@@ -135,7 +155,7 @@ class ResidualStream:
         captured = Capture(layer)
 
         def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            captured._activations = _hidden(output)
+            captured._activations = self._residual(output)
             if stop and self.may_stop:
                 raise _StopForward(captured)
 
@@ -170,12 +190,22 @@ class ResidualStream:
             )
 
         def substitute(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            hidden = _hidden(output)
+            hidden = self._residual(output)
             index = positions.to(hidden.device)[..., None].expand(expected)
             return _with_hidden(output, hidden.scatter(1, index, activations.to(hidden)))
 
         with _forward_hook(self.blocks[layer], substitute):
             yield
+
+    def _residual(self, output: Any) -> Tensor:
+        """The residual (B, S, d) in the output of a block; ValueError where there is none of this shape."""
+        hidden = _hidden(output)
+        if hidden.ndim != 3 or hidden.shape[-1] != self.width:
+            raise ValueError(
+                f"model: the blocks of {type(self.model).__name__} hand on {tuple(hidden.shape)}, not one residual "
+                f"stream (batch, tokens, {self.width}); pass a model of another architecture"
+            )
+        return hidden
 
     @contextmanager
     def select_positions(self, positions: Tensor) -> Iterator[None]:
@@ -202,6 +232,17 @@ class ResidualStream:
 
         with _forward_hook(self.decoder, record):
             yield captured
+
+
+def headless(model: PreTrainedModel) -> PreTrainedModel:
+    """The model below its head: embeddings, blocks and final norm; the model itself where it has no head.
+
+    `get_decoder` of transformers gives the head of ModernBERT, which is called `decoder`, and Llama 4 with its head.
+    """
+    found = model.get_decoder()
+    if isinstance(found, PreTrainedModel) and (found is not model or model.get_output_embeddings() is None):
+        return found
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -254,6 +295,8 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
         return hidden
     if isinstance(output, tuple):
         return (hidden, *output[1:])
+    if isinstance(output, list):  # GPT-1
+        return [hidden, *output[1:]]
     output.last_hidden_state = hidden
     return output
 
@@ -283,13 +326,16 @@ def _find_blocks(decoder: PreTrainedModel, num_layers: int) -> tuple[nn.ModuleLi
     return lists[name], decoder.get_submodule(name.rpartition(".")[0])
 
 
-def _last_norm(parent: nn.Module) -> nn.Module | None:
-    """The last norm child of the module that holds the blocks, norms of the embeddings (Bloom) aside."""
-    norms = [
-        child
-        for name, child in parent.named_children()
-        if "norm" in type(child).__name__.lower() and "embed" not in name
-    ]
+def _last_norm(parent: nn.Module, blocks: nn.ModuleList) -> nn.Module | None:
+    """The last norm child of the module that holds the blocks, norms of the embeddings (Bloom) aside.
+
+    Those stand before the blocks; the final norm of LFM2 is named after the embeddings too, but stands behind them.
+    """
+    norms, behind = [], False
+    for name, child in parent.named_children():
+        behind = behind or child is blocks
+        if "norm" in type(child).__name__.lower() and (behind or "embed" not in name):
+            norms.append(child)
     return norms[-1] if norms else None
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from .cached_passes import evaluating
-from .explanation import format_top, from_start, printed, text_ids, top_tokens
+from .explanation import format_top, from_start, one_line, printed, text_ids, top_tokens
 from .losses import kl_divergence
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Steering:
             ("after", self.edited, self.top_after),
         ):
             # As Text, since a model's words may look like rich's markup.
-            table.add_row(name, Text(words.strip().replace("\n", "⏎")), Text(format_top(top)))
+            table.add_row(name, Text(one_line(words)), Text(format_top(top)))
         return table
 
     def __str__(self) -> str:

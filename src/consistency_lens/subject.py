@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .attention import attention_with_masks
+from .cached_passes import keeps_keys_and_values
 from .context_attention import attending_to
 from .context_cache import ContextCache, ContextComplete, beside, empty_cache, joined, kept, reopened
+from .context_length import context_length
 from .residual_stream import ResidualStream, gather_positions
 from .spans import span
 from .token_logits import head_logits
@@ -211,7 +213,7 @@ class Subject:
 
     def _try_one_token(self, length: int) -> None:
         """Tries the one-token pass, in one way and the other, at the length of which `check_one_token` has to know."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        limit = context_length(self.model.config) or math.inf
         tested_length = int(min(max(CHECK_MIN_LENGTH, 1 << (length - 1).bit_length()), limit))
         reason = self._failure_of_one_token(tested_length)
         if reason is not None and self._context_attention:
@@ -223,7 +225,7 @@ class Subject:
         if reason is not None:
             self._one_token = False
             logger.warning(
-                "%s: the one-token pass is off, whole sequences are run instead: %s",
+                "%s: the one-token pass is off, whole sequences are run instead, which is as right but slower: %s",
                 type(self.model).__name__,
                 reason,
             )
@@ -310,6 +312,8 @@ class Subject:
     @torch.no_grad()
     def _failure_of_one_token(self, length: int) -> str | None:
         """Runs both passes on random sequences of `length` tokens; why the one-token pass must stay off, or None."""
+        if not keeps_keys_and_values(self.model):
+            return "keys and values are not all that its blocks keep of a context"
         input_ids, attention_mask, positions = self._random_inputs(length)
         reference = self._context(input_ids, attention_mask, positions, keep_cache=False)
         # The residuals of the other row: of realistic size, and wrong enough to show.
@@ -321,7 +325,8 @@ class Subject:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's code does with a mask that it does not know
-            return f"it fails with {type(error).__name__}: {error}"
+            logger.debug("%s: the one-token pass fails with %r", type(self.model).__name__, error)
+            return "its code does not take the mask or the cache that this needs"
         dtypes = {self.model.dtype, logits.dtype, *(keys.dtype for keys in _keys(context.cache or ()))}
         # Rounding stays below the root of the dtype's precision (and of TF32's); a wrong mask does not.
         tolerance = max(1e-3, *(math.sqrt(torch.finfo(dtype).eps) for dtype in dtypes))

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from .attention import attending_by
 from .cached_passes import Pass, evaluating, keys_and_values, without_checkpoints
 from .context_cache import beside
+from .residual_stream import headless
 from .summed_gradient import BackwardSum
 
 # Code that came with an artifact may run beside the installed package, and each has a text of its own.
@@ -85,7 +86,7 @@ def _exchanges_attention(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _is_right(model: PreTrainedModel) -> bool:
     """Runs two rows of four tokens at once, and two of them one by one."""
-    decoder, table = model.get_decoder(), model.get_input_embeddings()
+    decoder, table = headless(model), model.get_input_embeddings()
     weight = table.get_parameter("weight")
     embeddings = table(torch.arange(8, device=weight.device).view(2, 4) % len(weight))
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .plain_arithmetic import is_plain, plain_arithmetic
+from .residual_stream import headless
 
 # logits (n, V) and which of the N rows they are -> tensors (n, ...) by name
 RowReader = Callable[[Tensor, slice], dict[str, Tensor]]
@@ -81,7 +82,7 @@ def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
 @contextmanager
 def _blocks_left_out(model: PreTrainedModel) -> Iterator[None]:
     """Puts something that hands its input through in the place of all that comes before the head."""
-    decoder = model.get_decoder()
+    decoder = headless(model)
     path = next(name for name, module in model.named_modules() if module is decoder)
     parent_path, _, name = path.rpartition(".")
     # not by `setattr`: nothing that a wrapper has hung on the decoder, which keeps its place, may notice

@@ -2,13 +2,14 @@
 
 Of a deep and narrow model a step is little but starting operations, as it is on a GPU that a batch does not fill; of
 a wide one it is mostly arithmetic, which is the same on both sides. Memory is that of the wide one in float32 under
-bfloat16 autocast. Run with `python tests/benchmarks/adapters_at_once.py`; it writes `adapters_at_once`,
-`adapters_at_once_wide` and `adapters_at_once_memory`.
+bfloat16 autocast, where ours also rounds frozen weights once a step (`rounded_weights`).
+Run with `python tests/benchmarks/adapters_at_once.py`; it writes `adapters_at_once`, `adapters_at_once_wide` and
+`rounded_weights_memory`.
 """
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from live_bytes import peak_bytes  # noqa: E402
 
 from consistency_lens.adapters import adapters_at_once  # noqa: E402
+from consistency_lens.rounded_weights import weights_rounded_once  # noqa: E402
 
 RUNS, NUM_TEXT_TOKENS, VOCAB_SIZE = 7, 16, 512
 # (suffix, blocks, width, activations of a step)
@@ -36,6 +38,13 @@ def make_shape(num_layers: int, width: int, batch: int) -> Shape:
         "num_hidden_layers": num_layers, "num_attention_heads": width // 16, "num_key_value_heads": width // 16,
     }  # fmt: skip
     return Shape("", sizes, batch, cache_sequences=0, num_text_tokens=NUM_TEXT_TOKENS)
+
+
+@contextmanager
+def as_in_training(lens: nn.Module) -> Iterator[None]:
+    """What the trainer puts around a step."""
+    with adapters_at_once(lens), weights_rounded_once(lens):
+        yield
 
 
 def make_steps(shape: Shape, device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -54,7 +63,7 @@ def make_steps(shape: Shape, device: torch.device) -> dict[str, Callable[[], Any
     def peak(around: Callable[[nn.Module], AbstractContextManager]) -> int:
         return peak_bytes(lambda: step(around, autocast=True), nn.ModuleList([lens, lens.subject.model]))
 
-    ways = {"ours": adapters_at_once, "theirs": lambda _lens: nullcontext()}
+    ways = {"ours": as_in_training, "theirs": lambda _lens: nullcontext()}
     steps = {name: partial(step, way) for name, way in ways.items()}
     return steps | {f"bytes of {name}": partial(peak, way) for name, way in ways.items()}
 
@@ -74,8 +83,11 @@ def main() -> None:
         compare(name, f"training step, {what}", sides["ours"], sides["theirs"], device, RUNS)
         if suffix and device.type == "cpu":
             peaks = [sides[f"bytes of {side}"]() for side in ("ours", "theirs")]
-            what = f"peak memory beside float32 weights of a training step under bfloat16 autocast, {what}"
-            write_result("adapters_at_once_memory", what, "bytes", *peaks, 1, device)
+            what = (
+                f"peak memory beside weights of a training step under bfloat16 autocast, {what.partition(':')[0]}: "
+                "frozen float32 weights rounded once a step against once for each use"
+            )
+            write_result("rounded_weights_memory", what, "bytes", *peaks, 1, device)
 
 
 if __name__ == "__main__":

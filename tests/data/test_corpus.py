@@ -39,7 +39,9 @@ def test_read_documents_divides_at_separators(tmp_path):
 
 def test_separators_may_stand_anywhere_and_lines_may_end_as_on_windows(tmp_path):
     file = tmp_path / "stories.txt"
-    file.write_bytes(b"<|endoftext|>\r\none <|endoftext|> here\r\n<|endoftext|>\r\n<|endoftext|>\r\n\r\ntwo\r\n")
+    file.write_bytes(
+        b"<|endoftext|>\r\none <|endoftext|> here\r\n<|endoftext|>\r\n<|endoftext|>\r\n\r\ntwo<|endoftext|>\r\n"
+    )
     assert list(iterate_documents(file)) == ["one <|endoftext|> here", "two"]
 
 

@@ -6,10 +6,12 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
     OPTConfig,
@@ -36,6 +38,17 @@ FAMILIES = {
         hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, **SMALL
     ),
     "bloom": BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SMALL),
+    # a state in place of keys and values, in all blocks or in some
+    "mamba": MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=2, **SMALL),
+    "lfm2": Lfm2Config(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        **SMALL,
+    ),
     "gemma2": Gemma2Config(
         hidden_size=16,
         intermediate_size=32,
@@ -180,7 +193,9 @@ def test_a_tokenizer_without_bos_and_eos_needs_a_prompt(model):
         sample(model, make_tokenizer())
 
 
-def test_a_model_without_a_kv_cache_is_refused(tokenizer):
-    config = MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, **SMALL)
+def test_a_model_that_could_give_a_kv_cache_and_does_not_is_refused(tokenizer):
+    config = BertConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, is_decoder=False, **SMALL
+    )
     with pytest.raises(ValueError, match="no KV cache"):
         sample(AutoModelForCausalLM.from_config(config), tokenizer)

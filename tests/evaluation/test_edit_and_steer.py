@@ -8,7 +8,8 @@ from checked_rows import evaluated_rows
 from tiny_lenses import NUM_TEXT_TOKENS, PROMPTS, disturb, tiny_lens
 from tiny_models import NUM_LAYERS
 
-from consistency_lens.evaluation.steering import edit_and_steer, last_indices
+from consistency_lens.evaluation import steering
+from consistency_lens.evaluation.steering import edit_and_steer, edit_directions, last_indices
 
 LENGTHS = (12, 9, 3, 7, 12, 8, 4, 15, 11, 6) * 4
 NUMBERS = {"target_logprob_change", "own_top_logprob_change", "target_rises"}
@@ -123,6 +124,23 @@ class TestOnALens:
         assert torch.equal(torch.random.get_rng_state(), state)
         assert first == again
         assert first["target_logprob_change"] != other["target_logprob_change"]
+
+
+def test_every_step_along_another_token_is_a_step(lens, monkeypatch):
+    """Though most texts end alike: a control that stays where it is would be compared with an edit that moves."""
+    evaluated = evaluated_rows(lens, *LENGTHS)
+    evaluated.text_ids[:, -1] = torch.tensor([9, 9, 9, 10, 11] * 8)
+    replaced = []
+
+    def spy(lens, text_ids, ends, replacements):
+        replaced.append((text_ids.gather(1, ends), replacements))
+        return edit_directions(lens, text_ids, ends, replacements)
+
+    monkeypatch.setattr(steering, "edit_directions", spy)
+    result = edit_and_steer(evaluated, seed=0, rows=100)
+    own, others = (torch.cat(parts) for parts in zip(*replaced, strict=True))
+    assert len(own) == result["rows"] > 5
+    assert (others != own).all()
 
 
 class TestErrorsAndEdges:

@@ -1,6 +1,7 @@
 import copy
 import json
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -157,6 +158,12 @@ class TestResult:
             float(perplexity(text_nll(lens.subject, ids, scored), scored)), rel=1e-4
         )
         assert metrics["distinct_2"] == distinct_n(ids, 2, mask) != distinct_n(ids, 2)
+        # true text is counted up to the same length, its end
+        tails = [row["input_ids"][1:][-int(length) :] for row, length in zip(rows, mask.sum(1), strict=True)]
+        bigrams = [pair for tail in tails for pair in pairwise(tail)]
+        assert metrics["true_distinct_2"] == pytest.approx(len(set(bigrams)) / len(bigrams))
+        used = {token for tail in tails for token in tail} & set(range(3, 97))
+        assert metrics["true_unused_token_share"] == pytest.approx(1 - len(used) / 94)
         reconstruction = lens.encoder(lens.encoder.embed_ids(ids), mask).detach()
         assert metrics["fve"] == pytest.approx(float(fve(activations, reconstruction, lens.mean)), rel=1e-4)
 

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from carded_lenses import DATASET, DATASET_COMMIT, EMISSIONS, LOG, METRICS_FILE, SAMPLE, save_config, write_files
+from carded_lenses import DATASET, DATASET_COMMIT, EMISSIONS, LOG, METRICS_FILE, RUN, SAMPLE, save_config, write_files
 from hub_rules import check_model_card
 from markdown_it import MarkdownIt
 
@@ -155,6 +155,13 @@ def test_activations_that_were_read_on_the_fly_name_no_rule(tmp_path):
     data = {"positions": {"per_sequence": 8, "min_position": 1}}
     card = lens_card(write_files(save_config(tmp_path / "lens"), provenance={"cache": data}))
     assert "| positions | up to 8 of a sequence, min_position 1 |" in card
+
+
+@pytest.mark.parametrize(("own", "shown"), [(3e-3, "0.003"), (0.0, "0"), (None, "0.002")])
+def test_an_encoder_that_stands_still_has_a_rate_of_0(tmp_path, own, shown):
+    training = RUN["training"] | {"encoder_learning_rate": own}
+    card, _ = card_and_head(write_files(save_config(tmp_path / "lens"), run={"training": training}))
+    assert f"decoder 0.002, encoder {shown}\n" in re.sub(r" *\|", "", sections(card)["Training"])
 
 
 def test_emissions_of_codecarbon_are_summed_over_the_runs(folder):

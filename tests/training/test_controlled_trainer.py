@@ -273,6 +273,16 @@ def test_a_second_training_leaves_a_reference_of_its_own(tmp_path):
     assert trainer.objective_at(1).reference.decoder is trainer._reference
 
 
+def test_a_second_training_reads_held_out_rows_anew(tmp_path):
+    stages = {"stages": ["warm_start 4s", "gumbel"], "warm_start_patience": 1, "warm_start_check_steps": 1}
+    trainer = tiny_trainer(tmp_path, FULL, max_steps=5, **stages)
+    for readings, ends in (([0.4, 0.3], {0: 2}), ([0.1, 0.2, 0.3, 0.4], {})):
+        coming = iter(readings)
+        trainer.warm_start_end.held_out_fve = lambda coming=coming: next(coming)
+        trainer.train()
+        assert trainer.warm_start_end.ends == ends
+
+
 # --- best checkpoints and early stopping
 
 

@@ -116,6 +116,23 @@ def test_seconds_and_skipped_steps_go_on(tmp_path):
     assert entries[0]["seconds"] <= saved and entries[-1]["seconds"] > 1000
 
 
+def test_the_mean_loss_of_a_resumed_run_is_of_its_own_steps(tmp_path):
+    every = [entry["loss"] for entry in curve(to_the_end(tmp_path / "every", **WARM_START, logging_steps=1))]
+    killed_at(tmp_path / "killed", 5, **WARM_START)
+    resumed = to_the_end(tmp_path / "killed", **WARM_START)  # from step 4, and the last log was at 3
+    assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(sum(every[4:]) / 4)
+
+
+def test_the_scale_of_float16_losses_is_kept(tmp_path):
+    trainer = tiny_run(tmp_path)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    trainer._save_scaler(str(tmp_path))
+    saved = trainer.accelerator.scaler.state_dict()
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer._load_scaler(str(tmp_path))
+    assert trainer.accelerator.scaler.state_dict() == saved
+
+
 class Counter(TrainerCallback):
     """Something with a state, as an average of the weights has it."""
 

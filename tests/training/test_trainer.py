@@ -66,6 +66,29 @@ def test_stages_log_their_terms(tmp_path, stages):
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in entries)
 
 
+def test_the_error_of_own_text_is_a_mean_over_the_rows_that_read_one(tmp_path):
+    """However the rows are cut into micro-batches, of which some have none of them."""
+    logged = []
+    for name, size in (("whole", 8), ("cut", 1)):
+        trainer = tiny_trainer(
+            tmp_path / name, max_steps=3, logging_steps=3, stages=["warm_start"], own_share=0.3, learning_rate=0.0,
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
+        )  # fmt: skip
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    whole, cut = logged
+    for of in ("mse_own_text", "mse_true_text", "mse"):
+        assert cut[of] == pytest.approx(whole[of], rel=1e-4), of
+
+
+def test_what_no_row_has_read_has_no_error(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1, stages=["warm_start"], own_share=0.0)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["mse_true_text"] == pytest.approx(entry["mse"])
+    assert "mse_own_text" not in entry
+
+
 def test_warm_start_learns_the_tails(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=60, stages=["warm_start"], learning_rate=3e-3)
     trainer.train()
@@ -111,6 +134,20 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, delta_resi
         kept.append(keep.steps[0])
     for name, gradient in kept[0].items():
         torch.testing.assert_close(gradient, kept[1][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_speed_is_of_the_samples_and_tokens_since_the_last_log(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path)
+    trainer.rates, trainer.optimizer = {"decoder_base": 1e-3}, object()
+    batch = next(iter(trainer.get_train_dataloader()))
+    for _ in range(2):
+        trainer.count(batch)
+        trainer.remember({"mse": 1.0})
+    since, logs = trainer._since[2], {"loss": 0.0}
+    monkeypatch.setattr("time.perf_counter", lambda: since + 4)
+    trainer.log(logs)
+    assert logs["samples_per_second"] == 2 * 8 / 4 and logs["mse"] == 1
+    assert logs["tokens_per_second"] == 2 * (batch["input_ids"].numel() + 8 * 3) / 4  # contexts, and texts of three
 
 
 def test_each_stage_may_have_its_own_weights(tmp_path):

@@ -172,8 +172,10 @@ def test_a_trajectory_is_both_lenses_at_every_token():
     torch.testing.assert_close(found.tuned[1], lens.logits(1, residuals[1]).log_softmax(dim=-1))
     torch.testing.assert_close(found.norm[1], lens.logit_lens(1, residuals[1]).log_softmax(dim=-1))
     assert found.top_tokens[0][2] == f"<{int(found.tuned[0, 2].argmax())}>"
-    expected = kl_divergence(lens.logits(LAST, residuals[LAST]), lens.logits(0, residuals[0]))
-    torch.testing.assert_close(found.kl_from_final[0], expected, rtol=1e-3, atol=1e-5)
+    last = lens.logits(LAST, residuals[LAST])
+    tuned, norm = (kl_divergence(last, read(0, residuals[0])) for read in (lens.logits, lens.logit_lens))
+    torch.testing.assert_close(found.kl_from_final[0], tuned, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.norm_kl_from_final[0], norm, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="no tokens"):
         lens.trajectory("")
     most = lens.subject_model.config.max_position_embeddings

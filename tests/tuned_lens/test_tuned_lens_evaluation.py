@@ -55,6 +55,16 @@ def test_of_the_fits_own_text_it_says_what_the_fit_said(lens, capsys):
     assert read(lens / "evaluation" / "arguments.json")["lens"] == str(lens)
 
 
+def test_the_figures_of_a_fit_in_bfloat16_are_those_of_float32(inputs, tmp_path):
+    folder = tmp_path / "lens"
+    run_fit(inputs, folder, num_train_epochs=1, head_dtype="bfloat16")
+    assert read(folder / "provenance.json")["schedule"]["head_dtype"] == "bfloat16"
+    assert evaluate(folder) == 0
+    found, fit = read(folder / "evaluation" / "metrics.json"), read(folder / "metrics.json")
+    for name in ("tuned", "norm", "calibrated"):
+        assert fit["kl"][name] == pytest.approx(found["kl"][name], rel=1e-6)
+
+
 def test_positions_are_those_that_are_asked_for(lens):
     assert evaluate(lens, "--position_range", 0.5, 1, "--positions_per_sequence", 3) == 0
     assert read(lens / "evaluation" / "metrics.json")["positions"] == 4 * 3

@@ -18,6 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..context_length import context_length
 from ..fingerprints import tokenizer_hash, weights_hash
 from ..residual_stream import ResidualStream
 from ..subject import Subject
@@ -116,7 +117,7 @@ def build_activation_caches(
         rows_per_shard=rows_per_shard,
         seed=seed,
         vocab_size=_vocab_size(stream, tokenizer),
-        max_length=getattr(stream.decoder.config.get_text_config(), "max_position_embeddings", None),
+        max_length=context_length(stream.decoder.config),
     )
     settings = _settings(stream, tokenizer, plan, subject_hash, dtype, max_norm, dataset_split, rows_per_shard)
     folders = [CacheFolder(Path(path), {**settings, "layer": layer}) for layer, path in sorted(paths.items())]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..context_length import context_length
 from ..fingerprints import tokenizer_hash
 from .activation_cache import PROVENANCE_FILE, check_provenance
 from .activation_source import held_out_documents
@@ -105,7 +106,7 @@ def rows_of_text(args: SourceArguments, reader: Reader, seed: int, own_cache: Pa
             rows_per_shard=ROWS_PER_SHARD,
             seed=seed,
             vocab_size=config.vocab_size,
-            max_length=getattr(config, "max_position_embeddings", None),
+            max_length=context_length(config),
         )
         lengths = sequence_lengths(sequences)[plan.sequences]
         held_out = np.full(len(lengths), part == SPLITS[1])

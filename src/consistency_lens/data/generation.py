@@ -13,6 +13,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cached_passes import keeps_keys_and_values
+from ..context_length import context_length
 from .corpus import corpus_from_rows, document_hash
 
 logger = logging.getLogger(__name__)
@@ -103,8 +105,7 @@ def _check(
         raise ValueError(
             f"generation: max_length={max_length} leaves no room after a prompt of {prompt_length} tokens"
         )
-    # Absent where positions are unbounded (ALiBi).
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is not None and max_length > context:
         raise ValueError(f"generation: max_length={max_length} is beyond the model's context of {context}; lower it")
 
@@ -132,21 +133,23 @@ def _sample_batch(
     tokens[:, : len(prompt)] = torch.tensor(prompt, device=model.device)
     running = torch.arange(batch_size, device=model.device)
     step_ids, cache = tokens[:, : len(prompt)], None
+    cached = keeps_keys_and_values(model)  # a state (Mamba, LFM2) could not be left by rows that met EOS
     for length in range(len(prompt), max_length):
-        output = model(input_ids=step_ids, past_key_values=cache, use_cache=True)
+        output = model(input_ids=step_ids, use_cache=cached, **({"past_key_values": cache} if cached else {}))
         cache = output.get("past_key_values")
-        if cache is None:
+        if cached and cache is None:
             raise ValueError(f"generation: {type(model).__name__} returned no KV cache; pass a model with use_cache")
         next_ids = _draw_tokens(output.logits[:, -1].float(), uniforms[running, length], temperature, top_k)
         tokens[running, length] = next_ids
-        step_ids = next_ids[:, None]
+        step_ids = next_ids[:, None] if cached else tokens[running, : length + 1]
         if eos_token_id is not None and (length - len(prompt) + 1) % COMPACT_EVERY == 0:
             unfinished = (tokens[running, len(prompt) : length + 1] != eos_token_id).all(dim=1)
             remaining = unfinished.nonzero()[:, 0]
             if len(remaining) == 0:
                 break
             if len(remaining) < len(running):
-                cache.batch_select_indices(remaining)
+                if cached:
+                    cache.batch_select_indices(remaining)
                 running, step_ids = running[remaining], step_ids[remaining]
     return [_cut(row, len(prompt), eos_token_id) for row in tokens.tolist()]
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..context_length import context_length
 from ..residual_stream import gather_positions
 from ..subject import Subject, in_passes
 from .activation_reading import ActivationReader
@@ -79,7 +80,7 @@ class OnTheFlyActivations(ActivationSource):
             rows_per_shard=1,  # there are no shards
             seed=seed,
             vocab_size=stream.input_embedding.get_parameter("weight").shape[0],
-            max_length=getattr(stream.decoder.config.get_text_config(), "max_position_embeddings", None),
+            max_length=context_length(stream.decoder.config),
         )
         facts = {
             "source": "on_the_fly",

@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..atomic_write import sync_folder, write_json
+from ..context_length import context_length
 from ..fingerprints import tokenizer_hash
 from .chat import chat_template, chat_template_hash
 from .corpus import (
@@ -223,7 +224,7 @@ def subject_context(args: TokenizationArguments) -> int | None:
     except (OSError, ValueError) as error:
         raise not_loaded(args.model, error) from error
     # Absent where positions are unbounded (ALiBi).
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(config)
     if context is not None and args.max_length is not None and args.max_length > context:
         raise ValueError(f"max_length {args.max_length} is beyond the subject's context of {context}; lower it")
     return context

@@ -211,7 +211,9 @@ class Evaluator:
         """Metrics, controls and intervals from the rows' addends."""
         arguments, documents = self.arguments, evaluated.column("document")
         text_ids, text_mask, vocabulary = evaluated.text_ids, evaluated.text_mask, ordinary_tokens(self.lens)
-        tail_ids, tail_mask = evaluated.column("tail_ids"), evaluated.column("tail_mask")
+        # true text as long as the lens's, which may stop early
+        tail_ids = evaluated.column("tail_ids")
+        tail_mask = last_kept(evaluated.column("tail_mask"), text_mask.sum(dim=1, keepdim=True))
         sums = {name: column.sum() for name, column in columns.items()}
         resampled = bootstrap_sums(columns, documents, arguments.num_bootstrap, arguments.seed)
         return {

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..explanation import format_top
+from ..explanation import format_top, one_line
 from .controls import CONTROLS
 from .samples import Sample
 from .text_length import PARTS
@@ -263,10 +263,6 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], number
     rule = ["---", *("---:" if numbers else "---" for _ in columns[1:])]
     escaped = ([cell.replace("|", "\\|").replace("\n", "⏎") for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *escaped))
-
-
-def one_line(text: str) -> str:
-    return text.strip().replace("\n", "⏎")
 
 
 def shortened(text: str, width: int) -> str:

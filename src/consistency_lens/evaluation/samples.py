@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..atomic_write import write_text
 from ..cached_passes import evaluating
+from ..context_length import context_length
 from ..data.activation_source import Rows, rows_at
 from ..data.collator import ActivationCollator
 from ..explanation import top_tokens
@@ -140,7 +141,7 @@ def continuations(lens: ConsistencyLensModel, batch: Batch) -> list[str]:
     model, tokenizer = lens.subject.model, lens.require_tokenizer()
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     longest = input_ids.shape[1]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # ALiBi models have none
+    limit = context_length(model.config)
     count = CONTINUATION_TOKENS if limit is None else min(CONTINUATION_TOKENS, limit - longest)
     if count < 1:
         return [""] * len(input_ids)

@@ -22,7 +22,8 @@ def edit_and_steer(evaluated: EvaluatedRows, seed: int, rows: int) -> dict[str, 
     The subject goes on from A + E(edited) - E(text). The *target* is the token that it finds likeliest with the
     donor's activation, the *own top* the one that it finds likeliest with A. If the words mean to the subject what
     they mean to the lens, the target rises and the own top falls, and more so than in the controls, whose steps are
-    as long: `random_token` replaces the last token by that of any row, `random_direction` steps anywhere.
+    as long: `random_token` replaces the last token by another one that ends the text of any row, `random_direction`
+    steps anywhere.
     A target is unlikely at first, and any step that blurs the prediction raises it: what counts is the difference
     from the controls.
 
@@ -45,8 +46,8 @@ def edit_and_steer(evaluated: EvaluatedRows, seed: int, rows: int) -> dict[str, 
     ends = last_indices(lens, text_ids)
     last_tokens = text_ids.gather(1, ends)[:, 0]
     picked, donors, tops = choose_pairs(evaluated, last_tokens, rows, generator)
-    # of a third row, so that it is as common a token as the donor's
-    strangers = torch.randint(len(last_tokens), (len(picked),), generator=generator)
+    # that of a third row, so that it is as common a token as the donor's; and not the row's own, which is no step
+    strangers = rows_of_other_documents(last_tokens, generator)[picked] if len(picked) > 0 else picked
     random_tokens = last_tokens[strangers]
     noise = torch.randn(len(picked), len(lens.mean), generator=generator)
 

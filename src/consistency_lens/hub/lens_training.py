@@ -69,7 +69,8 @@ def training_facts(folder: LensFolder) -> list[tuple[str, str]]:
     """Label and value of what the training was and took."""
     run = folder.run
     training, laps, machine = run.get("training", {}), run.get("laps", {}), run.get("machine", {})
-    encoder_rate = training.get("encoder_learning_rate") or training.get("learning_rate")
+    own_rate = training.get("encoder_learning_rate")  # which may be 0
+    encoder_rate = training.get("learning_rate") if own_rate is None else own_rate
     rates = f"decoder {training['learning_rate']:g}, encoder {encoder_rate:g}" if training else NOT_RECORDED
     seed = folder.provenance.get("seed", training.get("seed"))
     return [

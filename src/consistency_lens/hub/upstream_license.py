@@ -79,15 +79,16 @@ def license_in_card(model: str, commit: str | None) -> UpstreamLicense:
         model: Hub id, or folder.
         commit: of the Hub id; None for a folder.
     """
+    nothing = UpstreamLicense(None, None, None, {})
     try:
+        if commit is None:
+            card = Path(model).expanduser() / CARD
+            return _named(_head(card), {}) if card.is_file() else nothing
         with asking_hub(model, commit):
-            file = (
-                Path(model) / CARD if commit is None else Path(HfApi().hf_hub_download(model, CARD, revision=commit))
-            )
-            return _named(_head(file), {})
+            return _named(_head(Path(HfApi().hf_hub_download(model, CARD, revision=commit))), {})
     except (ValueError, OSError) as error:
         logger.info("the licence of %s cannot be read from its card: %s", model, error)
-        return UpstreamLicense(None, None, None, {})
+        return nothing
 
 
 def _passed_texts(files: Sequence[str | Path]) -> dict[str, bytes]:

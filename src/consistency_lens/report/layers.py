@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..context_length import context_length
 from ..tuned_lens.heatmap import heatmap_data
 from ..tuned_lens.lens_places import LENSES_FOLDER, clean_name, default_folder, is_lens
-from ..tuned_lens.modeling_tuned_lens import context_length
 from ..tuned_lens.plots import LENSES
 from ..tuned_lens.readings import NORM, TUNED, read_prompt
 from ..tuned_lens.records import records_of, token_texts
@@ -62,7 +62,9 @@ def read_layers(folder: Path, explorer: Explorer, device: str | None) -> dict[st
     lens, text = opened.lens, explorer["texts"][0]
     assert lens is not None  # there is a folder
     pieces = [explorer["words"][place] for place in text["tokens"][:TOKENS]]
-    (prompt,) = tokenise_suite(suite_of_texts(["".join(pieces)]), opened.tokenizer, context_length(opened.subject))
+    (prompt,) = tokenise_suite(
+        suite_of_texts(["".join(pieces)]), opened.tokenizer, context_length(opened.subject.config)
+    )
     result, text_of = read_prompt(lens, prompt), token_texts(opened.tokenizer)
     records = {
         name: [replace(record, top20=record.top20[:TOP]) for record in records_of(result, name, text_of)]

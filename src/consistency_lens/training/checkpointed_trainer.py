@@ -44,7 +44,7 @@ class CheckpointedTrainer(PublishingTrainer):
     warm_start_end: WarmStartEnd | None = None
     _reference: LensDecoder | None = None
     _sums: dict[str, Tensor]
-    _counts: dict[str, int]
+    _counts: dict[str, Tensor | int]
     _since: tuple[int, int, float]
     _training_since: float | None
 
@@ -201,7 +201,7 @@ class CheckpointedTrainer(PublishingTrainer):
         samples, tokens, since = self._since
         seconds = [now - since, now - (self._training_since or now)]
         sums = {f"sum.{name}": value for name, value in self._sums.items()}
-        counts = {f"count.{name}": torch.tensor(count) for name, count in self._counts.items()}
+        counts = {f"count.{name}": torch.as_tensor(count) for name, count in self._counts.items()}
         return {
             "loss": self._tr_loss,
             "numbers": torch.tensor([self._globalstep_last_logged, samples, tokens]),

@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
 from ..modeling_consistency_lens import ConsistencyLensModel
+from ..residual_stream import headless
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def compile_clones(lens: ConsistencyLensModel, plugin: TorchDynamoPlugin, with_h
     settings = {name: value for name, value in plugin.to_kwargs().items() if name != "use_regional_compilation"}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for clone in (lens.decoder, lens.encoder):
-        compiled = clone.base if with_heads else clone.base.get_decoder()
+        compiled = clone.base if with_heads else headless(clone.base)
         compiled.compile(**(settings | {"dynamic": True}))
     logger.info("decoder and encoder are compiled by %s at their first steps", plugin.backend.value.lower())
     plugin.backend = DynamoBackend.NO

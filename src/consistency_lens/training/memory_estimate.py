@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..lens_clone import LensClone
 from ..modeling_consistency_lens import ConsistencyLensModel
+from ..residual_stream import headless
 from .arguments import ConsistencyLensTrainingArguments
 from .parameter_groups import parameter_groups
 from .trainer import ConsistencyLensTrainer
@@ -213,7 +214,7 @@ def clone_bytes(clone: LensClone, length: int, rows: int, half: bool, checkpoint
     With `checkpointing` only each block's input is kept, and all of one block, which is being recomputed.
     """
     tokens = rows * (length + 1 + len(clone.config.prefix_ids) + len(clone.config.suffix_ids))
-    stack = clone.base.get_decoder()
+    stack = headless(clone.base)
     tables = {id(module.weight) for module in stack.modules() if isinstance(module, nn.Embedding)}
     matrices = [(name, p) for name, p in stack.named_parameters() if p.ndim == 2 and id(p) not in tables]
     # an adapter's input and output are those of the layer that it is added to

@@ -53,10 +53,12 @@ class Losses:
     Attributes:
         terms: name -> scalar with gradient, not yet weighted.
         metrics: name -> scalar, only to be logged.
+        rows: of metrics that are means over some rows of the batch alone: over how many, which may be none.
     """
 
     terms: dict[str, Tensor]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -120,11 +122,9 @@ class WarmStart:
         cross_entropy = masked_mean(-output.token_values["log_probability"], tails.mask)
         terms = {"ce": cross_entropy.mean(), "mse": mse.mean()}
         # not by selecting rows, for which the device would have to say how many they are
-        metrics = {
-            "mse_true_text": mse.masked_fill(own, 0).sum() / (~own).sum().clamp(min=1),
-            "mse_own_text": mse.masked_fill(~own, 0).sum() / own.sum().clamp(min=1),
-        }
-        return Losses(terms, metrics)
+        parts = {"mse_true_text": ~own, "mse_own_text": own}
+        metrics = {name: mse.masked_fill(~part, 0).sum() / part.sum().clamp(min=1) for name, part in parts.items()}
+        return Losses(terms, metrics, {name: part.sum() for name, part in parts.items()})
 
     def rows_to_decode(self, own: Tensor) -> Iterator[Tensor]:
         """The rows (B,) bool that are `own`, slice after slice of the batch, with no more rows than logits are held.

@@ -18,6 +18,7 @@ from .. import __version__
 from ..atomic_write import write_json
 from ..checkpoints.resuming import checkpoint_to_resume
 from ..checkpoints.run_folder import sole_training
+from ..context_length import context_length
 from ..data.activation_source import rows_at
 from ..data.sources import Reader, SplitRows, dataset_of, layer_of, open_rows
 from ..data.subject_loading import LoadedSubject, load_subject_and_tokenizer
@@ -76,7 +77,7 @@ def check_length(args: RecipeArguments, subject: LoadedSubject) -> None:
     Raises:
         ValueError: if they are beyond its context.
     """
-    context = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(subject.model.config)
     if args.reads_text and context is not None and args.max_length > context:
         raise ValueError(f"max_length {args.max_length} is beyond the subject's context of {context}; lower it")
 

@@ -3,7 +3,9 @@
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from ..data.row_order import LengthGroups, MatesSampler, TogetherSampler, WithMa
 from ..data.shared_contexts import ReadPlaces, SharedContexts
 from ..data.streaming import StreamedActivations, StreamSampler
 from ..modeling_consistency_lens import ConsistencyLensModel
+from ..rounded_weights import weights_rounded_once
 from ..spans import span
 from .arguments import ConsistencyLensTrainingArguments
 from .callbacks import LensProgress, OrderOfEpoch, SkipNonfiniteSteps, peak_memory_bytes
@@ -87,7 +90,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         self.own_sampler: StreamSampler | TogetherSampler | None = None
         self._objectives: dict[int, Objective] = {}
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
-        self._counts: dict[str, int] = defaultdict(int)
+        self._counts: dict[str, Tensor | int] = defaultdict(int)
         self._since = (0, 0, time.perf_counter())  # samples and tokens handled, and when counting began
         self._training_since: float | None = None
 
@@ -251,14 +254,15 @@ class ConsistencyLensTrainer(ControlledTrainer):
         step = Step(self.args.seed, number, timetable.scheduled("tau", number))
         # Trainer puts autocast into the model's forward alone, but a text must be drawn as it is scored
         objective = self.current_objective()  # made first, for it may copy the decoder, whose adapters are as always
-        with span("losses"), self.weights.autocast(), adapters_at_once(self.lens):
+        as_one, once = adapters_at_once(self.lens), weights_rounded_once(self.lens)
+        with span("losses"), self.weights.autocast(), as_one, once:
             losses = objective(model, self.lens, inputs, step)
         weights = {name: timetable.scheduled(f"{name}_weight", number) for name in losses.terms}
         loss = torch.stack([SIGNS[n] * weights[n] * term.float() for n, term in losses.terms.items()]).sum()
         if model.training:
             self._training_since = self._training_since or time.perf_counter()
             settings = {"tau": step.tau, **{f"{name}_weight": weight for name, weight in weights.items()}}
-            self.remember({**losses.terms, **losses.metrics, **settings})
+            self.remember({**losses.terms, **losses.metrics, **settings}, losses.rows)
             self.count(inputs)
         return (loss, {}) if return_outputs else loss
 
@@ -267,14 +271,16 @@ class ConsistencyLensTrainer(ControlledTrainer):
         self.current_objective()
         return super().evaluate(*args, **kwargs)
 
-    def remember(self, values: dict[str, Any]) -> None:
-        """Adds values to the running means that `log` reports; no host sync."""
+    def remember(self, values: dict[str, Any], rows: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Adds values to the running means that `log` reports, each once or as often as `rows` says; no host sync."""
         for name, value in values.items():
-            self._sums[name] += value.detach().float() if isinstance(value, Tensor) else value
-            self._counts[name] += 1
+            count = rows.get(name, 1)
+            self._sums[name] += count * (value.detach().float() if isinstance(value, Tensor) else value)
+            self._counts[name] = self._counts[name] + count
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Counts the samples and tokens of a batch, for the speed that `log` reports."""
+        """Counts the samples of a batch, and the tokens of their contexts and T for the text of each, for the speed
+        that `log` reports."""
         samples, tokens, since = self._since
         # padding counts: it is what the machine works on, and counting real tokens would sync with the device
         passes = inputs.get("context_passes", [tuple(inputs["input_ids"].shape)])
@@ -287,11 +293,7 @@ class ConsistencyLensTrainer(ControlledTrainer):
         if self._training_since is not None:
             logs["seconds"] = time.perf_counter() - self._training_since
         if self._counts and "loss" in logs and self.optimizer is not None:
-            names = sorted(self._sums)
-            means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-            if self.args.world_size > 1:
-                means = self.accelerator.reduce(means, reduction="mean")
-            logs |= dict(zip(names, means.tolist(), strict=True))
+            logs |= self.means()
             samples, tokens, since = self._since
             seconds = (time.perf_counter() - since) / self.args.world_size
             logs |= {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
@@ -305,6 +307,15 @@ class ConsistencyLensTrainer(ControlledTrainer):
             self._counts.clear()
             self._since = (0, 0, time.perf_counter())
         super().log(logs, start_time)
+
+    def means(self) -> dict[str, float]:
+        """Of what was remembered, by all processes; what none of them has seen a row of has none."""
+        names = sorted(self._sums)
+        counts = [torch.as_tensor(self._counts[name], device=self.args.device) for name in names]
+        totals = torch.stack([torch.stack([self._sums[name] for name in names]), torch.stack(counts).float()])
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        return {name: total / count for name, total, count in zip(names, *totals.tolist(), strict=True) if count > 0}
 
     def step_was_dropped(self) -> bool:
         """Whether DeepSpeed, which takes its steps by itself, has left the last one out for its gradients."""

@@ -132,7 +132,8 @@ class _Fit:
         trainer = TunedLensTrainer(lens, training, blocks.train[ridge_blocks:], blocks.validation, ridge_blocks)
         trainer.train(resume_from_checkpoint=checkpoint)
         self._lap("training")
-        held_out = trainer.held_out(None, LENSES, progress=self._shows_progress)
+        # as `eval` measures it, whatever the steps were taken in
+        held_out = trainer.held_out(None, LENSES, make_head(lens, "float32"), progress=self._shows_progress)
         self._lap("evaluation")
         ridge_tokens = ridge_blocks * seq_len
         lens.provenance = provenance_of(self.args, trainer, blocks.description, identity, ridge_tokens, held_out)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ..artifact_subject import load_subject, load_subject_tokenizer, subject_location
+from ..context_length import context_length
 from ..lens_artifact import TrainedTensorsModel
 from ..residual_stream import ResidualStream
 from ..turns import in_turn
@@ -359,7 +360,7 @@ class TunedLens(TrainedTensorsModel):
         ids = text if isinstance(text, Tensor) else torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
         if ids.numel() == 0:
             raise ValueError("text: it has no tokens; pass some text")
-        most = context_length(self.subject_model)
+        most = context_length(self.subject_model.config)
         if most is not None and ids.numel() > most:
             raise ValueError(f"text: it has {ids.numel()} tokens, the model reads {most}; pass a shorter one")
         residuals = self.residuals(ids[None])[:, 0]
@@ -376,8 +377,3 @@ class TunedLens(TrainedTensorsModel):
                 f"residual: its last dimension is {residual.shape[-1]}, the subject's width is {self.stream.width}; "
                 "pass outputs of its blocks"
             )
-
-
-def context_length(subject: PreTrainedModel) -> int | None:
-    """The most tokens that a model reads; None where its configuration sets no limit (ALiBi)."""
-    return getattr(subject.config.get_text_config(), "max_position_embeddings", None)

@@ -9,10 +9,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..atomic_write import write_json
+from ..context_length import context_length
 from .gates import Judgement, judge
 from .kpis import SEED, compute_kpis
 from .lens_places import clean_name, default_folder, is_lens
-from .modeling_tuned_lens import TunedLens, context_length
+from .modeling_tuned_lens import TunedLens
 from .readings import NORM, TUNED, PromptResult, read_prompt
 from .records import file_names, record_files, token_texts
 from .suite import Prompt, TokenisedPrompt, suite_hash, tokenise_suite
@@ -92,7 +93,7 @@ def sweep(
     """
     folder = Path(folder)
     reader = TunedLens.for_model(subject, tokenizer, rank=1) if lens is None else lens
-    tokenised = tokenise_suite(suite, tokenizer, context_length(subject))
+    tokenised = tokenise_suite(suite, tokenizer, context_length(subject.config))
     lenses = (NORM,) if lens is None else (NORM, TUNED)
     with record_files(folder, name, lenses, tokenizer) as write:
         results = read_results(reader, tokenised, lens is not None, write, progress)
@@ -184,7 +185,7 @@ def judge_lens(
     Raises:
         ValueError: if the lens has no tokenizer, or a prompt does not fit the model.
     """
-    tokenised = tokenise_suite(suite, lens.require_tokenizer(), context_length(lens.subject_model))
+    tokenised = tokenise_suite(suite, lens.require_tokenizer(), context_length(lens.subject_model.config))
     results = read_results(lens, tokenised, progress=progress)
     judgement = judge_results(results, suite_facts(suite, suite_name), num_resamples, seed)
     return judgement, {"layers": layer_figures(results), "diagnostics": diagnostics(results)}

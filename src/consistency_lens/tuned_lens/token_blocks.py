@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..atomic_write import atomic_file, write_json
+from ..context_length import context_length
 from ..data.dataset_reading import local_hash
 from ..data.tokenized_corpus import SPLITS, read_tokenization
 from ..fingerprints import tokenizer_hash, weights_hash
@@ -113,7 +114,7 @@ def block_length(args: TokenArguments, model: PreTrainedModel) -> int:
     Raises:
         ValueError: if another `seq_len` was asked for that is beyond the context.
     """
-    context = _context(model)
+    context = context_length(model.config)
     if context is None or args.seq_len <= context:
         return args.seq_len
     if args.seq_len != SEQ_LEN:
@@ -126,12 +127,7 @@ def sample_length(args: TokenArguments, model: PreTrainedModel) -> int:
     length = block_length(args, model)
     if not args.bos_per_sequence:
         return length
-    return max(length, min(SEQ_LEN, _context(model) or SEQ_LEN))
-
-
-def _context(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model reads; absent where positions are unbounded (ALiBi)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return max(length, min(SEQ_LEN, context_length(model.config) or SEQ_LEN))
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -204,12 +204,14 @@ class TunedLensTrainer(WholeCheckpointTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def held_out(self, layers: Sequence[int] | None, lenses: Sequence[str], progress: bool = False) -> HeldOutKL:
-        """Reads the validation blocks, each process its share."""
+    def held_out(
+        self, layers: Sequence[int] | None, lenses: Sequence[str], head: Head | None = None, progress: bool = False
+    ) -> HeldOutKL:
+        """Reads the validation blocks, each process its share; `head`: in another precision than the steps have it."""
         args = self.args
         own = range(len(self.validation_blocks))[args.process_index :: args.world_size]
         found = held_out_kl(
-            self.lens, self.head, self.validation_blocks, own, self.bounds, layers, lenses,
+            self.lens, head or self.head, self.validation_blocks, own, self.bounds, layers, lenses,
             batch_size=args.per_device_eval_batch_size, seed=args.seed, progress=progress,
         )  # fmt: skip
         if args.world_size == 1:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..context_length import context_length
 from ..data.cache_check import Check
 from ..data.generation import sample_documents
 from ..data.subject_loading import LoadedSubject
@@ -90,7 +91,7 @@ def decode_at_random(lens: TunedLens, subject: LoadedSubject) -> Decoded:
 
 
 def _documents(subject: LoadedSubject) -> Sequence[Sequence[int]]:
-    context = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(subject.model.config)
     length = min(DOCUMENT_TOKENS, context or DOCUMENT_TOKENS)
     documents = sample_documents(subject.model, subject.tokenizer, NUM_DOCUMENTS, length, seed=SEED, progress=False)
     return documents["input_ids"][:]
