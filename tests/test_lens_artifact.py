@@ -220,7 +220,7 @@ def test_what_is_not_there_is_told(hub, commit):
 def test_a_tokenizer_that_is_broken_is_told(hub, commit, name, tmp_path):
     new_lens(commit).save_pretrained(tmp_path)
     (tmp_path / name).write_text("{")
-    with pytest.raises(ValueError, match="artifact: the tokenizer of .* is broken .*; fetch it again"):
+    with pytest.raises(ValueError, match="artifact: the tokenizer in .* is broken .*; fetch it anew"):
         AutoModel.from_pretrained(tmp_path)
 
 

@@ -325,7 +325,7 @@ class ArtifactFiles:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, config=config, **self.hub_kwargs)
         except json.JSONDecodeError as error:
-            raise ValueError(f"artifact: the tokenizer of {self.path!r} is broken ({error}); fetch it again") from error
+            raise ValueError(f"artifact: the tokenizer in {self.path!r} is broken ({error}); fetch it anew") from error
         for name in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
             tokenizer.init_kwargs.pop(name, None)
         return tokenizer
