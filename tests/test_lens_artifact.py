@@ -216,6 +216,14 @@ def test_what_is_not_there_is_told(hub, commit):
         AutoModel.from_pretrained(REPO, base_modell="x")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_broken_is_told(hub, commit, name, tmp_path):
+    new_lens(commit).save_pretrained(tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ValueError, match="artifact: the tokenizer in .* is broken .*; fetch it anew"):
+        AutoModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("half", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"])
 def test_weights_that_are_not_whole_are_told(hub, commit, half, tmp_path):
     new_lens(commit).save_pretrained(tmp_path)

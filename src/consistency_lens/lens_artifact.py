@@ -315,10 +315,17 @@ class ArtifactFiles:
         return read_provenance(self._optional(PROVENANCE_FILE))
 
     def tokenizer(self, config: Any) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that was saved with it, if any; `config` is the artifact's."""
+        """The tokenizer that was saved with it, if any; `config` is the artifact's.
+
+        Raises:
+            ValueError: if its files are broken.
+        """
         if self._optional("tokenizer_config.json") is None:
             return None
-        tokenizer = AutoTokenizer.from_pretrained(self.path, config=config, **self.hub_kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, config=config, **self.hub_kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"artifact: the tokenizer in {self.path!r} is broken ({error}); fetch it anew") from error
         for name in ("is_local", "local_files_only"):  # where it was loaded from is no part of it
             tokenizer.init_kwargs.pop(name, None)
         return tokenizer

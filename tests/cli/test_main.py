@@ -94,6 +94,17 @@ def test_an_unexpected_error_is_told_in_a_line_on_a_terminal_and_whole_in_a_log(
     )
 
 
+def test_ctrl_c_is_told_in_a_line_on_a_terminal(undisturbed, monkeypatch, capsys):
+    def work(console):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_command(work)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run_command(work) == 130
+    assert capsys.readouterr().err == "interrupted (--debug shows where)\n"
+
+
 def test_libraries_that_are_imported_on_the_way_say_nothing():
     # in a process of its own: here they are imported long since
     command = [sys.executable, "-m", "consistency_lens", "train", "--help"]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DONE, FAILED, MISTAKE, NOT_VERIFIED = 0, 1, 2, 3
+INTERRUPTED = 130  # as shells tell Ctrl-C
 # They report every request, or at every import what they could not load.
 TALKATIVE = ("httpx", "httpx2", "bitsandbytes")
 # DeepSpeed warns of it wherever it is installed, used or not.
@@ -61,6 +62,11 @@ def run_command(
         message = f"{'error' if code == MISTAKE else 'failed'}: {str(error) or type(error).__name__}"
         _complain(message)
         return code
+    except KeyboardInterrupt:
+        if os.environ.get(DEBUG_VARIABLE) or not _is_terminal(sys.stderr):
+            raise
+        _complain(f"interrupted ({DEBUG_FLAG} shows where)")
+        return INTERRUPTED
     except Exception as error:
         # A fault of this library or of one below it. A job's log keeps where it was; a person is told how to see it.
         if os.environ.get(DEBUG_VARIABLE) or not _is_terminal(sys.stderr):

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..schedules import Schedule, check_duration, parse_duration
@@ -198,6 +198,7 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         self.check_schedules()
         self.check_choices()
         self.check_numbers()
+        self.check_optimizer()
         self.check_stage_settings()
         self.profile = str(self.profile).lower()
         steps_to_profile(self.profile)
@@ -244,10 +245,8 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps")
         for name in ("learning_rate", "encoder_learning_rate", "projection_learning_rate"):
-            rate = getattr(self, name) or 0
-            if not 0 <= rate < math.inf:
-                kind = "finite" if rate == math.inf else "0 or more"
-                raise ValueError(f"{name} must be {kind}, got {rate}")
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {self.seed}")
         for name in ("own_share", "shorter_share"):
@@ -269,6 +268,19 @@ class ConsistencyLensTrainingArguments(ShardingArguments, ControlArguments):
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+
+    def check_optimizer(self) -> None:
+        """ValueError for a number that the optimizer would not take, or that cannot be written into a checkpoint."""
+        if not self.adam_epsilon > 0:
+            raise ValueError(f"adam_epsilon must be above 0, got {self.adam_epsilon}; 1e-8 is usual")
+        for name, end in (("weight_decay", None), ("adam_beta1", 1), ("adam_beta2", 1)):
+            if not getattr(self, name) >= 0 or (end is not None and getattr(self, name) >= end):
+                kind = "0 or more" if end is None else f"0 or more and below {end}"
+                raise ValueError(f"{name} must be {kind}, got {getattr(self, name)}")
+        for item in fields(self):
+            value = getattr(self, item.name, None)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{item.name} must be finite, got {value}")
 
     def check_stage_settings(self) -> None:
         """ValueError for stages that cannot follow each other, or for settings that do not go with them."""
