@@ -83,6 +83,18 @@ def test_a_file_that_is_missing_is_named(trainer, checkpoint):
         path.write_bytes(whole)
 
 
+def test_the_files_are_on_the_disk_before_the_manifest_names_them(trainer, checkpoint, monkeypatch):
+    (checkpoint / MANIFEST_FILE).unlink()
+    synced = []
+
+    def note(folder):
+        synced.append((folder, (folder / MANIFEST_FILE).exists()))
+
+    monkeypatch.setattr(written, "sync_folder", note)
+    written.write_manifest(checkpoint, trainer.args)
+    assert synced == [(checkpoint, False)] and (checkpoint / MANIFEST_FILE).exists()
+
+
 def rank(index, count, each_node=False, saves=True):
     return SimpleNamespace(process_index=index, world_size=count, save_on_each_node=each_node, should_save=saves)
 
