@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_lenses import INJECTED, LAYER, LORA_TARGETS, activations, disturb, keys, tiny_lens, tiny_tokenizer, trainable
 from tiny_models import FAMILIES, GEMMA, VOCAB_SIZE, WIDTH, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, Gemma4TextConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Gemma4TextConfig, PreTrainedModel, RwkvConfig
 
 import consistency_lens
 from consistency_lens import ConsistencyLensModel, LensDecoder, LensEncoder
@@ -122,6 +122,14 @@ def test_a_model_that_looks_tokens_up_in_every_block_is_refused(size):
         return
     with pytest.raises(ValueError, match="each block of Gemma4ForCausalLM looks the tokens up in a table of its own"):
         ConsistencyLensModel.from_subject(model, tokenizer, LAYER)
+
+
+def test_weights_that_a_model_rewrites_are_not_shared():
+    config = RwkvConfig(vocab_size=VOCAB_SIZE, hidden_size=WIDTH, num_hidden_layers=4, rescale_every=2)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="RwkvForCausalLM rewrites its weights in place.*set training to full"):
+        clone_subject(model, share_weights=True)
+    assert clone_subject(model, share_weights=False) is not model
 
 
 class TestPrompt:

@@ -31,7 +31,7 @@ def clone_subject(model: PreTrainedModel, share_weights: bool) -> PreTrainedMode
     small updates are rounded away in bfloat16.
 
     Raises:
-        ValueError: for a copy of quantised weights, which cannot be trained.
+        ValueError: for a copy of quantised weights, which cannot be trained, or for weights that cannot be shared.
     """
     if not share_weights:
         if is_quantised(model):
@@ -39,6 +39,11 @@ def clone_subject(model: PreTrainedModel, share_weights: bool) -> PreTrainedMode
         copied = copy.deepcopy(model).float()
         leave_flash(copied)
         return copied
+    if getattr(model.config, "rescale_every", 0):  # each tree would divide the same weights once more
+        raise ValueError(
+            f"training: {type(model).__name__} rewrites its weights in place, so no clone can share them; set "
+            "training to full, or the model's rescale_every to 0"
+        )
     shared = chain(model.parameters(), model.buffers(), state_beside_weights(model))
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 

@@ -26,7 +26,7 @@ def built(hub, tmp_path):
     return caches
 
 
-def test_a_stream_gives_the_rows_of_the_cache(built):
+def test_a_stream_gives_the_rows_of_the_cache_and_leaves_no_shard_on_the_disk(built, tmp_path):
     for split in ("train", "validation"):
         stream, cache = open_stream(REPO, split), ActivationCache.open(built.layer / split)
         assert len(stream) == len(cache)
@@ -36,6 +36,8 @@ def test_a_stream_gives_the_rows_of_the_cache(built):
             assert row.keys() == other.keys()
             for name in row:
                 np.testing.assert_array_equal(row[name], other[name])
+    kept = [file for file in (tmp_path / "hub_cache").rglob("*") if file.is_file()]
+    assert kept and not [file for file in kept if file.suffix == ".parquet"]
 
 
 def test_a_stream_stays_at_its_commit(built, hub, tmp_path):
