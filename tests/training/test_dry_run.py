@@ -285,6 +285,12 @@ def test_the_subject_reads_where_it_judges(subject_folder, tmp_path, stage):
         {"quantization": "8bit"},
         {"attention": "swift"},
         {"unfreeze": "decoder_base 9s"},
+        {"report_to": "nowhere"},
+        {"report_to": "wandb"},
+        {"optim": "galore_adamw"},
+        {"optim_args": "fast"},
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        {"lr_scheduler_kwargs": '{"steep": 1}'},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -69,13 +69,19 @@ def load_state(folder: Path, name: str) -> dict[str, Any]:
 
 
 def save_optimizer(state: Mapping[str, Any], folder: Path) -> None:
-    """Writes an optimizer's `state_dict`: `<index>.<name>` tensors, and everything that is no tensor as JSON."""
+    """Writes an optimizer's `state_dict`: `<index>.<name>` tensors, and everything that is no tensor as JSON.
+
+    Tensors that lie one deeper, as those of optimizers in 8 bits do, are `<index>.<name>/<part>`.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value
+            elif isinstance(value, Mapping) and all(isinstance(part, Tensor) for part in value.values()):
+                # copies, for several parameters have one table of the numbers that 8 bits stand for
+                tensors |= {f"{index}.{name}/{key}": part.clone() for key, part in value.items()}
             else:
                 scalars.setdefault(str(index), {})[name] = value
     write_tensors(folder / OPTIMIZER_TENSORS, tensors)
@@ -98,7 +104,12 @@ def read_optimizer(optimizer: Any, folder: Path) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in saved["scalars"].items()}
     for key, tensor in load_file(folder / OPTIMIZER_TENSORS).items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        name, _, part = name.partition("/")
+        entries = state.setdefault(int(index), {})
+        if part:
+            entries.setdefault(name, {})[part] = tensor
+        else:
+            entries[name] = tensor
     return {"state": state, "param_groups": saved["param_groups"]}
 
 

@@ -44,6 +44,7 @@ from .sample_tables import SampleTables
 from .sharding import make_models_whole
 from .sharding_arguments import spread_by
 from .trainer import ConsistencyLensTrainer, check_settings
+from .trial_settings import check_trial_settings
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ def make_checked_lens(
     check_length(args, subject)
     lens = make_lens(args, subject, layer_to_read(args, subject))
     check_settings(lens, training_args)
+    check_trial_settings(lens, training_args)
     return lens
 
 
