@@ -1,6 +1,8 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 
@@ -65,6 +67,18 @@ def test_what_cannot_be_written_whole_leaves_no_part_of_it(tmp_path):
         stream.write(b"half")
         raise OSError(28, "No space left on device")
     assert os.listdir(tmp_path) == ["figures.json"] and '"fve": 1' in file.read_text()
+
+
+def test_tensors_that_a_full_disk_does_not_take_raise_what_the_system_says(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(OSError) as raised:
+            write_tensors(tmp_path / "file", {"a": torch.ones(20_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG and raised.value.strerror == "File too large"
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_nothing_can_be_written_to_is_named(tmp_path):

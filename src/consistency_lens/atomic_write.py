@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,7 +76,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"}
             )
         except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
+            number = re.search(r"os error (\d+)", str(error))  # the system's own, which says it in its words
+            if number is None:
+                raise OSError(f"{path}: {error}") from error
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         temporary.chmod(mode)
 
 
