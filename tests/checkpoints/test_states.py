@@ -77,3 +77,11 @@ def test_an_optimizer_goes_on_as_if_it_had_not_been_written(tmp_path, name):
     step(whole, optimizer, [7, 8])
     step(again, resumed, [7, 8])
     assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
+
+
+def test_other_parameter_groups_are_refused(tmp_path):
+    _, optimizer = stepped(torch.optim.AdamW, 1)
+    save_optimizer(optimizer.state_dict(), tmp_path)
+    fewer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(64, 128))])
+    with pytest.raises(ValueError, match=r"parameter groups of sizes \[2\], the run has \[1\]; resume the same"):
+        read_optimizer(fewer, tmp_path)
