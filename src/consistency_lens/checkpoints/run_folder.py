@@ -1,13 +1,18 @@
 """The folder of a run: nothing of others lies in it that would be lost, and one training has it to itself."""
 
+import errno
 import json
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 LOCK_FILE = ".training.lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that has none, as some clusters mount them
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -20,6 +25,7 @@ def sole_training(folder: Path) -> Iterator[None]:
         ValueError: if nothing can be written there, or another training is at work in it.
     """
     file, new = folder / LOCK_FILE, [path for path in (folder, *folder.parents) if not path.exists()]
+    lock: AbstractContextManager
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file).acquire(blocking=False)
@@ -28,9 +34,12 @@ def sole_training(folder: Path) -> Iterator[None]:
             f"output_dir: another training is at work in {str(folder)!r}; wait for it, stop it, or pass another folder"
         ) from error
     except OSError as error:
-        raise ValueError(
-            f"output_dir: cannot write to {str(folder)!r} ({error.strerror or error}); pass another folder"
-        ) from error
+        if error.errno not in NO_LOCKS:
+            raise ValueError(
+                f"output_dir: cannot write to {str(folder)!r} ({error.strerror or error}); pass another folder"
+            ) from error
+        logger.warning("%s: its file system has no locks; see to it that no other training writes there", folder)
+        lock = nullcontext()
     with lock:
         try:
             yield

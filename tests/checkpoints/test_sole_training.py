@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, and what in it would be lost."""
 
+import errno
 import json
 
 import pytest
@@ -28,6 +29,17 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ValueError, match="output_dir: cannot write to .*file.*; pass another folder"):
             sole_training(folder).__enter__()
+
+
+def test_a_file_system_without_locks_is_told_and_trained_on(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock._unix.lock_fd_nonblocking", no_locks)
+    with sole_training(tmp_path / "run"):
+        (tmp_path / "run" / "config.json").touch()
+    assert "its file system has no locks" in caplog.text
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
