@@ -213,22 +213,19 @@ class Subject:
 
     def _try_one_token(self, length: int) -> None:
         """Tries the one-token pass, in one way and the other, at the length of which `check_one_token` has to know."""
-        limit = context_length(self.model.config) or math.inf
+        name, limit = type(self.model).__name__, context_length(self.model.config) or math.inf
         tested_length = int(min(max(CHECK_MIN_LENGTH, 1 << (length - 1).bit_length()), limit))
         reason = self._failure_of_one_token(tested_length)
         if reason is not None and self._context_attention:
-            logger.debug("%s: keys and values are appended to a context: %s", type(self.model).__name__, reason)
+            logger.debug("%s: keys and values are appended to a context: %s", name, reason)
             self._context_attention = False
             reason = self._failure_of_one_token(tested_length)
         # A model cannot be tried beyond its positions: the answer there is the answer for good.
         self._checked_length = math.inf if tested_length == limit else tested_length
         if reason is not None:
             self._one_token = False
-            logger.warning(
-                "%s: the one-token pass is off, whole sequences are run instead, which is as right but slower: %s",
-                type(self.model).__name__,
-                reason,
-            )
+            log = "%s: the one-token pass is off, whole sequences are run instead, which is as right but slower: %s"
+            logger.warning(log, name, reason)
 
     def _context(
         self,
