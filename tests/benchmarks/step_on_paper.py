@@ -37,7 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from flop_count import Flops  # noqa: E402
 from live_bytes import LiveBytes  # noqa: E402
 
-from consistency_lens import ConsistencyLensModel, adapters, cached_passes, straight_through  # noqa: E402
+from consistency_lens import (  # noqa: E402
+    ConsistencyLensModel,
+    adapters,
+    cached_passes,
+    rounded_weights,
+    straight_through,
+)
 from consistency_lens.adapters import adapters_at_once  # noqa: E402
 from consistency_lens.data.activation_source import ActivationSource  # noqa: E402
 from consistency_lens.data.collator import ActivationCollator  # noqa: E402
@@ -160,6 +166,7 @@ def as_on_a_gpu(lens: ConsistencyLensModel) -> Iterator[None]:
         mock.patch.object(cached_passes, "PASS_COST_ON_CPU", cached_passes.PASS_COST),
         mock.patch.object(straight_through, "CHUNK_ELEMENTS_ON_CPU", straight_through.CHUNK_ELEMENTS),
         mock.patch.object(adapters, "is_whole", lambda weight: weight.ndim == 2),
+        mock.patch.object(rounded_weights, "is_whole", lambda weight: weight.ndim == 2),
     ):
         yield
 
