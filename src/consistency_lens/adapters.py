@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) of the clones.
 
-PEFT runs a layer with its adapter as five operations and differentiates them by nine: the layer's product, two of the
+PEFT runs a layer with its adapter as five operations and differentiates them by seven: the layer's product, two of the
 adapter, a factor, a sum. A text is passes of one token, so these operations are small, and a step starts tens of
 thousands of them; on GPUs each takes some microseconds, however small it is. `adapters_at_once` makes one node of a
 layer and its adapter, of three operations forward and five backward.
