@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 
 from .optional_packages import require
 from .plain_arithmetic import is_plain
-from .rounded_weights import RoundedWeights, computed_dtype, is_changed, is_frozen_linear, is_whole, runs_otherwise
+from .rounded_weights import (
+    RoundedWeights,
+    computed_dtype,
+    forwards_replaced,
+    is_changed,
+    is_frozen_linear,
+    is_whole,
+    runs_otherwise,
+)
 
 NAME = "lens"
 NEEDED_FOR = "training='lora'"
@@ -74,15 +82,9 @@ def adapters_at_once(lens: nn.Module) -> Iterator[None]:
         return
     once = layers_at_once(lens, adapters)
     device = adapters[0].lora_A[NAME].weight.device.type
-    with as_they_are(lens, active=len(once) < len(adapters) and torch.is_autocast_enabled(device)):
-        rounded = RoundedWeights()
-        for layer in once:
-            layer.forward = LayerWithAdapter(layer, rounded)
-        try:
-            yield
-        finally:
-            for layer in once:
-                del layer.forward
+    others_under_autocast = len(once) < len(adapters) and torch.is_autocast_enabled(device)
+    with as_they_are(lens, active=others_under_autocast), forwards_replaced(once, LayerWithAdapter):
+        yield
 
 
 def as_they_are(lens: nn.Module, active: bool) -> AbstractContextManager[None]:

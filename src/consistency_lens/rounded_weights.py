@@ -4,7 +4,7 @@ Autocast keeps its copy of a weight that is trained, but rounds a frozen one for
 each of these copies: a text of T tokens, of which each is a pass, would hold every weight T times.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,9 +46,16 @@ def weights_rounded_once(lens: nn.Module) -> Iterator[None]:
     they are.
     """
     layers = [] if is_plain() or runs_otherwise(lens) else [m for m in lens.modules() if rounds_at_each_use(m)]
+    with forwards_replaced(layers, FrozenLayer):
+        yield
+
+
+@contextmanager
+def forwards_replaced(layers: list[Any], kind: Callable[[Any, RoundedWeights], Any]) -> Iterator[None]:
+    """Has layers run as those of another kind, which share their rounded weights."""
     rounded = RoundedWeights()
     for layer in layers:
-        layer.forward = FrozenLayer(layer, rounded)
+        layer.forward = kind(layer, rounded)
     try:
         yield
     finally:
