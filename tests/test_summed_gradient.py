@@ -10,6 +10,7 @@ from tiny_models import VOCAB_SIZE, WIDTH
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from consistency_lens import summed_gradient
 from consistency_lens.straight_through import row_keys, straight_through_embedding
 from consistency_lens.summed_gradient import SummedGradient, can_be_summed
 
@@ -40,9 +41,11 @@ def plain_steps_of(layer, table, inputs):
     return total + F.embedding(torch.tensor([1, 1, 4]), table).cos().sum()
 
 
+@pytest.mark.parametrize("rows_at_once", [0, 2 * ROWS, 10_000])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_many_uses_have_the_gradients_of_autograd(tied, bias):
+def test_many_uses_have_the_gradients_of_autograd(monkeypatch, tied, bias, rows_at_once):
+    monkeypatch.setattr(summed_gradient, "ROWS_AT_ONCE_ON_CPU", rows_at_once)
     torch.manual_seed(0)
     layer = nn.Linear(6, 11, bias=bias)
     table = layer.weight if tied else nn.Parameter(torch.randn(11, 6))
@@ -89,6 +92,31 @@ def test_a_backward_pass_that_gives_the_weight_nothing_leaves_nothing_for_the_ne
         torch.autograd.grad(value, inputs, retain_graph=True)
     for gradient, other in zip(torch.autograd.grad(value, wanted), expected, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of the gradients (V, d) that products make or add to, and of how many rows each is."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket.__name__ in ("mm", "addmm"):
+            left, right = args[-2:]
+            if (left.shape[0], right.shape[1]) == (11, 6):
+                self.rows.append(left.shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rows_at_once", "expected"), [(0, [3, 3, 3, 3]), (6, [6, 6]), (7, [9, 3]), (99, [12])])
+def test_uses_wait_until_there_are_rows_enough_for_a_product(monkeypatch, rows_at_once, expected):
+    monkeypatch.setattr(summed_gradient, "ROWS_AT_ONCE_ON_CPU", rows_at_once)
+    summed = SummedGradient(nn.Parameter(torch.zeros(11, 6)))
+    total = sum(summed.linear(torch.ones(ROWS, 6)).sum() for _ in range(STEPS))
+    with Products() as products:
+        total.backward()
+    assert products.rows == expected
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -150,13 +178,15 @@ def text_gradients(lens, sums, chunk_size=0):
     lens.decoder.sums_gradients = sums
     given = activations(ROWS).requires_grad_()
     keys = row_keys(0, 0, torch.arange(ROWS))
-    text = lens.decoder.generate_soft(given, keys, STEPS, tau=TAU, chunk_size=chunk_size)
+    text = lens.decoder.generate_soft(given, keys, STEPS, tau=TAU, chunk_size=chunk_size, reader=lens.encoder)
     weights = torch.randn(ROWS, STEPS, VOCAB_SIZE, generator=torch.Generator().manual_seed(3))
-    loss = (text.logits.softmax(-1) * weights).sum() + lens.encoder.embed_text(text, keys, TAU).sin().sum()
+    loss = (text.logits.softmax(-1) * weights).sum() + text.embeddings.sin().sum()
+    loss = loss + lens.encoder.embed_text(text, keys, TAU).cos().sum()  # autograd's gradient beside the sum
     lens.zero_grad()
     loss.backward()
-    gradients = {name: p.grad.clone() for name, p in lens.decoder.named_parameters() if p.grad is not None}
-    return text, gradients | {"activations": given.grad}
+    return text, {name: p.grad.clone() for name, p in lens.named_parameters() if p.grad is not None} | {
+        "activations": given.grad
+    }
 
 
 @pytest.mark.parametrize("name", LENSES)
@@ -188,16 +218,16 @@ class LargeGradients(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_longer_text_makes_no_more_gradients_of_the_table(tied):
+def test_a_longer_text_makes_no_more_gradients_of_the_tables(tied):
     lens = tiny_lens("llama", "full", {"tie_word_embeddings": tied}, trainable_prompt=False)
     counts = {}
     for sums in (True, False):
         lens.decoder.sums_gradients = sums
         for length in (3, 6):
-            text = lens.decoder.generate_soft(activations(ROWS), None, length)
+            text = lens.decoder.generate_soft(activations(ROWS), None, length, reader=lens.encoder)
             with LargeGradients() as made:
-                text.logits.square().sum().backward()
+                (text.logits.square().sum() + text.embeddings.sum()).backward()
             lens.zero_grad()
             counts[sums, length] = made.count
-    assert counts[True, 3] == counts[True, 6] == (1 if tied else 2)
-    assert counts[False, 6] >= counts[False, 3] + 6
+    assert counts[True, 3] == counts[True, 6] == (2 if tied else 3)
+    assert counts[False, 6] >= counts[False, 3] + 9

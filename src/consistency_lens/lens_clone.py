@@ -204,7 +204,7 @@ def embed_sampled(
     ids: Tensor,
     keys: Tensor | None,
     tau: float,
-    sums: Mapping[LensClone, SummedGradient] = MappingProxyType({}),
+    sums: Mapping[nn.Module, SummedGradient] = MappingProxyType({}),
     noisy: Tensor | None = None,
 ) -> list[Tensor]:
     """Embeddings (N, d) of sampled tokens in the tables of some clones, straight-through where gradients are wanted.

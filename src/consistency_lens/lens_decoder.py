@@ -54,7 +54,7 @@ class LensDecoder(LensClone):
     config_class = LensDecoderConfig
     artifact_kind = "Decoder of a consistency lens (activation to text)"
     sums_gradients = True
-    """Whether the steps of a text share one gradient of the unembedding, and one of the embedding table."""
+    """Whether the steps of a text share one gradient of the unembedding, and one of each table that embeds them."""
     attends_in_place: bool | None = None
     """Whether they share one buffer of keys and values, in training and where the architecture allows it; None: on a
     CPU, for nowhere else has it been measured."""
@@ -249,10 +249,11 @@ class LensDecoder(LensClone):
         use_cache = use_cache and self.may_cache
         recompute = use_cache and self.checkpoints_gradients() and torch.is_grad_enabled()
         # what is computed again, or only then, has a graph of its own, whose end the sums would not see
-        head, table = (None, None) if recompute or chunk_size > 0 else self.summed_gradients()
+        sums = {} if recompute or chunk_size > 0 else self.summed_tables(reader)
+        head = sums.get(self.base.get_output_embeddings())
         last_output = partial(self.last_output, with_head=chunk_size == 0, head=head)
         dtype = self.token_embedding.weight.dtype
-        prefix, suffix = (piece.to(dtype) for piece in self.prompt(table))
+        prefix, suffix = (piece.to(dtype) for piece in self.prompt(sums.get(self)))
         suffix = suffix.expand(len(activations), -1, -1)
         chunk = torch.cat([self.slot_embedding(activations).to(dtype), suffix], dim=1)
         if use_cache:
@@ -260,7 +261,6 @@ class LensDecoder(LensClone):
         else:
             passes = self.whole_passes(last_output, activations, prefix)
 
-        sums: dict[LensClone, SummedGradient] = {} if table is None else {self: table}
         draw = partial(self.drawn, temperature=temperature, tau=tau, sums=sums, keeps_noise=self.keeps_noise)
         for step, next_pass in zip(range(num_text_tokens), passes, strict=False):
             states = next_pass(chunk)
@@ -323,7 +323,7 @@ class LensDecoder(LensClone):
         temperature: float,
         tau: float,
         embed_for: Mapping[str, LensClone],
-        sums: Mapping[LensClone, SummedGradient],
+        sums: Mapping[nn.Module, SummedGradient],
         keeps_noise: bool,
     ) -> dict[str, Tensor]:
         """Tokens drawn from logits (n, V) of some rows of a batch: `ids` (n,), and their embeddings (n, d) in the
@@ -344,18 +344,20 @@ class LensDecoder(LensClone):
         wanted = on_cpu if self.attends_in_place is None else self.attends_in_place
         return wanted and pays and can_attend(self.base, length)
 
-    def summed_gradients(self) -> tuple[SummedGradient | None, SummedGradient | None]:
-        """Of the unembedding and of the embedding table, one and the same where these are tied; None for what has
-        its gradient at every use."""
+    def summed_tables(self, reader: LensClone | None) -> dict[nn.Module, SummedGradient]:
+        """Of the unembedding, by its layer, and of the tables that a text is embedded in, by their clones; without
+        those that have a gradient at every use."""
         if not (self.sums_gradients and torch.is_grad_enabled()):
-            return None, None
-        layer, weight = self.base.get_output_embeddings(), self.token_embedding.weight
-        table = SummedGradient(weight) if can_be_summed(weight) else None
+            return {}
+        head = self.base.get_output_embeddings()
+        users: dict[nn.Module, Tensor] = {
+            clone: clone.token_embedding.weight for clone in (self, reader) if clone is not None
+        }
         # whoever has changed the layer, or compiled what it lies in, expects to find it as it was
-        untouched = type(layer) is nn.Linear and "forward" not in vars(layer) and self.base._compiled_call_impl is None
-        if not untouched or not can_be_summed(layer.weight):
-            return None, table
-        return table if layer.weight is weight else SummedGradient(layer.weight), table
+        if type(head) is nn.Linear and "forward" not in vars(head) and self.base._compiled_call_impl is None:
+            users[head] = head.weight
+        sums = {weight: SummedGradient(weight) for weight in users.values() if can_be_summed(weight)}
+        return {user: sums[weight] for user, weight in users.items() if weight in sums}
 
     @classmethod
     def from_subject(cls, subject: PreTrainedModel, config: LensDecoderConfig) -> Self:

@@ -7,7 +7,7 @@ gradient, in the dtype they came in.
 Shapes: B batch, T text tokens, V vocabulary, d width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -173,9 +173,10 @@ def functional_target(reconstruction: Tensor, other: Tensor, other_reconstructio
     return reconstruction + (delta.detach() if detach else delta)
 
 
-# whether each of the inputs needs a gradient, chunks of rows that are already float32 or wider -> losses (n,), and for
-# each input that needs it the gradient of the sum of these
-Formula = Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]
+# for each input, room for the gradient of the sum of the losses, or None; chunks of rows that are already float32 or
+# wider -> losses (n,)
+Formula = Callable[..., Tensor]
+Rooms = Sequence[Tensor | None]
 
 
 class _RowLoss(torch.autograd.Function):
@@ -190,11 +191,8 @@ class _RowLoss(torch.autograd.Function):
         losses = torch.empty(len(inputs[0]), dtype=_wide_dtype(*inputs), device=inputs[0].device)
         gradients = [torch.empty_like(tensor) if needs else None for tensor, needs in zip(inputs, needed, strict=True)]
         for rows in row_chunks(inputs[0], chunk_size):
-            losses_of_rows, parts = formula(needed, *(_wide(tensor[rows]) for tensor in inputs))
-            losses[rows] = losses_of_rows
-            for gradient, part in zip(gradients, parts, strict=True):
-                if gradient is not None and part is not None:
-                    gradient[rows] = part
+            rooms = [None if gradient is None else gradient[rows] for gradient in gradients]
+            losses[rows] = formula(rooms, *(_wide(tensor[rows]) for tensor in inputs))
         ctx.save_for_backward(*gradients)
         ctx.chunk_size = chunk_size
         return losses
@@ -235,34 +233,35 @@ def _weighted_(values: Tensor, p: Tensor) -> Tensor:
     return values.mul_(p).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-def _kl(
-    needed: tuple[bool, bool], p_logits: Tensor, q_logits: Tensor
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+def _kl(rooms: Rooms, p_logits: Tensor, q_logits: Tensor) -> Tensor:
     log_p, log_q = p_logits.log_softmax(dim=-1), q_logits.log_softmax(dim=-1)
     p = log_p.exp()
     terms = _weighted_(log_p.sub_(log_q), p)
     # a row with a logit that is not a number has no probability that is one
     kl = terms.sum(dim=-1, keepdim=True) + 0 * (p[:, :1] + log_q[:, :1].exp())
-    return kl.squeeze(1), (
-        terms.addcmul_(p, kl, value=-1) if needed[0] else None,
-        log_q.exp_().sub_(p) if needed[1] else None,
-    )
+    if rooms[0] is not None:
+        torch.addcmul(terms, p, kl, value=-1, out=rooms[0])
+    if rooms[1] is not None:
+        torch.sub(log_q.exp_(), p, out=rooms[1])
+    return kl.squeeze(1)
 
 
-def _entropy(needed: tuple[bool], logits: Tensor) -> tuple[Tensor, tuple[Tensor | None]]:
+def _entropy(rooms: Rooms, logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(dim=-1)
     p = log_p.exp()
     terms = _weighted_(log_p, p)
     negative = terms.sum(dim=-1, keepdim=True) + 0 * p[:, :1]
-    return -negative.squeeze(1), (terms.addcmul_(p, negative, value=-1).neg_() if needed[0] else None,)
+    if rooms[0] is not None:
+        torch.sub(p * negative, terms, out=rooms[0])
+    return -negative.squeeze(1)
 
 
-def _cross_entropy(
-    needed: tuple[bool, bool], logits: Tensor, ids: Tensor
-) -> tuple[Tensor, tuple[Tensor | None, None]]:
+def _cross_entropy(rooms: Rooms, logits: Tensor, ids: Tensor) -> Tensor:
     log_p = logits.log_softmax(dim=-1)
     losses = -log_p.gather(1, ids).squeeze(1)
-    return losses, (log_p.exp_().scatter_add_(1, ids, logits.new_full(ids.shape, -1.0)) if needed[0] else None, None)
+    if rooms[0] is not None:
+        rooms[0].copy_(log_p.exp_().scatter_add_(1, ids, logits.new_full(ids.shape, -1.0)))
+    return losses
 
 
 def _plain_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:

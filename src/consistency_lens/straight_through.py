@@ -20,9 +20,10 @@ from .plain_arithmetic import is_plain
 from .summed_gradient import SummedGradient
 from .table_product import table_product
 
-# Elements of a (rows, V) chunk: on a CPU 4 MiB of float32, so that it stays in cache and every operation is worth its
-# call; elsewhere 64 MiB, for a smaller one would be read and written in less time than its kernel takes to start.
-CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_CPU = 2**24, 2**20
+# Elements of a (rows, V) chunk: on a CPU 1 MiB of float32, so that what a formula makes of it stays in the cache and
+# every operation is worth its call; elsewhere 64 MiB, for a smaller one would be read and written in less time than
+# its kernel takes to start.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_CPU = 2**24, 2**18
 
 _GOLDEN_RATIO = -0x61C8864680B583EB  # 2^64 divided by the golden ratio, as a signed word
 _MASK_31 = 0x7FFFFFFF
@@ -300,7 +301,7 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights = weights_and_anchors[: len(sums)]
         scores, keys = (logits, keys) if noisy is None else (noisy, None)
-        ctx.save_for_backward(scores, token_ids, keys, *weights_and_anchors)
+        ctx.save_for_backward(scores, token_ids, keys, *weights)
         ctx.tau, ctx.chunk_size, ctx.sums = tau, chunk_size, sums
         # clones may share a table; a checkpoint gives back other objects than it was given, so it is seen here
         ctx.tables = [next(j for j, other in enumerate(weights) if other is weight) for weight in weights]
@@ -310,8 +311,7 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, token_ids, keys, *saved = ctx.saved_tensors
-        weights, anchors = saved[: len(grads)], saved[len(grads) :]
+        logits, token_ids, keys, *weights = ctx.saved_tensors
         grad_logits = None
         if ctx.needs_input_grad[0]:
             of_tables: dict[int, Tensor] = {}
@@ -320,18 +320,16 @@ class _StraightThroughEmbeddings(torch.autograd.Function):
                     of_tables[table] = of_tables[table] + grad if table in of_tables else grad
             uses = [(grad, weights[table]) for table, grad in of_tables.items()]
             grad_logits = _soft_gradient(logits, keys, uses, ctx.tau, ctx.chunk_size)
-        first = len(ctx.needs_input_grad) - len(saved)
+        needed = ctx.needs_input_grad[-2 * len(grads) :]  # of the weights, then of the anchors
         of_weights: list[Tensor | None] = [None] * len(grads)
-        of_anchors: list[Tensor | None] = [None] * len(grads)
         for i, (grad, summed) in enumerate(zip(grads, ctx.sums, strict=True)):
             if grad is None:
                 continue
-            if summed is not None:
+            if summed is not None and needed[len(grads) + i]:
                 summed.add_rows(token_ids, grad)
-                of_anchors[i] = torch.zeros_like(anchors[i])
-            elif ctx.needs_input_grad[first + i]:
+            elif needed[i]:
                 of_weights[i] = torch.zeros_like(weights[i]).index_add_(0, token_ids, grad)
-        return grad_logits, None, None, None, None, None, None, *of_weights, *of_anchors
+        return grad_logits, None, None, None, None, None, None, *of_weights, *(None for _ in grads)
 
 
 def _soft_gradient(
