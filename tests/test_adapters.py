@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from operations import Operations
+from operations import Gradients, Operations
 from tiny_lenses import activations, disturb, gradients, keys, tiny_lens, trainable
 from torch import Tensor
 
@@ -139,9 +139,22 @@ class TestAtOnce:
                 step(lens, around)
             counts.append(operations.counts)
         one_by_one, once = counts
-        # of a use: a factor and a sum forward; a factor, a sum of two gradients of its input backward
+        # of a use: a factor and a sum forward; a factor and the sums of three gradients backward
         uses = one_by_one["mm"] - once["mm"]
         assert uses > 100 and one_by_one.total() - once.total() > 3 * uses
+
+    def test_a_longer_text_makes_no_more_gradients_of_an_adapter(self):
+        lens, counts = training_lens(), dict[tuple[bool, int], int]()
+        trained = lens.decoder.get_submodule(adapted(lens.decoder)[0]).lora_A["lens"].weight
+        for once in (True, False):
+            for length in (3, 6):
+                with plain_arithmetic(plain=not once), adapters_at_once(lens):
+                    text = lens.decoder.generate_soft(activations(3), None, length)
+                    with Gradients(*trained.shape) as made:
+                        text.logits.square().sum().backward()
+                counts[once, length] = made.count
+        assert counts[True, 3] == counts[True, 6]
+        assert counts[False, 6] >= counts[False, 3] + 3 * len(adapted(lens.decoder))
 
     def test_a_layer_is_as_it_was_afterwards(self):
         lens = training_lens()

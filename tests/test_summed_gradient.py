@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flop_count import flops
+from operations import Gradients
 from tiny_lenses import INJECTED, PROMPTS, activations, disturb, tiny_lens
 from tiny_models import VOCAB_SIZE, WIDTH
 from torch import nn
@@ -202,21 +203,6 @@ def test_a_text_has_the_gradients_of_steps_with_their_own(name):
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=key)
 
 
-class LargeGradients(TorchDispatchMode):
-    """Counts the tensors of the table's size that a backward pass makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.shape == (VOCAB_SIZE, WIDTH):
-            known = {tensor.data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
-            self.count += result.data_ptr() not in known and torch._C._current_autograd_node() is not None
-        return result
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_longer_text_makes_no_more_gradients_of_the_tables(tied):
     lens = tiny_lens("llama", "full", {"tie_word_embeddings": tied}, trainable_prompt=False)
@@ -225,7 +211,7 @@ def test_a_longer_text_makes_no_more_gradients_of_the_tables(tied):
         lens.decoder.sums_gradients = sums
         for length in (3, 6):
             text = lens.decoder.generate_soft(activations(ROWS), None, length, reader=lens.encoder)
-            with LargeGradients() as made:
+            with Gradients(VOCAB_SIZE, WIDTH) as made:
                 (text.logits.square().sum() + text.embeddings.sum()).backward()
             lens.zero_grad()
             counts[sums, length] = made.count

@@ -10,7 +10,7 @@ Shapes: n rows, d width of the input, m of the output, r rank.
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from .rounded_weights import (
     is_whole,
     runs_otherwise,
 )
+from .summed_gradient import SummedGradient
 
 NAME = "lens"
 NEEDED_FOR = "training='lora'"
@@ -139,39 +140,58 @@ class LayerWithAdapter:
     def __init__(self, layer: Any, rounded: RoundedWeights) -> None:
         self.layer, self.rounded = layer, rounded
         # of a dtype, and with gradients or without: the matrices as all passes use them
-        self.matrices: dict[tuple[torch.dtype, bool], tuple[Tensor | None, ...]] = {}
+        self.matrices: dict[tuple[torch.dtype, bool], Matrices] = {}
 
     def __call__(self, inputs: Tensor) -> Tensor:
         key = (computed_dtype(inputs), torch.is_grad_enabled())
         if key not in self.matrices:
             self.matrices[key] = self.matrices_in(key[0])
-        return _AtOnce.apply(inputs, *self.matrices[key])
+        matrices = self.matrices[key]
+        return _AtOnce.apply(inputs, matrices, matrices.down.anchor, matrices.up.anchor)
 
-    def matrices_in(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """W, b, A and s B."""
+    def matrices_in(self, dtype: torch.dtype) -> "Matrices":
+        """What passes in a dtype multiply with."""
         base, down, up = self.layer.base_layer, self.layer.lora_A[NAME].weight, self.layer.lora_B[NAME].weight
-        frozen = (self.rounded.matrix(base, dtype), self.rounded.bias(base, dtype))
-        return *frozen, down.to(dtype), (up * self.layer.scaling[NAME]).to(dtype)
+        scaled = up * self.layer.scaling[NAME]
+        # nothing waits: what a product with so few columns saves is less than the gradients would take
+        sums = (SummedGradient(matrix.to(dtype), rows_at_once=0) for matrix in (down, scaled))
+        return Matrices(self.rounded.matrix(base, dtype), self.rounded.bias(base, dtype), *sums)
+
+
+class Matrices(NamedTuple):
+    """W and b, A and s B; all uses of an adapter add to one gradient."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: SummedGradient
+    up: SummedGradient
 
 
 class _AtOnce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, matrices: Matrices, _of_down: Tensor, _of_up: Tensor) -> Tensor:
+        weight, bias, down, up = matrices.weight, matrices.bias, matrices.down.weight, matrices.up.weight
         rows = inputs.to(weight.dtype).flatten(0, -2)
         inner = rows @ down.T
         outputs = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         torch.addmm(outputs, inner, up.T, out=outputs)
-        ctx.save_for_backward(rows, inner, weight, down, up)
-        ctx.input_dtype = inputs.dtype
+        ctx.save_for_backward(rows, inner)
+        ctx.matrices, ctx.input_dtype = matrices, inputs.dtype
         return outputs.unflatten(0, inputs.shape[:-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, weight, down, up = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        rows, inner = ctx.saved_tensors
+        weight, _, down, up = ctx.matrices
         shape, grad = grad.shape[:-1], grad.flatten(0, -2)
-        of_inner, of_inputs = grad @ up, None
+        of_inner, of_inputs = grad @ up.weight, None
         if ctx.needs_input_grad[0]:
             of_rows = grad @ weight
-            of_inputs = torch.addmm(of_rows, of_inner, down, out=of_rows).to(ctx.input_dtype).unflatten(0, shape)
-        return of_inputs, None, None, of_inner.T @ rows, grad.T @ inner
+            torch.addmm(of_rows, of_inner, down.weight, out=of_rows)
+            of_inputs = of_rows.to(ctx.input_dtype).unflatten(0, shape)
+        if ctx.needs_input_grad[2]:
+            down.add_product(of_inner, rows)
+        if ctx.needs_input_grad[3]:
+            up.add_product(grad, inner)
+        return of_inputs, None, None, None

@@ -26,12 +26,14 @@ class SummedGradient:
     """What many uses of one weight add to its gradient.
 
     Args:
-        weight: (V, d), one that `can_be_summed`.
+        weight: (V, d), whole on this device.
+        rows_at_once: rows that wait for each other before they are multiplied; None: as many as suit its device.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, rows_at_once: int | None = None) -> None:
         self.weight = weight.detach()
-        self._total = ProductSum(self.weight)
+        suited = ROWS_AT_ONCE_ON_CPU if weight.device.type == "cpu" else 0
+        self._total = ProductSum(self.weight, suited if rows_at_once is None else rows_at_once)
         self._casts: dict[torch.dtype, Tensor] = {}
         # Every use hangs on it, so autograd comes to it after all of them: there the weight gets its gradient. It
         # knows the sum alone: if it knew this object, the casts would stay until Python looks for cycles.
@@ -107,9 +109,8 @@ class BackwardSum:
 class ProductSum:
     """The same of a weight (V, d), to which products and rows are added; they wait until there are enough of them."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.rows_at_once = ROWS_AT_ONCE_ON_CPU if weight.device.type == "cpu" else 0
+    def __init__(self, weight: Tensor, rows_at_once: int) -> None:
+        self.weight, self.rows_at_once = weight, rows_at_once
         self._pass = -1
         self._forget()
 
@@ -171,7 +172,7 @@ class _Anchor(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, total: ProductSum) -> Tensor:
         ctx.total = total
         ctx.set_materialize_grads(False)  # the uses have given the sum their gradients, and autograd none
-        return weight.new_zeros(())
+        return weight.new_empty(())  # nobody reads it
 
     @staticmethod
     @once_differentiable
