@@ -8,7 +8,7 @@ from transformers import AutoModel
 
 from consistency_lens.cached_passes import keeps_keys_and_values
 
-WITHOUT = {"mamba", "gpt1", "lfm2"}
+WITHOUT = {"mamba", "gpt1", "lfm2", "roberta"}
 PROMPTS = {"decoder_prompt": "w3 w4 w5 w6 <embed> w7", "encoder_prompt": "w7 w8 <text> w9"}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
 
 VOCAB_SIZE, WIDTH, NUM_LAYERS, NUM_HEADS, MAX_POSITIONS = 97, 32, 3, 4, 128
@@ -99,6 +100,8 @@ UNUSUAL: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     ),
     # blocks that give lists, and no cache
     "gpt1": (OpenAIGPTConfig, {**SMALL_TEXT, "n_embd": WIDTH, "n_layer": NUM_LAYERS, "n_head": NUM_HEADS}),
+    # positions that begin anew with each piece of embeddings
+    "roberta": (RobertaConfig, {**ROTARY, "is_decoder": True}),
     # a state in place of keys and values, in all blocks or in some
     "mamba": (MambaConfig, {**SMALL_TEXT, "hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS}),
     "lfm2": (Lfm2Config, {**GROUPED, "layer_types": ["conv", "full_attention", "conv"]}),

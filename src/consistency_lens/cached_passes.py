@@ -36,8 +36,11 @@ def keeps_keys_and_values(model: PreTrainedModel) -> bool:
     """Whether keys and values are all that a model has to keep of the tokens before, in a cache that it is handed.
 
     Some models keep a state too or instead (Mamba, RWKV, LFM2), others keep nothing (GPT-1); and some of them take a
-    cache without a word, and leave out what is in it.
+    cache without a word, and leave out what is in it. RoBERTa and its kin number the embeddings that they are handed
+    from the start, whatever the cache holds.
     """
+    if any(hasattr(module, "create_position_ids_from_inputs_embeds") for module in model.modules()):
+        return False
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     takes_cache = "past_key_values" in inspect.signature(type(headless(model)).forward).parameters
     return takes_cache and not model._is_stateful and ATTENDING.issuperset(kinds)

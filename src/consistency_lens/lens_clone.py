@@ -165,7 +165,7 @@ class LensClone(TrainedTensorsModel):
         may_cache = keeps_keys_and_values(self.base)
         if not may_cache:
             logger.warning(
-                "%s: keys and values are not all that its blocks keep, so a text is run anew for each of its tokens: "
+                "%s: it cannot go on behind a text by keys and values alone, so a text is run anew for each token: "
                 "right, but slow",
                 type(self.base).__name__,
             )

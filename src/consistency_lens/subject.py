@@ -310,7 +310,7 @@ class Subject:
     def _failure_of_one_token(self, length: int) -> str | None:
         """Runs both passes on random sequences of `length` tokens; why the one-token pass must stay off, or None."""
         if not keeps_keys_and_values(self.model):
-            return "keys and values are not all that its blocks keep of a context"
+            return "it cannot go on behind a context by keys and values alone"
         input_ids, attention_mask, positions = self._random_inputs(length)
         reference = self._context(input_ids, attention_mask, positions, keep_cache=False)
         # The residuals of the other row: of realistic size, and wrong enough to show.

@@ -208,6 +208,13 @@ def test_a_model_that_does_not_fit_the_device_is_named(folder, monkeypatch):
     assert "\n" not in str(failed.value)
 
 
+def test_a_masked_language_model_is_refused_once_it_is_loaded(tmp_path):
+    tiny_model("roberta", is_decoder=False).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="see those behind them, got .*; pass a causal LM"):
+        load_subject_and_tokenizer(str(tmp_path))
+
+
 def test_quantisation_without_bitsandbytes_names_the_extra(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r'quantization 8bit needs .*pip install "consistency-lens\[quant\]"'):

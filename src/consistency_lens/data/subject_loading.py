@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..attention import AUTO, attention_to_try
+from ..causality import check_causal
 from ..optional_packages import require
 from ..quantised import keep_gradients
 from .dataset_reading import cause_of
@@ -64,7 +65,8 @@ def load_subject_and_tokenizer(
         device_map: spreads a model that is larger than a device, such as "auto"; instead of `device`.
 
     Raises:
-        ValueError: if the model or its tokenizer cannot be loaded, does not fit the device, or an argument is wrong.
+        ValueError: if the model or its tokenizer cannot be loaded, does not fit the device or is not causal, or an
+            argument is wrong.
     """
     check_loading(dtype, quantization, device, device_map, attention)
     revision = pinned_revision(model, revision)
@@ -119,7 +121,7 @@ def load_model(
     """The subject of `load_subject_and_tokenizer`, with arguments that `check_loading` has passed.
 
     Raises:
-        ValueError: if the model cannot be loaded, or does not fit the device.
+        ValueError: if the model cannot be loaded, does not fit the device, or is not causal.
     """
     arguments: dict[str, Any] = {"revision": revision, "dtype": getattr(torch, dtype)}
     if quantization is not None:
@@ -129,7 +131,8 @@ def load_model(
     subject = _load(model, arguments, attention_to_try(attention, dtype, _on_gpu(device, device_map)))
     logger.info("attention of %s: %s", model, subject.config._attn_implementation)
     keep_gradients(subject)
-    return subject.eval().requires_grad_(False)
+    check_causal(subject.eval().requires_grad_(False), model)
+    return subject
 
 
 def pinned_revision(model: str, revision: str | None = None) -> str | None:
