@@ -5,7 +5,7 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from .residual_stream import headless
+from .residual_stream import headless, token_device
 
 # Two random sequences that begin alike, with tokens enough for every kind of attention to differ behind.
 SHARED_LENGTH, LENGTH = 6, 16
@@ -28,8 +28,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(model.config.get_text_config().vocab_size, (2, LENGTH), generator=generator)
     rows[1, :SHARED_LENGTH] = rows[0, :SHARED_LENGTH]
-    rows = rows.to(model.get_input_embeddings().get_parameter("weight").device)
-    states = headless(model)(input_ids=rows, use_cache=False)[0][:, :SHARED_LENGTH].float()
+    states = headless(model)(input_ids=rows.to(token_device(model)), use_cache=False)[0][:, :SHARED_LENGTH].float()
     difference = (states[1] - states[0]).norm() / states[0].norm()
     if difference > math.sqrt(torch.finfo(model.dtype).eps):
         raise ValueError(

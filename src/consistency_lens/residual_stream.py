@@ -99,7 +99,7 @@ class ResidualStream:
         """
         weight = self.input_embedding.get_parameter("weight")
         # Measured on a table of ones, as every family has its own name for the factor. `expand` allocates no table.
-        device = torch.device("cpu") if weight.is_meta else weight.device
+        device = token_device(self.model)
         ones = torch.ones(1, 1, dtype=weight.dtype, device=device).expand(weight.shape)
         first_id = torch.zeros(1, dtype=torch.long, device=device)
         with torch.no_grad():
@@ -243,6 +243,13 @@ def headless(model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(found, PreTrainedModel) and (found is not model or model.get_output_embeddings() is None):
         return found
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+
+
+def token_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens: with its table, or on the CPU where accelerate keeps that elsewhere and brings
+    tokens to it."""
+    weight = model.get_input_embeddings().get_parameter("weight")
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:

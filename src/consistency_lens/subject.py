@@ -20,7 +20,7 @@ from .cached_passes import keeps_keys_and_values
 from .context_attention import attending_to
 from .context_cache import ContextCache, ContextComplete, beside, empty_cache, joined, kept, reopened
 from .context_length import context_length
-from .residual_stream import ResidualStream, gather_positions
+from .residual_stream import ResidualStream, gather_positions, token_device
 from .spans import span
 from .token_logits import head_logits
 from .turns import in_turn
@@ -344,7 +344,7 @@ class Subject:
         fractions = torch.rand(CHECK_ROWS, CHECK_POSITIONS, generator=generator)
         fractions[:, -1] = 1.0
         positions = (fractions * (lengths[:, None] - 1)).long()
-        device = self.stream.input_embedding.get_parameter("weight").device
+        device = token_device(self.model)
         return input_ids.to(device), attention_mask.to(device), positions.to(device)
 
 
