@@ -313,7 +313,7 @@ class LensDecoder(LensClone):
     ) -> Tensor:
         """What the base makes of the last embedding, (B, V) or (B, d), with `head` in the place of its unembedding."""
         with nullcontext() if head is None else head.in_place_of(self.base.get_output_embeddings()):
-            return self.last_outputs(inputs, 1, with_head, cache)[:, -1]
+            return self.last_outputs(inputs, 1, with_head, cache).squeeze(1)
 
     @staticmethod
     def drawn(
