@@ -142,6 +142,17 @@ class TestChecks:
         assert "“[bold]|”" in rendered(metrics_table(checked(metrics)))
         assert r"| “[bold]\|” | 0.440 |  | 10 |" in metrics_markdown(checked(metrics))
 
+    def test_means_over_nothing_are_blank(self, metrics):
+        of_single_words = checked(metrics)
+        nothing = {"mean_drop": 0.0, "mean_kl_increase": 0.0, "count": 0}
+        of_single_words["ablation"] |= {
+            "sentences": nothing,
+            "words": {**nothing, "mean_top_drop": 0.0, "drop_from_end": [], "count_from_end": [], "greatest": []},
+        }
+        lines = metrics_markdown(of_single_words).splitlines()
+        for left_out in ("a word |  |  | 0", "the word of a text that counts most |  |  | ", "a sentence |  |  | 0"):
+            assert f"| {left_out} |" in lines
+
     def test_nothing_stands_for_a_check_that_was_not_run(self, metrics):
         assert "another reader" not in metrics_markdown(metrics)
         assert metrics_markdown(metrics | {"best_of_n": {}}).count("| --- |") == 3

@@ -90,6 +90,10 @@ def launched(monkeypatch):
         ({}, {"ema_decay": 0.9}, "FSDP", "ema_decay: cannot average tensors that FSDP spreads over processes; set it"),
         ({}, {"ema_decay": 0.9, "save_only_model": True}, None, "save_only_model: its checkpoints leave out the aver"),
         ({}, {"fp16_full_eval": True}, None, "fp16_full_eval: would round the trained tensors.*; set fp16 instead"),
+        (
+            {}, {"metric_for_best_model": "fev"}, None,
+            "metric_for_best_model: no evaluation gives 'fev'; it is one of loss, fve, .*, shuffled_fve, shuf",
+        ),
     ],
 )  # fmt: skip
 def test_combinations_that_a_recipe_cannot_have(

@@ -55,6 +55,9 @@ STATISTICS: dict[str, Callable[[Sums], Tensor]] = {
     "true_text_perplexity": lambda s: (s["tail_nll"] / s["tail_tokens"]).exp(),
     "perplexity_ratio": lambda s: (s["text_nll"] / s["text_tokens"] - s["tail_nll"] / s["tail_tokens"]).exp(),
 }
+# what of the metrics is a single number, and what a control has
+FIGURES = (*STATISTICS, "distinct_2", "true_distinct_2", "unused_token_share", "true_unused_token_share")
+WORTH = ("fve", "kl_recovered")
 
 
 class Evaluator:

@@ -212,10 +212,10 @@ def ablation_table(metrics: Mapping[str, Any]) -> CheckTable:
     from_end = zip(labels, words["drop_from_end"], words["count_from_end"], strict=False)
     greatest = ((f"“{of['word']}”", of["mean_drop"], of["count"]) for of in words["greatest"][:WORDS_SHOWN])
     rows = [
-        ("a word", *numbers(words, "mean_drop", "mean_kl_increase"), f"{words['count']:,}"),
-        ("the word of a text that counts most", *numbers(words, "mean_top_drop"), "", ""),
+        ("a word", *means(words, "mean_drop", "mean_kl_increase"), f"{words['count']:,}"),
+        ("the word of a text that counts most", *means(words, "mean_top_drop"), "", ""),
         *((label, f"{drop:.3f}", "", f"{count:,}") for label, drop, count in (*from_end, *greatest)),
-        ("a sentence", *numbers(sentences, "mean_drop", "mean_kl_increase"), f"{sentences['count']:,}"),
+        ("a sentence", *means(sentences, "mean_drop", "mean_kl_increase"), f"{sentences['count']:,}"),
     ]
     columns = ("left out", "FVE lost", "KL gained, nats", "times")
     return CheckTable("What the reconstruction loses without parts of the text", columns, rows)
@@ -234,6 +234,11 @@ def steering_table(metrics: Mapping[str, Any]) -> CheckTable:
 
 def numbers(of: Mapping[str, float], *names: str) -> tuple[str, ...]:
     return tuple(f"{of[name]:.3f}" for name in names)
+
+
+def means(of: Mapping[str, float], *names: str) -> tuple[str, ...]:
+    """Blank where they are means over nothing."""
+    return numbers(of, *names) if of["count"] else ("",) * len(names)
 
 
 # name of a check in `metrics.json` -> its table

@@ -13,6 +13,7 @@ from ..configuration_consistency_lens import ConsistencyLensConfig
 from ..data.activation_source import SourceRows
 from ..data.streaming import StreamedActivations
 from ..data.subject_loading import check_loading
+from ..evaluation.evaluator import FIGURES, WORTH
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..quantised import is_quantised
 from ..schedules import Schedule, parse_duration
@@ -22,6 +23,9 @@ from .recipe_arguments import RecipeArguments
 from .sharding_arguments import check_sharding, spread_by
 from .unfreezing import parse_unfreeze
 
+INTERIM_CONTROLS = ("mean", "shuffled")
+"""Controls of the evaluations that a recipe makes during training."""
+
 
 def check_recipe(args: RecipeArguments, training_args: ConsistencyLensTrainingArguments) -> None:
     """Checks what is known before the subject is loaded.
@@ -30,6 +34,7 @@ def check_recipe(args: RecipeArguments, training_args: ConsistencyLensTrainingAr
         ValueError: for settings that cannot go together, or a folder with what would be written over.
     """
     check_training(training_args)
+    check_metric(training_args.metric_for_best_model)
     if training_args.output_dir_given:
         check_folder(Path(str(training_args.output_dir)), ConsistencyLensConfig.model_type)
     check_loading(args.dtype, args.quantization, training_args.device, None, args.attention)
@@ -48,6 +53,20 @@ def check_recipe(args: RecipeArguments, training_args: ConsistencyLensTrainingAr
         check_stream(training_args)
     elif training_args.needs_others() and training_args.pair_in_batch:
         check_pairs(training_args)
+
+
+def interim_figures() -> list[str]:
+    """What the evaluations of a recipe give, by the names that `metric_for_best_model` has for them."""
+    of_controls = (f"{control}_{name}" for control in INTERIM_CONTROLS if control != "mean" for name in WORTH)
+    return ["loss", *FIGURES, *of_controls]
+
+
+def check_metric(metric: str | None) -> None:
+    """Checks that `metric_for_best_model` is one of them."""
+    if metric is not None and metric.removeprefix("eval_") not in interim_figures():
+        raise ValueError(
+            f"metric_for_best_model: no evaluation gives {metric!r}; it is one of {', '.join(interim_figures())}"
+        )
 
 
 def check_lens(lens: ConsistencyLensModel, args: ConsistencyLensTrainingArguments) -> None:

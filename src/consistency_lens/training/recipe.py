@@ -33,7 +33,7 @@ from ..hub.upstream_license import license_in_card
 from ..modeling_consistency_lens import ConsistencyLensModel
 from ..residual_stream import ResidualStream
 from .arguments import ConsistencyLensTrainingArguments
-from .combinations import check_recipe
+from .combinations import INTERIM_CONTROLS, check_recipe
 from .evaluation_callback import EvaluateLens
 from .interruption import Interruption, interruptible
 from .publishing_trainer import make_repository
@@ -285,7 +285,7 @@ def watch_held_out_rows(args: RecipeArguments, trainer: ConsistencyLensTrainer, 
         trainer.add_callback(SampleTables(trainer, rows.held_out, args.sample_steps, args.tracked_samples))
     few: Any = trainer.eval_dataset
     collator: Any = trainer.data_collator
-    arguments = EvaluationArguments(rows=args.interim_eval_rows, controls=["mean", "shuffled"], disable_tqdm=True)
+    arguments = EvaluationArguments(rows=args.interim_eval_rows, controls=list(INTERIM_CONTROLS), disable_tqdm=True)
     # the first of all, so that early stopping and the like find its figures
     evaluate = EvaluateLens(trainer, Evaluator(trainer.lens, few, collator, arguments))
     trainer.callback_handler.callbacks.insert(0, evaluate)
